@@ -1,0 +1,291 @@
+"""capture: a module and example inputs become one functional fx graph, batch and sequence dynamic."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.utils import stateless
+from torch.utils import _pytree as pytree
+
+from autotp.errors import CaptureError
+from autotp.inputs import device_of
+from passes import canonicalize, differentiable, functionalize, simplify
+from passes.graphs import is_tensor, where
+
+__all__ = ["Captured", "Dense", "capture", "flatten_call", "tied_names"]
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """For each name of a parameter the first name of the same parameter."""
+    first: dict[int, str] = {}
+    return {n: first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What capture must know of the dense model after its weights have been split: their shapes."""
+
+    shapes: Mapping[str, torch.Size]
+
+    @staticmethod
+    def of(model: nn.Module) -> Dense:
+        """The shapes of a model's parameters as they are now, tied ones under each of their names."""
+        return Dense({n: p.shape for n, p in model.named_parameters(remove_duplicate=False)})
+
+
+@dataclass
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph: the simplified graph; parameters and buffers are ``get_attr`` nodes on their fully
+            qualified names, placeholders are the tensors among the flattened inputs.
+        constants: tensors that the model's code made, by ``get_attr`` target.
+        regions: submodules that the graph calls (regions under autocast), by ``get_attr`` target.
+        parameters: the ``get_attr`` targets that are parameters.
+        out_spec: how to put the outputs back together, with ``out_leaves``: per leaf either the
+            position among the graph's results or the constant itself.
+        static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
+        equal: ``(input, dim, input, dim)`` for the input dims that must be equal.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, torch.Tensor]
+    regions: dict[str, nn.Module]
+    parameters: set[str]
+    out_spec: Any
+    out_leaves: list[tuple[bool, Any]]
+    static: list[tuple[int, int, int]] = field(default_factory=list)
+    equal: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The leaves of a call's arguments and how to put them together again."""
+    _register_transformers_types()
+    return pytree.tree_flatten((args, dict(kwargs)))
+
+
+def _register_transformers_types() -> None:
+    """Let pytree see into transformers' caches, by transformers' own registration (5.x)."""
+    if "transformers.cache_utils" not in sys.modules or _register_transformers_types.__dict__.get("done"):
+        return
+    _register_transformers_types.__dict__["done"] = True
+    with contextlib.suppress(ImportError):
+        from transformers.cache_utils import Cache
+        from transformers.exporters.exporter_dynamo import register_pytree_node
+
+        pending = [Cache]
+        while pending:
+            cls = pending.pop()
+            pending += cls.__subclasses__()
+            register_pytree_node(cls)
+
+
+@dataclass
+class _Outputs:
+    """How the outputs of a capture go together: export undoes what forward sets on the module itself."""
+
+    spec: Any = None
+    leaves: list[tuple[bool, Any]] = field(default_factory=list)
+
+
+class _Flat(nn.Module):
+    """A model behind a signature of tensors only, so that nothing else has to be exportable."""
+
+    def __init__(self, model: nn.Module, leaves: list[Any], spec: Any, outputs: _Outputs) -> None:
+        super().__init__()
+        self.model = model
+        self._leaves, self._spec, self._outputs = leaves, spec, outputs
+
+    def forward(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        outputs, self._outputs.spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        results: list[torch.Tensor] = []
+        self._outputs.leaves = []
+        for leaf in outputs:
+            if isinstance(leaf, torch.Tensor):
+                self._outputs.leaves.append((True, len(results)))
+                results.append(leaf)
+            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+                self._outputs.leaves.append((False, leaf))
+            else:
+                raise CaptureError(
+                    f"the model returns a {type(leaf).__module__}.{type(leaf).__name__}, into which torch's pytree "
+                    "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
+                    "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
+                )
+        return tuple(results)
+
+
+def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of the dense shapes that take no memory, in place of all parameters and buffers."""
+    made: dict[int, torch.Tensor] = {}
+
+    def stand_in(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        if id(t) not in made:
+            empty = torch.empty((1,) * len(shape), dtype=t.dtype, device=device).expand(shape)
+            made[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+        return made[id(t)]
+
+    found = {n: stand_in(p, dense.shapes[n]) for n, p in model.named_parameters(remove_duplicate=False)}
+    return found | {n: stand_in(b, b.shape) for n, b in model.named_buffers(remove_duplicate=False)}
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """The model with the forward of its class, not the one that autotp put on it."""
+    ours = model.__dict__.pop("forward", None) if "_autotp" in model.__dict__ else None
+    try:
+        yield
+    finally:
+        if ours is not None:
+            model.__dict__["forward"] = ours
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the export machinery's own log lines, which say nothing to a user of autotp."""
+    loggers = [logging.getLogger(n) for n in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")]
+    levels = [x.level for x in loggers]
+    for x in loggers:
+        x.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for x, level in zip(loggers, levels, strict=True):
+            x.setLevel(level)
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dense: Dense | None = None) -> Captured:
+    """Capture one call of a model as a functional fx graph.
+
+    No weight is read: stand-ins of the dense shapes take their places while torch.export traces, so the
+    model may be on the meta device, or already split.
+
+    Args:
+        model: the model. It is left as it was.
+        args: positional inputs. Tensor dims longer than one stay dynamic where the model allows it.
+        kwargs: keyword inputs.
+        dense: the dense shapes, where the parameters no longer have them.
+
+    Raises:
+        CaptureError: the model's Python depends on the values of tensors, or changes a buffer or input.
+    """
+    leaves, spec = flatten_call(args, kwargs)
+    device = device_of(model)
+    tensors = [
+        x.detach().to(device) if x.device.type == "meta" else x.detach() for x in leaves if isinstance(x, torch.Tensor)
+    ]
+    floating = iter([x for x in leaves if isinstance(x, torch.Tensor)])
+    tensors = [t.requires_grad_(next(floating).requires_grad) if t.is_floating_point() else t for t in tensors]
+    outputs, tied = _Outputs(), tied_names(model)
+    flat = _Flat(model, leaves, spec, outputs)
+    shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
+    with _own_forward(model), _quiet(), torch.enable_grad():
+        stand_ins = _stand_ins(model, dense or Dense.of(model), device)
+        with stateless._reparametrize_module(model, stand_ins):
+            try:
+                exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise CaptureError(_explain(model, error)) from error
+    captured = _flat_graph(exported, outputs, tied)
+    if left := _prepare(captured):
+        with _quiet():
+            captured = _flat_graph(exported.run_decompositions({}), outputs, tied)
+        if left := _prepare(captured):
+            raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
+    return captured
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    lines = [x for x in str(error).splitlines() if x.strip()]
+    return (
+        f"{type(model).__name__} cannot be captured as one graph: {type(error).__name__}: "
+        f"{lines[0] if lines else 'no message'}\nautotp captures with torch.export; control flow that depends on the "
+        "values in a tensor (an `if x.any():`, an `.item()`) cannot be captured. Move it out of forward, or use "
+        "torch.where or torch.cond. The whole error is chained below this one."
+    )
+
+
+def _prepare(captured: Captured) -> list[fx.Node]:
+    left = functionalize(captured.graph)
+    module = captured.graph.owning_module
+    for node in captured.graph.nodes:
+        if node.op == "get_attr" and not is_tensor(node):
+            captured.regions[str(node.target)] = getattr(module, str(node.target))
+    captured.graph.owning_module = None  # its get_attr nodes now name the model's own parameters
+    differentiable(captured.graph, captured.parameters)
+    while simplify(captured.graph):
+        pass
+    canonicalize(captured.graph)
+    differentiable(captured.graph, captured.parameters)
+    return left
+
+
+def _unprefixed(name: str) -> str:
+    return name.removeprefix("model.") if name != "model" else ""
+
+
+def _flat_graph(exported: Any, outputs: _Outputs, tied: Mapping[str, str]) -> Captured:
+    """The exported graph with parameters as ``get_attr`` nodes and names as in the user's model."""
+    signature = exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"forward changes {spec.kind.name.removesuffix('_MUTATION').lower().replace('_', ' ')} "
+                f"{_unprefixed(spec.target or '')!r} in place; autotp runs functions of weights and inputs only"
+            )
+    module = exported.graph_module
+    graph: fx.Graph = module.graph
+    captured = Captured(graph, {}, {}, set(), outputs.spec, list(outputs.leaves))
+    kinds = {spec.arg.name: spec for spec in signature.input_specs}
+    dims: dict[str, tuple[int, int]] = {}
+    attributes: dict[str, fx.Node] = {}
+    count = 0
+    for node in list(graph.nodes):
+        if "nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = {
+                k: (_unprefixed(p), c) for k, (p, c) in node.meta["nn_module_stack"].items() if p
+            }
+        if node.op != "placeholder":
+            continue
+        spec = kinds[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            for d, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, int):
+                    captured.static.append((count, d, size))
+                elif (first := dims.setdefault(str(size), (count, d))) != (count, d):
+                    captured.equal.append((*first, count, d))
+            count += 1
+            continue
+        target = tied.get(_unprefixed(spec.target), _unprefixed(spec.target))
+        if spec.kind is InputKind.PARAMETER:
+            captured.parameters.add(target)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            target = f"_constant_{len(captured.constants)}"
+            captured.constants[target] = exported.constants[spec.target]
+        if node.users:
+            if target not in attributes:
+                with graph.inserting_before(node):
+                    attributes[target] = graph.create_node("get_attr", target)
+                attributes[target].meta = dict(node.meta)
+            node.replace_all_uses_with(attributes[target])
+        graph.erase_node(node)
+    module.recompile()
+    assert all(is_tensor(n) for n in graph.nodes if n.op == "placeholder")
+    return captured

@@ -1,0 +1,96 @@
+"""rewrite: from a captured graph to the program of each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from autotp.capture import Captured
+from autotp.text import graph_text
+from passes import Layout, assign, decide, enter, localize, propagate, shard
+
+__all__ = ["RankGraph", "Rewritten", "rewrite"]
+
+
+@dataclass
+class Rewritten:
+    """A captured graph rewritten for all ranks.
+
+    Attributes:
+        captured: the captured graph.
+        graph: the rewritten graph, in which constants that differ between ranks are ``PerRank``.
+        stored: each split weight's layout, by name.
+        reasons: why each other weight stays whole.
+        gathered: the split values that some op needs whole, with that op's name.
+        tp: the number of ranks.
+    """
+
+    captured: Captured
+    graph: fx.Graph
+    stored: Mapping[str, Layout]
+    reasons: Mapping[str, str]
+    gathered: list[tuple[fx.Node, str]]
+    tp: int
+
+    def unflatten(self, results: tuple[torch.Tensor, ...]) -> Any:
+        """The model's own output structure from the graph's results."""
+        leaves = [results[x] if is_result else x for is_result, x in self.captured.out_leaves]
+        return pytree.tree_unflatten(leaves, self.captured.out_spec)
+
+    def fits(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether inputs have the sizes that the graph takes for constants or for equal."""
+        captured = self.captured
+        return all(tensors[i].shape[d] == n for i, d, n in captured.static) and all(
+            tensors[i].shape[d] == tensors[j].shape[e] for i, d, j, e in captured.equal
+        )
+
+
+class RankGraph(fx.GraphModule):
+    """The program of one rank: an fx graph over the model's own parameters.
+
+    ``print`` it to read it: each line is commented with the value's type and layout.
+    """
+
+    def __init__(self, rewritten: Rewritten, rank: int, model: nn.Module) -> None:
+        super().__init__(nn.Module(), fx.Graph())
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name, tensor in rewritten.captured.constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+        for name, region in rewritten.captured.regions.items():
+            self.add_module(name, region)
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in model.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=False)
+        self.rank, self.tp = rank, rewritten.tp
+        self.graph = localize(rewritten.graph, rank)
+
+    def __str__(self) -> str:
+        return graph_text(self.graph, f"rank {self.rank} of {self.tp}")
+
+
+def rewrite(captured: Captured, tp: int, stored: Mapping[str, Layout] | None = None) -> Rewritten:
+    """Rewrite a captured graph for ``tp`` ranks.
+
+    Args:
+        captured: the captured model.
+        tp: the number of ranks.
+        stored: the weights' layouts, where they are settled (by a plan, or an earlier call); left out,
+            they are decided here.
+    """
+    facts = propagate(captured.graph)
+    reasons: Mapping[str, str] = {}
+    if stored is None:
+        decision = decide(captured.graph, facts, tp)
+        stored, reasons = decision.stored, decision.reasons
+    layouts = assign(captured.graph, facts, stored, tp)
+    sharder = shard(captured.graph, facts, layouts, dict(stored), tp)
+    sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    enter(sharder.graph)
+    return Rewritten(captured, sharder.graph, stored, reasons, sharder.gathered, tp)

@@ -1,0 +1,41 @@
+"""Weights and their shards: cutting the local part out, and putting parts together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from passes import Layout, Shards
+
+__all__ = ["joined", "local_part", "shards_of"]
+
+
+def shards_of(stored: Mapping[str, Layout], name: str) -> dict[int, Shards]:
+    """The split dims of a weight, by dim of the weight."""
+    layout = stored.get(name)
+    return layout.dims if layout is not None else {}
+
+
+def local_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
+    """The part of a whole tensor that ``rank`` holds (a view where its indices are one run)."""
+    for dim, s in shards.items():
+        parts = [whole.narrow(dim, a, b - a) for a, b in s.ranks[rank].runs]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return whole
+
+
+def joined(parts: Sequence[torch.Tensor], shards: Mapping[int, Shards]) -> torch.Tensor:
+    """The whole tensor from all ranks' parts; of what several hold, the lowest rank's."""
+    if not shards:
+        return parts[0]
+    ((dim, s),) = shards.items()
+    shape = list(parts[0].shape)
+    shape[dim] = s.size
+    whole = parts[0].new_empty(shape)
+    for rank in reversed(range(len(parts))):
+        start = 0
+        for a, b in s.ranks[rank].runs:
+            whole.narrow(dim, a, b - a).copy_(parts[rank].narrow(dim, start, b - a))
+            start += b - a
+    return whole

@@ -1,0 +1,313 @@
+"""simulate: all ranks in lockstep in this one process, callable like the model, differentiable."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp.calls import Programs
+from autotp.capture import Dense, tied_names
+from autotp.inputs import ExampleInputs, example_call
+from autotp.rewrite import Rewritten
+from autotp.shards import local_part, shards_of
+from passes import fabric
+
+__all__ = ["Simulation", "lockstep", "simulate"]
+
+
+class _Meeting:
+    """Where the threads of a group exchange tensors: a slot for each and a barrier."""
+
+    def __init__(self, size: int) -> None:
+        self.slots: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.slots[rank] = tensor
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        return found
+
+
+class _ThreadCommunicator:
+    """One rank's end of a group of threads. Sums run in rank order, so that all get the same bits."""
+
+    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+        self.rank, self.size, self._meeting = rank, size, meeting
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        parts = self._meeting.exchange(self.rank, tensor.detach())
+        assert len({p.shape for p in parts}) == 1, f"all_reduce of shapes {[tuple(p.shape) for p in parts]}"
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        parts = self._meeting.exchange(self.rank, tensor.detach())
+        assert all(tuple(p.shape) == tuple(s) for p, s in zip(parts, shapes, strict=True))
+        return parts
+
+
+class _World:
+    """The shared state of a simulation's threads, and each one's fabric."""
+
+    _default_generator = threading.Lock()
+
+    def __init__(self, tp: int) -> None:
+        self.tp = tp
+        self.meetings: dict[Any, _Meeting] = {}
+        self.lock = threading.Lock()
+        seed = torch.initial_seed()
+        self.streams = {
+            (rank, same): torch.Generator().manual_seed(seed % 2**62 + (0 if same else 1 + rank)).get_state()
+            for rank in range(tp)
+            for same in (True, False)
+        }
+
+    def meeting(self, key: Any, size: int) -> _Meeting:
+        with self.lock:
+            return self.meetings.setdefault(key, _Meeting(size))
+
+    def abort(self) -> None:
+        with self.lock:
+            for meeting in self.meetings.values():
+                meeting.barrier.abort()
+
+
+class _ThreadFabric:
+    def __init__(self, rank: int, world: _World) -> None:
+        self.rank, self.world = rank, world
+
+    def group(self, name: str) -> fabric.Communicator:
+        _, parts = fabric.parse_group(name)
+        members = next((p for p in parts if self.rank in p), None) if parts else list(range(self.world.tp))
+        assert members is not None
+        meeting = self.world.meeting((name, tuple(members)), len(members))
+        return _ThreadCommunicator(members.index(self.rank), len(members), meeting)
+
+    @contextlib.contextmanager
+    def random(self, same: bool, device: torch.device) -> Iterator[None]:
+        with _World._default_generator:
+            before = torch.get_rng_state()
+            torch.set_rng_state(self.world.streams[self.rank, same])
+            try:
+                yield
+            finally:
+                self.world.streams[self.rank, same] = torch.get_rng_state()
+                torch.set_rng_state(before)
+
+
+def lockstep(tp: int, world: _World, work: Callable[[int], Any]) -> list[Any]:
+    """Run ``work(rank)`` for every rank, each in a thread of its own and a fabric that joins them.
+
+    The first rank's error, if any fails, is raised here.
+    """
+    results: list[Any] = [None] * tp
+    errors: list[tuple[int, BaseException]] = []
+    grad = torch.is_grad_enabled()
+
+    def run(rank: int) -> None:
+        try:
+            with fabric.use(_ThreadFabric(rank, world)), torch.set_grad_enabled(grad):
+                results[rank] = work(rank)
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as error:  # raised again below, in the caller's thread
+            errors.append((rank, error))
+            world.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(tp)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        world.meetings.clear()
+        raise min(errors, key=lambda e: e[0])[1]
+    return results
+
+
+class _AllRanks(torch.autograd.Function):
+    """One call of all ranks' programs as one function of the dense weights and the inputs.
+
+    Every rank holds the same result and, in a real run, starts its backward from the same loss; so
+    each gets the whole gradient of the result. A weight's gradient is read where the weight lives: of
+    an index that several ranks hold, from the lowest of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, simulation: Simulation, rewritten: Rewritten, count: int, *tensors: torch.Tensor) -> Any:
+        weights, inputs = tensors[:count], tensors[count:]
+        needs = [t.requires_grad for t in tensors]
+        names = simulation.names
+        tracking = any(needs)
+
+        def work(rank: int) -> Any:
+            local = {}
+            leaves = []
+            for name, weight, need in zip(names, weights, needs, strict=False):
+                part = local_part(weight.detach(), shards_of(rewritten.stored, name), rank)
+                part = part.clone().requires_grad_(need) if need else part
+                leaves.append(part)
+                local[name] = part
+            own = [
+                x.detach().clone().requires_grad_(True) if n else x.detach()
+                for x, n in zip(inputs, needs[count:], strict=True)
+            ]
+            leaves += own
+            with torch.set_grad_enabled(tracking):
+                results = simulation.run(rewritten, rank, local, own)
+            return leaves, results
+
+        ran = lockstep(simulation.tp, simulation.world, work)
+        ctx.simulation, ctx.rewritten, ctx.ran, ctx.needs, ctx.count = simulation, rewritten, ran, needs, count
+        ctx.shapes = [t.shape for t in tensors]
+        simulation.compare([results for _, results in ran])
+        first = tuple(r.detach() for r in ran[0][1])
+        ctx.mark_non_differentiable(*[d for d, r in zip(first, ran[0][1], strict=True) if not r.requires_grad])
+        return first
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        simulation, rewritten = ctx.simulation, ctx.rewritten
+
+        def work(rank: int) -> Any:
+            leaves, results = ctx.ran[rank]
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+            wanted = [x for x in leaves if x.requires_grad]
+            with torch.autograd.set_multithreading_enabled(False):
+                found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True,
+                                                 retain_graph=True))  # fmt: skip
+            return [next(found) if x.requires_grad else None for x in leaves]
+
+        by_rank = lockstep(simulation.tp, simulation.world, work)
+        out: list[Any] = [None, None, None]
+        for i, shape in enumerate(ctx.shapes):
+            parts = [each[i] for each in by_rank]
+            if not ctx.needs[i] or parts[0] is None:
+                out.append(None)
+                continue
+            name = simulation.names[i] if i < ctx.count else ""
+            places = shards_of(rewritten.stored, name)
+            whole = parts[0].new_zeros(shape)
+            for rank in reversed(range(simulation.tp)):
+                index: list[Any] = [slice(None)] * len(shape)
+                for dim, shards in places.items():
+                    index[dim] = torch.as_tensor(shards.ranks[rank].indices)
+                if len(places) <= 1:
+                    whole[tuple(index)] = parts[rank]
+                else:
+                    raise AssertionError("a weight split along two dims")
+            simulation.compare_replicas(name, places, parts)
+            out.append(whole)
+        return tuple(out)
+
+
+class Simulation(nn.Module):
+    """All ranks of a tensor-parallel model, run in lockstep threads on the dense model's own weights.
+
+    Call it as the model; outputs and gradients are those of rank 0. After each call ``divergence``
+    is the largest difference between ranks of any value that is whole on all of them, ``0.0`` if the
+    ranks agree to the bit, and ``diverging`` names the first such value (``record=True``: hidden
+    values are compared too, not only results).
+    """
+
+    def __init__(self, model: nn.Module, tp: int, programs: Programs, record: bool = False) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)
+        self.tp, self.programs, self.record = tp, programs, record
+        self.world = _World(tp)
+        self.divergence, self.diverging = 0.0, ""
+        self.train(model.training)
+        self._seen: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
+        self.aliases = tied_names(model)
+        self.names = list(dict.fromkeys(self.aliases.values()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward on all ranks."""
+        rewritten, tensors = self.programs.find(args, kwargs)
+        self.divergence, self.diverging = 0.0, ""
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        flat = [weights[n] for n in self.names]
+        if torch.is_grad_enabled():
+            results = _AllRanks.apply(self, rewritten, len(flat), *flat, *tensors)
+        else:
+            with torch.no_grad():
+                results = _AllRanks.apply(self, rewritten, len(flat), *flat, *tensors)
+        return rewritten.unflatten(results)
+
+    def run(self, rewritten: Rewritten, rank: int, weights: dict[str, torch.Tensor], inputs: list[torch.Tensor]) -> Any:
+        """One rank's program on its weights."""
+        program = self.programs.graph(rewritten, rank)
+        seen: dict[str, torch.Tensor] = {}
+        simulation = self
+
+        class Interpreter(torch.fx.Interpreter):
+            def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+                name = simulation.aliases.get(target)
+                return weights[name] if name is not None else super().get_attr(target, args, kwargs)
+
+            def run_node(self, n: torch.fx.Node) -> Any:
+                value = super().run_node(n)
+                if simulation.record and n.meta.get("type") in ("I", "R") and isinstance(value, torch.Tensor):
+                    if n.op not in ("get_attr", "placeholder"):
+                        seen[n.name] = value.detach()
+                return value
+
+        results = Interpreter(program, garbage_collect_values=True).run(*inputs)
+        self._seen[rank] = seen
+        return tuple(results)
+
+    def compare(self, results: list[tuple[torch.Tensor, ...]]) -> None:
+        """Record how far the ranks' results, and recorded hidden values, are apart."""
+        for name, value in self._seen[0].items():
+            for other in self._seen[1:]:
+                self._note(name, value, other[name])
+        for i, value in enumerate(results[0]):
+            for each in results[1:]:
+                self._note(f"result {i}", value.detach(), each[i].detach())
+        self._seen = [{} for _ in range(self.tp)]
+
+    def compare_replicas(self, name: str, places: Any, grads: list[torch.Tensor]) -> None:
+        """Record how far the ranks' gradients of what several of them hold are apart."""
+        if not places:
+            for other in grads[1:]:
+                self._note(f"gradient of {name}", grads[0], other)
+
+    def _note(self, name: str, value: torch.Tensor, other: torch.Tensor) -> None:
+        if (
+            torch.equal(value, other)
+            or ((value.isnan() == other.isnan()).all()
+            and torch.equal(value.nan_to_num(), other.nan_to_num()))
+        ):
+            return
+        apart = float((value.double() - other.double()).abs().max())
+        self.diverging = self.diverging or name
+        self.divergence = max(self.divergence, apart)
+
+
+def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None, record: bool = False) -> Simulation:
+    """All ``tp`` ranks of ``model`` in lockstep in this process.
+
+    Args:
+        model: the dense model; it keeps its weights, which the simulation reads at each call and to
+            which its backward adds gradients.
+        tp: the number of ranks.
+        example_inputs: as for :func:`autotp.parallelize`.
+        record: compare hidden values between ranks too.
+
+    Example:
+        >>> parallel = autotp.simulate(model, tp=4)
+        >>> parallel(input_ids=ids).logits  # as model(input_ids=ids).logits
+    """
+    args, kwargs = example_call(model, example_inputs)
+    programs = Programs(model, tp, Dense.of(model))
+    programs.find(args, kwargs)
+    return Simulation(model, tp, programs, record)

@@ -1,0 +1,80 @@
+"""The text of a rewritten graph, for people."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["graph_text"]
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(_argument(v) for v in value)
+        left, right = ("(", ",)" if len(value) == 1 else ")") if isinstance(value, tuple) else ("[", "]")
+        return left + inner + right
+    if isinstance(value, (torch.dtype, torch.device, torch.layout)):
+        return re.sub(r"^torch\.", "", str(value))
+    if value == 9223372036854775807:
+        return "end"
+    return repr(value)
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket).removeprefix("aten.")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _shape(node: fx.Node) -> str:
+    value, layout, axes = node.meta.get("global"), node.meta.get("layout"), node.meta.get("axes", ())
+    if not isinstance(value, torch.Tensor):
+        return ""
+    dims, virtual, text = layout.dims if layout is not None else {}, 0, []
+    for size, factors in zip(value.shape, axes or [()] * value.dim(), strict=True):
+        split = [str(dims[v].counts[0]) if len(set(dims[v].counts)) == 1 else "/".join(map(str, dims[v].counts))
+                 for v in range(virtual, virtual + len(factors)) if v in dims]  # fmt: skip
+        whole = [str(f) for i, f in enumerate(factors) if virtual + i not in dims] if split else []
+        text.append("*".join(whole + [f"{s}of{dims[v].size}" for s, v in zip(
+            split, [v for v in range(virtual, virtual + len(factors)) if v in dims], strict=True)]) if split else str(size))  # fmt: skip
+        virtual += len(factors)
+    return f"{node.meta.get('type', '?')}[{', '.join(text)}]"
+
+
+def graph_text(graph: fx.Graph, title: str) -> str:
+    """A rewritten graph as text: one line a node, grouped by module, with each value's type and shape.
+
+    A shape such as ``V[s0, s1, 4of16, 64]`` reads: varying over the ranks, and of the third dim's 16
+    indices this rank holds 4. The types are I (invariant), R (replicated, partial gradient), V
+    (varying) and P (pending sum).
+    """
+    lines, module = [f"# {title}"], None
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if node.op != "output" and node.meta.get("module") != module:
+            module = node.meta.get("module")
+            lines += ["", f"# {module or 'the model'}"]
+        args = [_weight(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+        if node.op == "output":
+            lines += ["", f"return {_argument(node.args[0])}"]
+        elif node.op == "placeholder":
+            lines.append(f"{node.name:<44}  # {_shape(node)}")
+        else:
+            text = f"{node.name} = {_target(node)}({', '.join(args)})"
+            lines.append(f"{text:<100}  # {_shape(node)}" if _shape(node) else text)
+    return "\n".join(lines)
+
+
+def _weight(argument: Any) -> str:
+    if isinstance(argument, fx.Node) and argument.op == "get_attr":
+        return f"self.{argument.target}"
+    if isinstance(argument, (tuple, list)) and any(isinstance(a, fx.Node) for a in argument):
+        inner = ", ".join(_weight(a) for a in argument)
+        return f"({inner})" if isinstance(argument, tuple) else f"[{inner}]"
+    return _argument(argument)

@@ -1,0 +1,46 @@
+"""passes: the compiler of autotp. Pure functions on graphs; no process group, nothing of ``autotp``.
+
+In the order in which they run:
+
+=================  ==================================================================================
+``functionalize``  no node changes another's value, no region hides nodes
+``differentiable`` which nodes gradients flow through
+``simplify``       what computes nothing is gone
+``canonicalize``   one spelling for each way to take a part
+``propagate``      which indices of which values must stay together (rules: :mod:`passes.rules`)
+``decide``         which of those to split, and among which ranks
+``assign``         each value's layout from the weights' layouts
+``shard``          the rewritten graph for all ranks, with its collectives
+``enter``          where whole values enter computation on shards, for complete gradients
+``localize``       one rank's graph
+=================  ==================================================================================
+"""
+
+from passes.assign import assign
+from passes.canonicalize import canonicalize
+from passes.decide import Decision, decide
+from passes.differentiable import differentiable
+from passes.enter import enter
+from passes.functionalize import functionalize
+from passes.layout import IndexSet, Layout, Shards
+from passes.localize import localize
+from passes.propagate import propagate
+from passes.shard import shard
+from passes.simplify import simplify
+
+__all__ = [
+    "Decision",
+    "IndexSet",
+    "Layout",
+    "Shards",
+    "assign",
+    "canonicalize",
+    "decide",
+    "differentiable",
+    "enter",
+    "functionalize",
+    "localize",
+    "propagate",
+    "shard",
+    "simplify",
+]

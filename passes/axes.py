@@ -1,0 +1,159 @@
+"""Axes: the factors that a value's dims are made of.
+
+A view does not move data, it only regroups factors: ``(B, S, H*D) -> (B, S, H, D)`` splits one
+factor, ``(B, H, S, D) -> (B*H, S, D)`` groups two. So each dim of a value is kept as a tuple of
+:class:`Size` factors, outermost first, and a dim of size one as the empty tuple. A factor, counted
+over all the dims of a value, is a *virtual dim*; labels and layouts are stated on virtual dims, and
+so a batch dim that is symbolic and heads that are split may well share one dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+
+__all__ = ["Axes", "Size", "common_refinement", "shape_of", "size_of", "trivial_axes", "view_axes"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A positive size: an integer times a product of symbols (any other expression is one symbol)."""
+
+    number: int
+    symbols: tuple[str, ...] = ()
+
+    @property
+    def static(self) -> bool:
+        """Whether the size is a known integer."""
+        return not self.symbols
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the size is 1."""
+        return self.number == 1 and not self.symbols
+
+    def __mul__(self, other: Size) -> Size:
+        return Size(self.number * other.number, tuple(sorted(self.symbols + other.symbols)))
+
+    def over(self, other: Size) -> Size | None:
+        """This size divided by ``other``, or None where that is not a size."""
+        if other.number == 0 or self.number % other.number:
+            return None
+        rest = list(self.symbols)
+        for symbol in other.symbols:
+            if symbol not in rest:
+                return None
+            rest.remove(symbol)
+        return Size(self.number // other.number, tuple(rest))
+
+    def __str__(self) -> str:
+        return "*".join([str(self.number)] * (self.number != 1 or self.static) + list(self.symbols))
+
+
+Dim = tuple[Size, ...]
+Axes = tuple[Dim, ...]
+
+
+@lru_cache(maxsize=4096)
+def _of_expression(expression: sympy.Expr) -> Size:
+    if expression.is_Integer:
+        return Size(int(expression))
+    number, symbols = 1, []
+    for factor in sympy.Mul.make_args(expression):
+        base, power = factor.as_base_exp()
+        if factor.is_Integer:
+            number *= int(factor)
+        elif base.is_Symbol and power.is_Integer and power > 0:
+            symbols += [str(base)] * int(power)
+        else:
+            return Size(1, (str(expression),))
+    if number <= 0:
+        return Size(1, (str(expression),))
+    return Size(number, tuple(sorted(symbols)))
+
+
+def size_of(size: int | torch.SymInt) -> Size:
+    """The :class:`Size` of one entry of a shape."""
+    if isinstance(size, torch.SymInt):
+        return _of_expression(size.node.expr)
+    return Size(int(size))
+
+
+def shape_of(value: Any) -> tuple[Size, ...]:
+    """The sizes of a (fake) tensor's dims."""
+    return tuple(size_of(s) for s in value.shape)
+
+
+def trivial_axes(shape: Sequence[Size]) -> Axes:
+    """The axes in which every dim is one factor."""
+    return tuple(() if s.is_one else (s,) for s in shape)
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """The product of sizes."""
+    sizes = list(sizes)
+    return Size(math.prod(s.number for s in sizes), tuple(sorted(x for s in sizes for x in s.symbols)))
+
+
+def common_refinement(first: Dim, second: Dim) -> Dim | None:
+    """The coarsest factors of which both dims' factors are products, or None.
+
+    >>> four, three, twelve = Size(4), Size(3), Size(12)
+    >>> common_refinement((twelve,), (four, three)) == (four, three)
+    True
+    """
+    a, b, out = list(first), list(second), []
+    while a and b:
+        x, y = a.pop(0), b.pop(0)
+        if x == y:
+            out.append(x)
+        elif (rest := x.over(y)) is not None:
+            out.append(y)
+            a.insert(0, rest)
+        elif (rest := y.over(x)) is not None:
+            out.append(x)
+            b.insert(0, rest)
+        else:
+            return None
+    return None if a or b else tuple(out)
+
+
+def view_axes(axes: Axes, shape: Sequence[Size]) -> tuple[Axes, Axes] | None:
+    """Follow a view: refine the axes of its input and group them into the output's dims.
+
+    Args:
+        axes: the input's axes.
+        shape: the output's sizes.
+
+    Returns:
+        The refined input axes (same dims, factors split where the view splits them) and the output
+        axes, whose factors in order are the same; None where the view cuts across factors.
+    """
+    factors = [(dim, size) for dim, sizes in enumerate(axes) for size in sizes]
+    refined: list[list[Size]] = [[] for _ in axes]
+    out: list[Dim] = []
+    for target in shape:
+        group: list[Size] = []
+        while not target.is_one:
+            if not factors:
+                return None
+            dim, size = factors.pop(0)
+            if (rest := target.over(size)) is not None:
+                taken, target = size, rest
+            elif (rest := size.over(target)) is not None:
+                taken, target = target, Size(1)
+                factors.insert(0, (dim, rest))
+            else:
+                return None
+            group.append(taken)
+            refined[dim].append(taken)
+        out.append(tuple(group))
+    if factors:
+        return None
+    return tuple(tuple(r) for r in refined), tuple(out)

@@ -1,0 +1,83 @@
+"""canonicalize: one spelling for each way to take a part of a tensor."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from passes.graphs import is_tensor, op_name
+
+__all__ = ["canonicalize"]
+
+_SPLITS = {"aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind", "aten.unsafe_chunk", "aten.unsafe_split",
+           "aten.tensor_split"}  # fmt: skip
+aten = torch.ops.aten
+
+
+def _dim_of(node: fx.Node) -> int:
+    position = 1 if op_name(node) == "aten.unbind" else 2
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    return dim % node.args[0].meta["val"].dim()
+
+
+def _as_slices(node: fx.Node) -> bool:
+    """Replace the parts that a split hands out by slices (selects, for ``unbind``) of its input."""
+    source, parts = node.args[0], node.meta["val"]
+    dim = _dim_of(node)
+    if not all(isinstance(p.shape[dim] if op_name(node) != "aten.unbind" else 0, int) for p in parts):
+        return False
+    if any(u.target is not operator.getitem for u in node.users):
+        return False
+    starts = [0]
+    if op_name(node) != "aten.unbind":
+        for part in parts:
+            starts.append(starts[-1] + part.shape[dim])
+    for user in list(node.users):
+        index = user.args[1] % len(parts)
+        with node.graph.inserting_before(user):
+            if op_name(node) == "aten.unbind":
+                new = node.graph.call_function(aten.select.int, (source, dim, index))
+            else:
+                new = node.graph.call_function(aten.slice.Tensor, (source, dim, starts[index], starts[index + 1]))
+        new.meta = {**node.meta, "val": parts[index]}
+        user.replace_all_uses_with(new)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return True
+
+
+def _as_cat(node: fx.Node) -> bool:
+    """Replace ``stack`` by ``cat`` of its inputs with a dim of size one each."""
+    value = node.meta["val"]
+    dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % value.dim()
+    parts = []
+    with node.graph.inserting_before(node):
+        for part in node.args[0]:
+            parts.append(node.graph.call_function(aten.unsqueeze.default, (part, dim)))
+            parts[-1].meta = {**node.meta, "val": part.meta["val"].unsqueeze(dim)}
+    node.target, node.args, node.kwargs = aten.cat.default, (parts, dim), {}
+    return True
+
+
+def canonicalize(graph: fx.Graph) -> int:
+    """Spell ``chunk``, ``split``, ``tensor_split`` and ``unbind`` as slices and selects, ``stack`` as
+    ``cat``, and ``view`` as ``reshape`` (a rank's part need not be contiguous where the whole was).
+
+    Args:
+        graph: a functional captured graph; changed in place.
+
+    Returns:
+        How many nodes were respelled.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if op_name(node) in _SPLITS and is_tensor(node.args[0]):
+            count += _as_slices(node)
+        elif op_name(node) == "aten.stack":
+            count += _as_cat(node)
+        elif op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:
+            node.target = aten.reshape.default
+            count += 1
+    return count

@@ -1,0 +1,290 @@
+"""decide: which classes to split, and which of their units each rank gets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+import numpy as np
+from torch import fx
+
+from passes.assign import factor_shards, spread_to_sources
+from passes.choose import choose
+from passes.cost import CostModel
+from passes.graphs import shape, where
+from passes.layout import Layout
+from passes.rules.base import Facts
+from passes.units import Factor, components
+
+__all__ = ["Decision", "deal", "decide"]
+
+
+@dataclass
+class Decision:
+    """The plan's core: each split weight's layout, and for the others why they stay whole.
+
+    ``stored`` maps ``get_attr`` targets to layouts on the weight's own dims longer than one.
+    """
+
+    stored: dict[str, Layout] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def deal(count: int, ranks: int) -> list[int]:
+    """``count`` things dealt to ranks as evenly as can be, the first ranks getting one more."""
+    return [count // ranks + (r < count % ranks) for r in range(ranks)]
+
+
+def _owners(units: np.ndarray, groups: Sequence[int], tp: int) -> np.ndarray:
+    """The rank of each unit, in order: contiguous, even, and on group boundaries where there are groups.
+
+    With at least as many groups as ranks each rank gets whole groups; with fewer, each group gets some
+    ranks, who share its units. Groups keep a key-value head's query heads together.
+    """
+    sizes = [list(groups).count(g) for g in dict.fromkeys(groups)]
+    if len(sizes) == len(units) or len(sizes) == 1:
+        per_rank = deal(len(units), tp)
+    elif len(sizes) >= tp:
+        bounds = np.cumsum([0, *deal(len(sizes), tp)])
+        per_rank = [sum(sizes[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    else:
+        shares = deal(tp, len(sizes))
+        if any(n < s for n, s in zip(sizes, shares, strict=True)):
+            per_rank = deal(len(units), tp)
+        else:
+            per_rank = [k for n, s in zip(sizes, shares, strict=True) for k in deal(n, s)]
+    return np.repeat(np.arange(tp), per_rank)
+
+
+class _Classes:
+    """Units grouped into classes (units that share a dim) and families (units in the same places)."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.roots = facts.units.roots()
+        self.users, self.sources = facts.units.services(self.roots)
+        count = facts.units.count
+        self.factors = [f for value in facts.values.values() for f in value.factors]
+        rng = np.random.default_rng(0)
+        self.signature = np.zeros(count, dtype=np.uint64)
+        heads, others = [], []
+        done: dict[int, np.ndarray] = {}
+        for factor in self.factors:
+            if id(factor.labels) in done:
+                continue
+            units = np.unique(self.roots[factor.labels])
+            done[id(factor.labels)] = units
+            self.signature[units] += rng.integers(1, 2**63, dtype=np.uint64)
+            if units.size > 1:
+                heads.append(np.full(units.size - 1, units[0]))
+                others.append(units[1:])
+        empty = np.empty(0, dtype=np.int64)
+        self.of_unit = components(
+            count, np.concatenate(heads) if heads else empty, np.concatenate(others) if others else empty
+        )
+        self.served = np.zeros(count, dtype=bool)
+        self.served[self.sources] = True
+        self.present = np.unique(np.concatenate(list(done.values()))) if done else empty
+        self.families: dict[int, list[np.ndarray]] = defaultdict(list)
+        free = self.present[~self.served[self.present]]
+        keys = np.stack([self.of_unit[free].astype(np.uint64), self.signature[free]])
+        _, inverse = np.unique(keys, axis=1, return_inverse=True)
+        order = np.argsort(inverse.reshape(-1), kind="stable")
+        for family in np.split(free[order], np.flatnonzero(np.diff(inverse.reshape(-1)[order])) + 1):
+            if family.size:
+                self.families[int(self.of_unit[family[0]])].append(np.sort(family))
+        self.user_classes = nx.DiGraph()
+        pairs = np.unique(np.stack([self.of_unit[self.sources], self.of_unit[self.users]]), axis=1)
+        self.user_classes.add_edges_from((int(a), int(b)) for a, b in pairs.T if a != b)
+
+    def behind(self, labels: np.ndarray) -> set[int]:
+        """The classes that decide whether these labels are split: their own, or their users'."""
+        found: set[int] = set()
+        for c in {int(x) for x in np.unique(self.of_unit[self.roots[labels]])}:
+            found.add(c)
+            if c in self.user_classes:
+                found |= nx.descendants(self.user_classes, c)
+        return {c for c in found if c in self.families}
+
+    def groups(self, family: np.ndarray) -> list[int]:
+        """For each unit of a family a number that units served by the same sources share, where those
+        sources do not serve the whole family."""
+        inside = np.isin(self.users, family)
+        users, sources = self.users[inside], self.sources[inside]
+        keys: dict[int, list[int]] = {int(u): [] for u in family}
+        counts: dict[int, int] = defaultdict(int)
+        for s in sources:
+            counts[int(s)] += 1
+        for u, s in zip(users, sources, strict=True):
+            if counts[int(s)] < family.size:
+                keys[int(u)].append(int(s))
+        return [hash(tuple(sorted(keys[int(u)]))) for u in family]
+
+
+def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: CostModel) -> dict[int, float]:
+    """What splitting each class gains, in the cost model's unit."""
+    share = 1 - 1 / tp
+    gains: dict[int, float] = defaultdict(float)
+
+    def parted(labels: Iterable[np.ndarray]) -> set[int]:
+        return {int(c) for each in labels for c in np.unique(classes.of_unit[classes.roots[each]])}
+
+    for sizes, labels in facts.work.values():
+        for c in parted(labels):
+            gains[c] += 2 * cost.elements(sizes) * share
+    for node, labels in facts.pending.items():
+        for c in parted(labels):
+            gains[c] -= cost.per_collective + 2 * cost.per_element * cost.elements(shape(node))
+    for node in {n for each in facts.wanted_whole.values() for n in each}:
+        for c in parted(f.labels for f in facts.values[node].factors):
+            if node.meta.get("grad") and node.op != "get_attr":
+                gains[c] -= cost.per_collective + cost.per_element * cost.elements(shape(node))
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.meta.get("grad") and node in facts.values:
+            for factor in facts.values[node].factors:
+                for c in parted([factor.labels]):
+                    gains[c] += cost.per_parameter * cost.elements(shape(node)) * share
+    return gains
+
+
+def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None) -> Decision:
+    """Choose the weights' layouts for ``tp`` ranks.
+
+    Args:
+        graph: the captured graph.
+        facts: what :func:`passes.propagate` found out about it. Units that turn out not to be
+            splittable apart are united here.
+        tp: the number of ranks.
+        cost: the hardware model.
+    """
+    weights = [n for n in graph.nodes if n.op == "get_attr" and n.meta.get("grad") and n in facts.values]
+    if tp == 1:
+        return Decision(reasons={str(n.target): "tp = 1" for n in weights})
+    banned: dict[int, str] = {}
+    while True:
+        classes = _Classes(facts)
+        gains = _gains(graph, facts, classes, tp, cost or CostModel())
+        able = {
+            c: gains.get(c, 0.0)
+            for c, families in classes.families.items()
+            if gains.get(c, 0.0) > 0 and any(f.size >= tp for f in families) and c not in banned
+        }
+        conflicts = nx.Graph()
+        conflicts.add_nodes_from((c, {"weight": gain}) for c, gain in able.items())
+        for node, value in facts.values.items():
+            behind = [classes.behind(f.labels) & set(able) for f in value.factors]
+            if len(behind) > 1:
+                for i, first in enumerate(behind):
+                    for second in behind[i + 1 :]:
+                        conflicts.add_edges_from((a, b) for a in first for b in second if a != b)
+        chosen = choose(conflicts)
+        ranks = _ranks(classes, chosen, tp)
+        trouble = _trouble(facts, classes, ranks, chosen, tp)
+        if trouble is None:
+            return _decision(graph, weights, facts, classes, ranks, gains, chosen, banned, tp)
+        node, factors = trouble
+        if len(factors) == 1:  # indices of some rank are no product: keep all but the outermost dim together
+            facts.mix(node, factors[0], factors[0].dims[1:])
+        else:  # two dims of one value split by the same classes
+            worst = min(
+                (c for f in factors for c in classes.behind(f.labels) if c in chosen), key=lambda c: gains.get(c, 0.0)
+            )
+            banned[worst] = f"two dims of one value would be split at {where(node)}"  # type: ignore[index]
+
+
+def _ranks(classes: _Classes, chosen: Iterable[object], tp: int) -> np.ndarray:
+    """Per label, a bit for each rank that holds it."""
+    everywhere = (1 << tp) - 1
+    ranks = np.where(classes.served, 0, everywhere).astype(np.int64)
+    for c in chosen:
+        for family in classes.families[c]:  # type: ignore[index]
+            if family.size >= tp:
+                ranks[family] = 1 << _owners(family, classes.groups(family), tp)
+    ranks = spread_to_sources(ranks, classes.users, classes.sources)
+    ranks[ranks == 0] = everywhere
+    return ranks[classes.roots]
+
+
+def _trouble(
+    facts: Facts, classes: _Classes, ranks: np.ndarray, chosen: Iterable[object], tp: int
+) -> tuple[fx.Node, list[Factor]] | None:
+    """A value that the plan cannot lay out, with the one factor or the several that are at fault."""
+    for node, value in facts.values.items():
+        split = []
+        for factor in value.factors:
+            found = factor_shards(factor, ranks, tp)
+            if found is None and len(factor.dims) > 1 and _ragged(factor, ranks, tp):
+                return node, [factor]
+            if found:
+                split.append(factor)
+        if len(split) > 1 and node.op == "get_attr":
+            return node, split
+    return None
+
+
+def _ragged(factor: Factor, ranks: np.ndarray, tp: int) -> bool:
+    """Whether some rank's indices are not a product of per-dim sets (holding nothing is another matter)."""
+    bits = ranks[factor.labels]
+    for rank in range(tp):
+        mask = (bits >> rank) & 1 == 1
+        extents = [int(mask.any(axis=tuple(j for j in range(mask.ndim) if j != i)).sum()) for i in range(mask.ndim)]
+        if int(np.prod(extents)) != int(mask.sum()):
+            return True
+    return False
+
+
+def _decision(
+    graph: fx.Graph, weights: list[fx.Node], facts: Facts, classes: _Classes, ranks: np.ndarray,
+    gains: dict[int, float], chosen: set, banned: dict[int, str], tp: int,
+) -> Decision:  # fmt: skip
+    decision = Decision()
+    culprits = _culprits(facts, classes)
+    for node in weights:
+        name = str(node.target)
+        split = {}
+        for factor in facts.values[node].factors:
+            split.update(factor_shards(factor, ranks, tp) or {})
+        if split and all(s.covers for s in split.values()):
+            decision.stored[name] = Layout.of(split)
+        else:
+            decision.reasons[name] = _reason(node, facts, classes, gains, chosen, banned, culprits, tp)
+    return decision
+
+
+def _culprits(facts: Facts, classes: _Classes) -> dict[int, fx.Node]:
+    """Per unit the first op that mixed several of its labels."""
+    found: dict[int, fx.Node] = {}
+    for node, mixed in facts.mixed.items():
+        for labels in mixed:
+            for unit in np.unique(classes.roots[labels.reshape(-1)[:4096]]):
+                found.setdefault(int(unit), node)
+    return found
+
+
+def _reason(
+    node: fx.Node, facts: Facts, classes: _Classes, gains: dict[int, float], chosen: set, banned: dict[int, str],
+    culprits: dict[int, fx.Node], tp: int,
+) -> str:  # fmt: skip
+    """Why a weight stays whole, for a person."""
+    reasons = []
+    for factor in facts.values[node].factors:
+        units = np.unique(classes.roots[factor.labels])
+        c = int(classes.of_unit[units[0]])
+        if len(units) < factor.labels.size and len(units) < tp and int(units[0]) in culprits:
+            kept = f"{len(units)} units" if len(units) > 1 else "one piece"
+            reasons.append(f"{kept} for {tp} ranks, kept together by {where(culprits[int(units[0])])}")
+        elif c in banned:
+            reasons.append(banned[c])
+        elif classes.served[units].all():
+            reasons.append("needed by every rank")
+        elif len(units) < tp:
+            reasons.append(f"{len(units)} units for {tp} ranks")
+        elif gains.get(c, 0.0) <= 0:
+            reasons.append("communication would cost more than is saved")
+        elif c not in chosen:
+            reasons.append("its other dim, or the dims it runs along, are split instead")
+    if len(shape(node)) == 1 and reasons:
+        return reasons[0]
+    return "; ".join(dict.fromkeys(reasons)) or "nothing to split"

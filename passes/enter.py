@@ -1,0 +1,189 @@
+"""enter: where whole values enter computation on shards, so that every gradient is complete.
+
+A whole value that an op on shards reads gets, on each rank, only a part of its gradient; somewhere
+between where it is made and where it is read it must pass an ``enter``, whose backward sums the
+parts. Where is a choice: a layer norm's result, or the norm's input and its weights. What costs the
+least is a minimum vertex cut between what is certainly whole in its gradient (inputs, parameters,
+results that others read as whole values too) and the operands of ops on shards; a value costs the
+bytes of its gradient plus the start of a reduction.
+
+Two norms of one residual that feed attention and MLP side by side are so cut once, at the residual
+(one reduction a block), and the norms' own weights ride along in the same reduction.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import networkx as nx
+from torch import fx
+
+from passes import ops
+from passes.axes import shape_of
+from passes.fabric import replica_group
+from passes.layout import Shards
+from passes.shard import GROUP
+
+__all__ = ["enter"]
+
+_START = 1 << 16
+"""What starting one reduction costs, in elements: a large value prefers few reductions to few bytes."""
+_EXTENT = 64
+"""The extent assumed for a symbolic dim."""
+
+
+def elements(node: fx.Node) -> int:
+    """The size of a node's (global) value, symbolic dims counted as ``_EXTENT``."""
+    value = node.meta.get("global")
+    if value is None:
+        return 1
+    total = 1
+    for size in shape_of(value):
+        total *= size.number * _EXTENT ** len(size.symbols)
+    return total
+
+
+def _is_whole(node: fx.Node) -> bool:
+    return node.meta.get("state") == "whole" and bool(node.meta.get("grad"))
+
+
+def _on_shards(node: fx.Node) -> bool:
+    """Whether a node computes on shards, so that its whole operands get partial gradients."""
+    return node.meta.get("state") in ("split", "pending") or any(
+        n.meta.get("state") == "split" for n in node.all_input_nodes if node.target is not ops.all_gather
+    )
+
+
+def _replicas(graph: fx.Graph) -> None:
+    """Let parameters that several ranks hold in part or whole enter over just those ranks."""
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or not node.meta["grad"] or node.meta["state"] != "split":
+            continue
+        layout = node.meta["layout"]
+        if all(s.disjoint for _, s in layout.shards) or len(layout.shards) != 1:
+            continue
+        ((v, shards),) = layout.shards
+        dim = [d for d, sizes in enumerate(node.meta["axes"]) for _ in sizes][v]
+        assert isinstance(shards, Shards)
+        users = list(node.users)
+        with graph.inserting_after(node):
+            if shards.replicas is not None:
+                name = replica_group(GROUP, shards.replicas)
+                new = graph.create_node("call_function", ops.enter, (node, name), name=f"{node.name}_enter")
+            else:
+                places = ((dim, tuple(s.runs for s in shards.ranks)),)
+                new = graph.create_node(
+                    "call_function", ops.enter_overlapping, (node, places, GROUP), name=f"{node.name}_enter"
+                )
+        new.meta = dict(node.meta)
+        for user in users:
+            user.replace_input_with(node, new)
+
+
+def _candidates(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The whole values that ops on shards read, and all whole values that those are made of."""
+    wanted = [n for n in graph.nodes if _is_whole(n) and any(_on_shards(u) for u in n.users)]
+    seen, stack = set(wanted), list(wanted)
+    while stack:
+        for n in _made_of(stack.pop()):
+            if n not in seen:
+                seen.add(n)
+                stack.append(n)
+    return wanted, seen
+
+
+def _made_of(node: fx.Node) -> list[fx.Node]:
+    """The differentiable whole inputs of an op on whole values; none for inputs and collectives."""
+    if node.op != "call_function" or node.target in (ops.all_reduce, ops.all_gather) or _on_shards(node):
+        return []
+    return [n for n in node.all_input_nodes if n.meta.get("grad")]
+
+
+def _cheapest_cut(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The values to enter, and the values computed from entered ones (whose gradients are partial)."""
+    wanted, seen = _candidates(graph)
+    if not wanted:
+        return [], set()
+    flow, source, sink = nx.DiGraph(), "whole", "shards"
+    for node in wanted:
+        flow.add_edge((node, 1), sink)
+    for node in seen:
+        start = 0 if node.op == "get_attr" and node.meta["global"].dim() == 1 else _START  # a vector rides along
+        flow.add_edge((node, 0), (node, 1), capacity=elements(node) + start)
+        inputs = _made_of(node)
+        stays = any(not _on_shards(u) and u not in seen for u in node.users)
+        if stays or not inputs or not all(_is_whole(n) for n in inputs):
+            flow.add_edge(source, (node, 0))
+        for n in inputs:
+            if n in seen:
+                flow.add_edge((n, 1), (node, 0))  # computed from entered values only if all inputs are entered
+                flow.add_edge((node, 0), (n, 0))  # and from whole ones only if they are still there
+    _, (whole, entered) = nx.minimum_cut(flow, source, sink)
+    cut = [n for n in graph.nodes if n in seen and (n, 0) in whole and (n, 1) in entered]
+    return cut, {n for n in seen if (n, 0) in entered}
+
+
+def _together(graph: fx.Graph, cut: list[fx.Node], inside: set[fx.Node]) -> list[list[fx.Node]]:
+    """Group the values to enter: each activation for itself, and with it the parameters that are first
+    read after it and before the next; parameters read before any activation make a group."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+
+    def first_use(node: fx.Node) -> int:
+        return min(order[u] for u in node.users if _on_shards(u) or u in inside)
+
+    groups = [[n] for n in cut if n.op != "get_attr"]
+    alone: dict[object, list[fx.Node]] = {}
+    for node in cut:
+        if node.op != "get_attr":
+            continue
+        before = [g for g in groups if order[g[0]] < first_use(node) and _dtype(g[0]) == _dtype(node)]
+        if before:
+            max(before, key=lambda g: order[g[0]]).append(node)
+        else:
+            alone.setdefault(_dtype(node), []).append(node)
+    return groups + list(alone.values())
+
+
+def _dtype(node: fx.Node) -> object:
+    return node.meta["global"].dtype
+
+
+def enter(graph: fx.Graph) -> int:
+    """Insert ``enter`` nodes into a rewritten graph, in place, and give every node its SPMD type in
+    ``meta["type"]``: I, R, V or P.
+
+    Args:
+        graph: the graph from :func:`passes.shard`, whose nodes carry ``state`` (``whole``, ``split``,
+            ``pending``), ``grad``, ``layout`` and ``global`` (the captured value) in their meta.
+
+    Returns:
+        The number of reductions in a backward pass that the inserted nodes stand for.
+    """
+    _replicas(graph)
+    cut, inside = _cheapest_cut(graph)
+    groups = _together(graph, cut, inside)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for group in groups:
+        users = {n: [u for u in n.users if _on_shards(u) or u in inside] for n in group}
+        with graph.inserting_after(max(group, key=order.__getitem__)):
+            if len(group) == 1:
+                name = f"{group[0].name}_enter"
+                entered = {group[0]: graph.create_node("call_function", ops.enter, (group[0], GROUP), name=name)}
+            else:
+                name = f"{group[0].name}_enter_together"
+                pack = graph.create_node("call_function", ops.enter, (tuple(group), GROUP), name=name)
+                pack.meta = {**group[0].meta, "state": "whole", "together": [n.name for n in group]}
+                pack.meta["global"] = None
+                entered, last = {}, pack
+                for i, n in enumerate(group):
+                    with graph.inserting_after(last):
+                        last = graph.create_node("call_function", operator.getitem, (pack, i), name=f"{n.name}_enter")
+                    entered[n] = last
+        for n, new in entered.items():
+            new.meta = {**n.meta, "type": "R", "module": group[0].meta["module"]}
+            for user in users[n]:
+                user.replace_input_with(n, new)
+    for node in graph.nodes:
+        kind = {"whole": "I", "split": "V", "pending": "P"}.get(node.meta.get("state", ""), "I")
+        node.meta.setdefault("type", "R" if node in inside else kind)
+    return sum(node.target in (ops.enter, ops.enter_overlapping) for node in graph.nodes)

@@ -1,0 +1,91 @@
+"""What a rewritten graph needs of the world it runs in: groups of ranks that communicate, by name.
+
+The graph names a group (``"tp"``; ``"tp:0,1|2,3"`` for its division into replica groups) and the op
+asks the current :class:`Fabric` for the rank's :class:`Communicator`. Processes and the lockstep
+simulation are two fabrics; nothing in ``passes`` needs either.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+__all__ = ["Communicator", "Fabric", "current", "parse_group", "replica_group", "use"]
+
+
+class Communicator(Protocol):
+    """One rank's end of a group. No method changes its argument; all ranks get the same bits."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tensors, all of one shape."""
+        ...
+
+    def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The ranks' tensors in rank order; ``shapes`` says what shape each has."""
+        ...
+
+
+class Fabric(Protocol):
+    """One rank's view of its world."""
+
+    def group(self, name: str) -> Communicator:
+        """The communicator of the named group, or of this rank's part of a divided one."""
+        ...
+
+    def random(self, same: bool, device: torch.device) -> AbstractContextManager[None]:
+        """A context whose random numbers are the same on all ranks, or this rank's own."""
+        ...
+
+
+class _Current(threading.local):
+    fabric: Fabric | None = None
+
+
+_current = _Current()
+
+
+def current() -> Fabric:
+    """The fabric that this thread runs in.
+
+    Raises:
+        RuntimeError: there is none; the graph was called outside of its runtime.
+    """
+    if _current.fabric is None:
+        raise RuntimeError(
+            "a rewritten graph runs inside its model: call the model that autotp.parallelize or "
+            "autotp.simulate returned, or wrap the call in passes.fabric.use(fabric)"
+        )
+    return _current.fabric
+
+
+@contextmanager
+def use(fabric: Fabric) -> Iterator[None]:
+    """Run with ``fabric`` as the current one."""
+    before = _current.fabric
+    _current.fabric = fabric
+    try:
+        yield
+    finally:
+        _current.fabric = before
+
+
+def replica_group(name: str, parts: Sequence[Sequence[int]]) -> str:
+    """The name of the group ``name`` divided into ``parts``.
+
+    >>> replica_group("tp", [(0, 1), (2, 3)])
+    'tp:0,1|2,3'
+    """
+    return f"{name}:" + "|".join(",".join(map(str, part)) for part in parts)
+
+
+def parse_group(name: str) -> tuple[str, list[list[int]]]:
+    """The parent group and the parts of a name that :func:`replica_group` made (no parts: undivided)."""
+    parent, _, parts = name.partition(":")
+    return parent, [[int(r) for r in part.split(",")] for part in parts.split("|")] if parts else []

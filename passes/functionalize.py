@@ -1,0 +1,90 @@
+"""functionalize: no node changes another's value, and no region hides nodes."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from passes.graphs import is_tensor, op_name
+
+__all__ = ["functionalize"]
+
+_VIEWS = {"aten.view", "aten.reshape", "aten.transpose", "aten.permute", "aten.t", "aten.unsqueeze", "aten.squeeze",
+          "aten.slice", "aten.select", "aten.narrow", "aten.expand", "aten.split", "aten.split_with_sizes",
+          "aten.chunk", "aten.unbind", "aten.detach", "aten.alias", "aten.flatten", "aten.unflatten"}  # fmt: skip
+
+
+def _inline_no_grad(graph: fx.Graph, node: fx.Node) -> None:
+    """Put the nodes of a ``wrap_with_set_grad_enabled`` region in place of the call.
+
+    Where the region switched gradients off, its results are detached, which stops them all the same.
+    """
+    enabled, region_ref, *inputs = node.args
+    region = getattr(graph.owning_module, region_ref.target)
+    with graph.inserting_before(node):
+        copies = dict(zip([n for n in region.graph.nodes if n.op == "placeholder"], inputs, strict=True))
+        for inner in region.graph.nodes:
+            if inner.op == "output":
+                results = fx.map_arg(inner.args[0], lambda n: copies[n])
+            elif inner.op != "placeholder":
+                copies[inner] = graph.node_copy(inner, lambda n: copies[n])
+                if inner.op == "get_attr":
+                    setattr(graph.owning_module, inner.target, getattr(region, inner.target))
+        if not enabled:
+            results = [graph.call_function(torch.ops.aten.detach.default, (r,)) if is_tensor(r) else r for r in results]
+            for result in results:
+                if isinstance(result, fx.Node) and "val" not in result.meta:
+                    result.meta = dict(result.args[0].meta)
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if not region_ref.users:
+        graph.erase_node(region_ref)
+
+
+def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """``aten.add.Tensor`` for ``aten.add_.Tensor``."""
+    name = str(target.overloadpacket).removeprefix("aten.")
+    if not name.endswith("_") or name.startswith("__"):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def functionalize(graph: fx.Graph) -> list[fx.Node]:
+    """Inline no-grad regions and turn in-place ops on values that nothing else sees into functions.
+
+    Args:
+        graph: a captured graph, changed in place.
+
+    Returns:
+        The nodes that still change an argument (through a view, say): none in a graph that is now
+        functional. The caller captures again with torch's own functionalization if there are some.
+    """
+    while regions := [n for n in graph.nodes if op_name(n) == "wrap_with_set_grad_enabled"]:
+        for node in regions:
+            _inline_no_grad(graph, node)
+    left = []
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        functional = _out_of_place(node.target)
+        changed = node.args[0] if node.args else None
+        if functional is None or not is_tensor(changed):
+            left.append(node)
+            continue
+        aliased = op_name(changed) in _VIEWS or changed.op in ("placeholder", "get_attr")
+        aliased = aliased or any(op_name(u) in _VIEWS and order[u] < order[node] for u in changed.users)
+        if aliased and op_name(node) != "aten.detach_":
+            left.append(node)
+            continue
+        node.target = functional
+        for user in list(changed.users):
+            if order.get(user, -1) > order[node]:
+                user.replace_input_with(changed, node)
+    return left

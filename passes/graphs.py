@@ -1,0 +1,53 @@
+"""Small helpers on fx graphs that every pass shares: values, op names, where a node comes from."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.axes import Size, shape_of
+
+__all__ = ["is_tensor", "module_path", "op_name", "shape", "source_line", "where"]
+
+
+def op_name(node: fx.Node) -> str:
+    """The op a node calls, without its overload: ``aten.add``; another callable's own name; ``""`` else."""
+    if node.op != "call_function":
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket)
+    return getattr(target, "__name__", str(target))
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node argument is a node that stands for a tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    """The global sizes of a tensor node's dims."""
+    return shape_of(node.meta["val"])
+
+
+def module_path(node: fx.Node) -> str:
+    """The fully qualified name of the innermost module that the node was captured in (``""``: the root)."""
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    return "" if path.startswith("_empty") else re.sub(r"@\d+$", "", path)  # torch's mark for no module
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the model's code that made the node; the innermost frame outside torch itself."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    return "{}:{}".format(*own[-1]) if own else "unknown source line"
+
+
+def where(node: fx.Node) -> str:
+    """One phrase that names a node for a person: its op, module path and source line."""
+    path = module_path(node)
+    return f"{op_name(node) or node.name} in {path or 'the model'} ({source_line(node)})"

@@ -1,0 +1,386 @@
+"""The parallel ops that rewritten graphs call.
+
+Each collective is differentiable, and its backward is what its types say (DESIGN.md; the SPMD types
+R, I, V, P of ``spmd-types``; *f* and *g* of Megatron-LM, https://arxiv.org/abs/1909.08053):
+
+====================  ======  =================================  =================================
+op                    types   forward                            backward
+====================  ======  =================================  =================================
+``enter``             I -> R  nothing                            all-reduce
+``all_reduce``        P -> I  all-reduce                         nothing
+``all_gather``        V -> I  all-gather                         take own slice
+``narrow``            R -> V  take own slice                     pad with zeros
+====================  ======  =================================  =================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from passes import fabric
+from passes.layout import IndexSet, Shards
+
+__all__ = [
+    "COLUMN_PARALLEL",
+    "ROW_PARALLEL",
+    "all_gather",
+    "all_reduce",
+    "column_parallel_addmm",
+    "column_parallel_baddbmm",
+    "column_parallel_einsum",
+    "column_parallel_linear",
+    "column_parallel_matmul",
+    "enter",
+    "enter_overlapping",
+    "head_parallel_attention",
+    "narrow",
+    "random_per_rank",
+    "random_same",
+    "row_parallel_einsum",
+    "row_parallel_linear",
+    "row_parallel_matmul",
+    "take",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_embedding",
+]
+
+Runs = tuple[tuple[int, int], ...]
+Places = tuple[tuple[int, tuple[Runs, ...]], ...]
+
+
+# Products on shards: the same arithmetic, named for what it is. ------------------------------------
+
+
+def column_parallel_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias`` where the rank holds some rows of ``weight``: some features of the result."""
+    return F.linear(x, weight, bias)
+
+
+def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` where the rank holds some columns of ``weight`` and of ``x``: a pending sum."""
+    return F.linear(x, weight)
+
+
+def column_parallel_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` where the rank holds some columns of the weight."""
+    return torch.matmul(left, right)
+
+
+def row_parallel_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` where the rank holds some of the contracted dim: a pending sum."""
+    return torch.matmul(left, right)
+
+
+def column_parallel_addmm(
+    bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """``beta * bias + alpha * (left @ right)`` where the rank holds some columns of ``right``."""
+    return torch.addmm(bias, left, right, beta=beta, alpha=alpha)
+
+
+def column_parallel_baddbmm(
+    bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """``baddbmm`` where the rank holds some columns of ``right``."""
+    return torch.baddbmm(bias, left, right, beta=beta, alpha=alpha)
+
+
+def column_parallel_einsum(equation: str, operands: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
+    """``einsum`` where the rank holds part of a dim of the result."""
+    return torch.einsum(equation, *operands)
+
+
+def row_parallel_einsum(equation: str, operands: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
+    """``einsum`` where the rank holds part of a contracted dim: a pending sum."""
+    return torch.einsum(equation, *operands)
+
+
+def head_parallel_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Scaled dot-product attention over the rank's own heads."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+COLUMN_PARALLEL: dict[str, Callable[..., torch.Tensor]] = {
+    "aten.linear": column_parallel_linear,
+    "aten.matmul": column_parallel_matmul,
+    "aten.mm": column_parallel_matmul,
+    "aten.bmm": column_parallel_matmul,
+    "aten.addmm": column_parallel_addmm,
+    "aten.baddbmm": column_parallel_baddbmm,
+    "aten.einsum": column_parallel_einsum,
+}
+"""The counterpart of each product whose weight is split along a dim of the result."""
+
+ROW_PARALLEL: dict[str, Callable[..., torch.Tensor]] = {
+    "aten.linear": row_parallel_linear,
+    "aten.matmul": row_parallel_matmul,
+    "aten.mm": row_parallel_matmul,
+    "aten.bmm": row_parallel_matmul,
+    "aten.addmm": row_parallel_matmul,
+    "aten.baddbmm": row_parallel_matmul,
+    "aten.einsum": row_parallel_einsum,
+}
+"""The counterpart of each product whose weight is split along the contracted dim."""
+
+
+# Collectives ---------------------------------------------------------------------------------------
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: fabric.Communicator) -> torch.Tensor:
+        return group.all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """P -> I: the sum of the ranks' tensors, on every rank. The gradient passes as it is."""
+    return _AllReduce.apply(x, fabric.current().group(group))
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: fabric.Communicator, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        present = [g for g in grads if g is not None]
+        if len(present) == 1:
+            return None, *(g if g is None else ctx.group.all_reduce(g) for g in grads)
+        summed = ctx.group.all_reduce(torch.cat([g.reshape(-1) for g in present]))
+        parts = iter(summed.split([g.numel() for g in present]))
+        return None, *(g if g is None else next(parts).view(g.shape) for g in grads)
+
+
+def enter(x: torch.Tensor | tuple[torch.Tensor, ...], group: str) -> Any:
+    """I -> R: where whole values enter computation on shards. Their gradients are summed over the group.
+
+    Several values of one dtype may enter together; their gradients then travel in one all-reduce.
+    """
+    tensors = x if isinstance(x, tuple) else (x,)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        tensors = _Enter.apply(fabric.current().group(group), *tensors)
+    return tensors if isinstance(x, tuple) else tensors[0]
+
+
+class _EnterOverlapping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: Places, group: fabric.Communicator) -> torch.Tensor:
+        ctx.places, ctx.group = places, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad, group = grads[0], ctx.group
+        whole = grad.new_zeros(_global_shape(grad.shape, ctx.places))
+        _put(whole, grad, ctx.places, group.rank)
+        return _take(group.all_reduce(whole), ctx.places, group.rank), None, None
+
+
+def enter_overlapping(x: torch.Tensor, places: Places, group: str) -> torch.Tensor:
+    """For a shard that overlaps other ranks' without being equal to them: where they overlap the
+    gradients are summed. ``places`` is as in :func:`all_gather`."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    return _EnterOverlapping.apply(x, places, fabric.current().group(group))
+
+
+def _indices(runs: Runs, device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(a, b, device=device) for a, b in runs])
+
+
+def _global_shape(shape: Sequence[int], places: Places) -> list[int]:
+    whole = list(shape)
+    for dim, runs in places:
+        whole[dim] = max(b for each in runs for _, b in each)
+    return whole
+
+
+def _take(whole: torch.Tensor, places: Places, rank: int) -> torch.Tensor:
+    for dim, runs in places:
+        whole = narrow(whole, dim, runs[rank])
+    return whole
+
+
+def _put(whole: torch.Tensor, part: torch.Tensor, places: Places, rank: int) -> None:
+    """``whole[ix_(...)] = part`` for index sets on some dims."""
+    dims = [d for d, _ in places]
+    order = dims + [d for d in range(whole.dim()) if d not in dims]
+    grids = [_indices(runs[rank], whole.device) for _, runs in places]
+    shaped = [g.view([-1 if i == j else 1 for j in range(len(grids))]) for i, g in enumerate(grids)]
+    whole.permute(order)[tuple(shaped)] = part.permute(order)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: Places, group: fabric.Communicator) -> torch.Tensor:
+        ctx.places, ctx.group = places, group
+        shapes = []
+        for rank in range(group.size):
+            shape = list(x.shape)
+            for dim, runs in places:
+                shape[dim] = sum(b - a for a, b in runs[rank])
+            shapes.append(shape)
+        parts = group.all_gather(x, shapes)
+        if len(places) == 1:
+            dim, sets = places[0]
+            flat = [run for runs in sets for run in runs]
+            if all(len(r) == 1 for r in sets) and all(a[1] == b[0] for a, b in zip(flat, flat[1:], strict=False)):
+                return torch.cat(parts, dim)
+        whole = x.new_empty(_global_shape(x.shape, places))
+        for rank, part in enumerate(parts):
+            _put(whole, part, places, rank)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rank = ctx.group.rank
+        mine = _take(grads[0], ctx.places, rank)
+        for dim, sets in ctx.places:  # an index that several ranks hold passes its gradient to the first
+            held = Shards(max(b for each in sets for _, b in each), tuple(IndexSet(s) for s in sets))
+            if not held.disjoint and len(ctx.places) == 1:
+                keep = np.isin(held.ranks[rank].indices, held.owned.ranks[rank].indices)
+                shape = [-1 if d == dim else 1 for d in range(mine.dim())]
+                mine = mine * torch.as_tensor(keep, device=mine.device, dtype=mine.dtype).view(shape)
+        if len(ctx.places) > 1:
+            mine = mine * _first_holder(ctx.places, rank, mine)
+        return mine, None, None
+
+
+def _first_holder(places: Places, rank: int, like: torch.Tensor) -> torch.Tensor:
+    """1 where this rank is the lowest that holds an index of several split dims, else 0."""
+    sizes = [max(b for each in runs for _, b in each) for _, runs in places]
+    held = np.zeros(sizes, dtype=bool)
+    for earlier in range(rank):
+        held[np.ix_(*(IndexSet(runs[earlier]).indices for _, runs in places))] = True
+    mine = ~held[np.ix_(*(IndexSet(runs[rank]).indices for _, runs in places))]
+    dims = [d for d, _ in places]
+    order = np.argsort(dims)
+    shape = [mine.shape[dims.index(d)] if d in dims else 1 for d in range(like.dim())]
+    return torch.as_tensor(mine.transpose(order).copy(), device=like.device, dtype=like.dtype).view(shape)
+
+
+def all_gather(x: torch.Tensor, places: Places, group: str) -> torch.Tensor:
+    """V -> I: the whole value from the ranks' shards, on every rank.
+
+    Args:
+        x: the rank's shard.
+        places: for each split dim, the dim and the runs of indices that each rank holds.
+        group: the group's name.
+    """
+    return _AllGather.apply(x, places, fabric.current().group(group))
+
+
+# Local moves ---------------------------------------------------------------------------------------
+
+
+def narrow(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
+    """R -> V: the indices in ``runs`` of ``dim``; in backward the others' gradients are zero."""
+    parts = [x.narrow(dim, a, b - a) for a, b in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def take(x: torch.Tensor, dim: int, positions: Sequence[int]) -> torch.Tensor:
+    """``x`` at local ``positions`` along ``dim``, in their order."""
+    return x.index_select(dim, torch.tensor(positions, device=x.device))
+
+
+# Randomness ----------------------------------------------------------------------------------------
+
+
+def random_same(op: Callable[..., torch.Tensor], x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A random op on whole values: all ranks draw the same numbers."""
+    device = x.device if isinstance(x, torch.Tensor) else torch.device(kwargs.get("device") or "cpu")
+    with fabric.current().random(True, device):
+        return op(x, *args, **kwargs)
+
+
+def random_per_rank(op: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A random op on shards: each rank draws its own numbers."""
+    with fabric.current().random(False, x.device):
+        return op(x, *args, **kwargs)
+
+
+# Vocabulary parallel -------------------------------------------------------------------------------
+
+
+def vocab_parallel_embedding(
+    weight: torch.Tensor, ids: torch.Tensor, start: int, padding_idx: int = -1
+) -> torch.Tensor:
+    """Look up the words that the rank holds; zeros for the others. A pending sum.
+
+    Args:
+        weight: ``(local words, features)``, the rows from ``start`` of the whole table.
+        ids: any shape, integer.
+        start: the first word that the rank holds.
+        padding_idx: a word (of the whole table) whose row gets no gradient; -1 for none.
+    """
+    local = ids - start
+    elsewhere = (local < 0) | (local >= weight.shape[0])
+    padding = padding_idx - start if start <= padding_idx < start + weight.shape[0] else -1
+    rows = torch.embedding(weight, local.masked_fill(elsewhere, 0), padding)
+    return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, start: int, ignore: int, group: fabric.Communicator
+    ) -> torch.Tensor:
+        highest = logits.amax(-1)
+        total = (logits - highest.unsqueeze(-1)).exp_().sum(-1)
+        local = target - start
+        here = (local >= 0) & (local < logits.shape[-1]) & (target != ignore)
+        local = local.masked_fill(~here, 0)
+        chosen = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0)
+        mine = torch.stack([highest, total, chosen])
+        every = torch.stack(group.all_gather(mine, [mine.shape] * group.size))
+        top = every[:, 0].amax(0)
+        log_sum = ((every[:, 0] - top).exp() * every[:, 1]).sum(0).log() + top
+        ignored = target == ignore
+        ctx.save_for_backward(logits, log_sum, local, here, ignored)
+        return (log_sum - every[:, 2].sum(0)).masked_fill(ignored, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits, log_sum, local, here, ignored = ctx.saved_tensors
+        grad = (logits - log_sum.unsqueeze(-1)).exp_()
+        grad.scatter_add_(-1, local.unsqueeze(-1), -here.to(grad.dtype).unsqueeze(-1))
+        return grad.mul_(grads[0].masked_fill(ignored, 0).unsqueeze(-1)), None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, start: int, reduction: int, ignore_index: int, group: str
+) -> torch.Tensor:
+    """V -> I: cross entropy of logits of which each rank holds some classes, with one small all-gather.
+
+    The ranks exchange, per row, the maximum, the sum of exponentials and the target's logit
+    (Megatron-LM, section 3, in one collective instead of three).
+
+    Args:
+        logits: ``(rows, local classes)``, the classes from ``start``.
+        target: ``(rows,)``, integer classes.
+        start: the first class that the rank holds.
+        reduction: 0 none, 1 mean over the rows that count, 2 sum (torch's own code).
+        ignore_index: rows with this target do not count.
+        group: the group's name.
+    """
+    losses = _CrossEntropy.apply(logits, target, start, ignore_index, fabric.current().group(group))
+    if reduction == 0:
+        return losses
+    return losses.sum() / (target != ignore_index).sum() if reduction == 1 else losses.sum()

@@ -1,0 +1,40 @@
+"""propagate: which indices of which values must stay together."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from passes.axes import product
+from passes.graphs import is_tensor, shape
+from passes.rules import rule_of
+from passes.rules.base import Facts
+
+__all__ = ["propagate"]
+
+
+def propagate(graph: fx.Graph) -> Facts:
+    """Label every static index of every value and unite what the ops tie together.
+
+    Args:
+        graph: a captured, simplified graph whose nodes carry ``meta["val"]`` and ``meta["grad"]``.
+
+    Returns:
+        The facts that planning and sharding rest on. The graph is not changed.
+    """
+    facts = Facts()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            if is_tensor(node):
+                facts.values[node] = facts.units.labelled(shape(node))
+            continue
+        if node.op == "output":
+            facts.opaque(node, [n for n in node.all_input_nodes if is_tensor(n)])
+            continue
+        value = rule_of(node).propagate(node, facts)
+        if is_tensor(node):
+            sizes = tuple(product(dim) for dim in value.axes)
+            assert len(sizes) == len(shape(node)), (node, value.axes, shape(node))
+            assert all(a == b or not (a.static and b.static) for a, b in zip(sizes, shape(node), strict=True)), (
+                node, value.axes, shape(node))  # fmt: skip
+            facts.values[node] = value
+    return facts

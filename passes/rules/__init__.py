@@ -1,0 +1,41 @@
+"""Op rules: one class per family of ops, each in a file of its own.
+
+========================  =======================================================
+``pointwise``             results index by index: add, mul, gelu, where, casts, dropout
+``movement``              views, transposes, slices, joins, expands
+``contraction``           products: linear, matmul, addmm, einsum
+``attention``             scaled dot-product attention
+``reduction``             sums, means, softmax, sorts
+``normalization``         layer, RMS and group norms
+``lookup``                embeddings and gathers
+``loss``                  cross entropy
+``opaque``                everything else: whole, and named in the report
+========================  =======================================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from passes.graphs import is_tensor, op_name
+from passes.rules import attention, contraction, lookup, loss, movement, normalization, opaque, pointwise, reduction
+from passes.rules.base import Alignment, Facts, Key, Rule, registered
+
+__all__ = ["Alignment", "Facts", "Key", "Rule", "rule_of"]
+
+_FAMILIES = (attention, contraction, lookup, loss, movement, normalization, reduction)
+_POINTWISE = pointwise.Pointwise()
+_OPAQUE = opaque.Opaque()
+
+
+def rule_of(node: fx.Node) -> Rule:
+    """The rule for a node: the one registered for its op; the pointwise one if torch tags the op so;
+    else the opaque one, which asks for whole inputs."""
+    if node.op == "call_function" and is_tensor(node):
+        rule = registered(op_name(node))
+        if rule is not None:
+            return rule
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+            return _POINTWISE
+    return _OPAQUE

@@ -1,0 +1,222 @@
+"""What an op rule is, and the two things every rule works with: alignments and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx
+
+from passes.axes import Axes, Dim, Size, common_refinement
+from passes.units import Factor, Units, Value
+
+if TYPE_CHECKING:
+    from passes.shard import Sharder
+
+__all__ = ["Alignment", "Facts", "Key", "Rule", "align", "combine", "register", "registered"]
+
+Key = tuple[str, int]
+"""A factor that operands of an op share: the letter of its dim and its place within that dim."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the virtual dims of an op's operands and result correspond.
+
+    ``operands[i]`` and ``out`` give axes, refined so far that factors match one to one, and the key
+    of each virtual dim. ``sizes`` gives each key's size.
+    """
+
+    operands: tuple[tuple[Axes, tuple[Key, ...]], ...]
+    out: tuple[Axes, tuple[Key, ...]]
+    sizes: dict[Key, Size]
+
+
+@dataclass
+class Facts:
+    """What propagation finds out about a graph.
+
+    Attributes:
+        units: labels, what unites them and which serve which.
+        values: the labelled value of every tensor node.
+        alignments: per node, the correspondence its rule worked out (rules may keep other things here).
+        pending: per node, the labels over which its result is a pending sum if they are split.
+        wanted_whole: per node, the operands that it needs whole.
+        work: per node, its floating-point operations (a size) and the labels that divide them.
+        reasons: per label, why nothing can be split along it (the node that mixes it).
+    """
+
+    units: Units = field(default_factory=Units)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    alignments: dict[fx.Node, Any] = field(default_factory=dict)
+    pending: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
+    wanted_whole: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    work: dict[fx.Node, tuple[Dim, list[np.ndarray]]] = field(default_factory=dict)
+    mixed: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
+
+    def mix(self, node: fx.Node, factor: Factor, dims: Sequence[int] | None = None) -> Factor | None:
+        """Unite a factor's labels along dims (all of them by default) because ``node`` mixes them."""
+        self.mixed.setdefault(node, []).append(factor.labels)
+        return self.units.unite_along(factor, factor.dims if dims is None else dims)
+
+    def opaque(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
+        """Record that ``node`` needs these operands whole."""
+        self.wanted_whole.setdefault(node, []).extend(operands)
+
+
+class Rule:
+    """How labels pass through one kind of op, and what stands for the op in the rewritten graph.
+
+    ``propagate`` gives the labelled value of the result. ``shard`` emits, through the
+    :class:`~passes.shard.Sharder`, the node that computes each rank's part of the result.
+    """
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        """Label the result of ``node``, whose tensor inputs are already in ``facts.values``."""
+        raise NotImplementedError
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        """Emit what stands for ``node``."""
+        raise NotImplementedError
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def register(*names: str) -> Callable[[type[Rule]], type[Rule]]:
+    """Class decorator: this rule is for the ops of these names (``aten.add``)."""
+
+    def add(rule: type[Rule]) -> type[Rule]:
+        for name in names:
+            assert name not in _RULES, name
+            _RULES[name] = rule()
+        return rule
+
+    return add
+
+
+def registered(name: str) -> Rule | None:
+    """The rule registered for ops of this name, if any."""
+    return _RULES.get(name)
+
+
+def align(
+    values: Sequence[Value], letters: Sequence[Sequence[str]], out_letters: Sequence[str], units: Units
+) -> tuple[Alignment, list[Value]] | None:
+    """Match operands' dims by letter, as an einsum does, down to common factors.
+
+    Args:
+        values: the operands.
+        letters: per operand, the letter of each of its dims. A dim of size one broadcasts.
+        out_letters: the letter of each of the result's dims.
+        units: where labels are united if factors of a dim have to be merged to match.
+
+    Returns:
+        The alignment and the operands with their axes refined to it; None where some letter's
+        factors cut across each other.
+    """
+    values = list(values)
+    factors: dict[str, Dim] = {}
+    for letter in dict.fromkeys(x for each in letters for x in each):
+        uses = [(i, d) for i, each in enumerate(letters) for d, x in enumerate(each) if x == letter]
+        uses = [(i, d) for i, d in uses if values[i].axes[d]]
+        if not uses:
+            factors[letter] = ()
+            continue
+        found: Dim | None = values[uses[0][0]].axes[uses[0][1]]
+        for i, d in uses[1:]:
+            found = common_refinement(found, values[i].axes[d]) if found is not None else None
+        if found is None:
+            dims = [values[i].axes[d] for i, d in uses]
+            if all(len(dim) == 1 and not dim[0].static for dim in dims):
+                found = dims[0]  # equal at run time, in other words: an expression each
+                for i, d in uses[1:]:
+                    axes = values[i].axes
+                    values[i] = Value(axes[:d] + (found,) + axes[d + 1 :], values[i].factors)
+            else:
+                for i, d in uses:
+                    merged = values[i].merged(d, units)
+                    if merged is None:
+                        return None
+                    values[i] = merged
+                sizes = {values[i].axes[d] for i, d in uses}
+                if len(sizes) != 1:
+                    return None
+                found = sizes.pop()
+        factors[letter] = found
+
+    def keyed(axes_of: Callable[[int, str], Dim], each: Sequence[str]) -> tuple[Axes, tuple[Key, ...]]:
+        axes = tuple(axes_of(d, x) for d, x in enumerate(each))
+        return axes, tuple((x, k) for x, dim in zip(each, axes, strict=True) for k in range(len(dim)))
+
+    operands, refined = [], []
+    for value, each in zip(values, letters, strict=True):
+        axes, keys = keyed(lambda d, x, v=value: factors[x] if v.axes[d] else (), each)
+        operands.append((axes, keys))
+        refined.append(value.refined(axes))
+    out = keyed(lambda d, x: factors.get(x, ()), out_letters)
+    sizes = {(x, k): s for x, dim in factors.items() for k, s in enumerate(dim)}
+    return Alignment(tuple(operands), out, sizes), refined
+
+
+Keyed = list[tuple[tuple[Key, ...], np.ndarray]]
+
+
+def keyed_factors(alignment: Alignment, operands: Sequence[Value]) -> list[Keyed]:
+    """Each operand's factors over keys instead of virtual dims, keys in sorted order."""
+    found = []
+    for (_, keys), value in zip(alignment.operands, operands, strict=True):
+        each: Keyed = []
+        for factor in value.factors:
+            names = [keys[d] for d in factor.dims]
+            order = sorted(range(len(names)), key=names.__getitem__)
+            each.append((tuple(names[i] for i in order), factor.labels.transpose(order)))
+        found.append(each)
+    return found
+
+
+def _spread(labels: np.ndarray, keys: tuple[Key, ...], over: tuple[Key, ...]) -> np.ndarray:
+    """Insert axes of size one for the keys that labels do not vary on."""
+    return labels.reshape([labels.shape[keys.index(k)] if k in keys else 1 for k in over])
+
+
+def combine(factors: Keyed, units: Units, unite_nested: bool = False) -> Keyed:
+    """Reconcile operands' factors: the same keys, the same units; fewer keys, a source that serves.
+
+    Args:
+        factors: all operands' factors.
+        units: where labels are united.
+        unite_nested: unite a factor over fewer keys with the one over more instead of letting it serve.
+    """
+    kept: Keyed = []
+    for keys, labels in sorted(factors, key=lambda f: -len(f[0])):
+        over = [i for i, (other, _) in enumerate(kept) if set(other) & set(keys)]
+        if not over:
+            kept.append((keys, labels))
+        elif len(over) == 1 and set(keys) <= set(kept[over[0]][0]):
+            wide_keys, wide = kept[over[0]]
+            if keys == wide_keys or unite_nested:
+                units.unite(wide, _spread(labels, keys, wide_keys))
+            else:
+                units.serve(wide, _spread(labels, keys, wide_keys))
+        else:
+            units.unite_all(labels)
+            for i in over:
+                units.unite_all(kept[i][1])
+                units.unite(kept[i][1].reshape(-1)[:1], labels.reshape(-1)[:1])
+    return kept
+
+
+def as_value(alignment: Alignment, factors: Keyed) -> Value:
+    """The result's value from factors over keys (those on keys the result lacks are left out)."""
+    axes, keys = alignment.out
+    place = {key: v for v, key in enumerate(keys)}
+    found = []
+    for names, labels in factors:
+        if all(k in place for k in names):
+            dims = [place[k] for k in names]
+            order = sorted(range(len(dims)), key=dims.__getitem__)
+            found.append(Factor(tuple(dims[i] for i in order), labels.transpose(order)))
+    return Value(axes, tuple(found))

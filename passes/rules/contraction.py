@@ -1,0 +1,238 @@
+"""Products. Each op's rule is its einsum: ``linear: "... i, o i, o -> ... o"``.
+
+Along a letter of the result a split operand splits the result (column parallel, where the letter is
+a weight's); along a contracted letter it makes the result a pending sum (row parallel).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from passes import ops
+from passes.graphs import is_tensor, op_name, shape
+from passes.layout import Layout, Shards
+from passes.rules.base import Alignment, Facts, Key, Rule, align, as_value, combine, keyed_factors, register
+from passes.units import Factor, Value
+
+if TYPE_CHECKING:
+    from passes.shard import Sharder
+
+__all__ = ["Contraction", "contract"]
+
+aten = torch.ops.aten
+_MOVES = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.reshape", "aten.to", "aten.slice",
+          "aten.unsqueeze", "aten.squeeze"}  # fmt: skip
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a value is a parameter, or only a view or part of one."""
+    while op_name(node) in _MOVES:
+        node = node.args[0]
+    return node.op == "get_attr" and bool(node.meta.get("grad"))
+
+
+def contract(
+    node: fx.Node, values: list[Value], letters: list[list[str]], out: list[str], facts: Facts, keep: bool = True
+) -> tuple[Alignment, Value] | None:
+    """Label the result of a product and record over which labels it is a pending sum.
+
+    Args:
+        node: the product.
+        values: its operands; one whose letters are all in the result may be a bias.
+        letters: per operand, a letter for each dim.
+        out: the result's letters.
+        facts: where everything is recorded.
+        keep: whether a sum over split labels may stay pending; if not, they are mixed.
+
+    Returns:
+        The alignment and the labelled result; None where dims cannot be aligned.
+    """
+    found = align(values, letters, out, facts.units)
+    if found is None:
+        return None
+    alignment, refined = found
+    summed = {key for key in alignment.sizes if key[0] not in out}
+    across, inside = [], []
+    for each in keyed_factors(alignment, refined):
+        for keys, labels in each:
+            own = [k for k in keys if k in summed]
+            if not own:
+                across.append((keys, labels))
+                continue
+            if len(own) == len(keys) and keep:
+                inside.append((keys, labels))
+                continue
+            rest = facts.mix(node, Factor(tuple(range(len(keys))), labels), [keys.index(k) for k in own])
+            if rest is not None:  # what is summed over inside it is needed with it
+                across.append((tuple(keys[i] for i in rest.dims), rest.labels))
+                inside.append((keys, labels))
+    pending = [f for f in inside if set(f[0]) <= summed]
+    combine(inside, facts.units)
+    kept = combine(across, facts.units, unite_nested=True)
+    facts.pending[node] = [labels for _, labels in pending]
+    facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept + pending])
+    return alignment, as_value(alignment, kept)
+
+
+class Contraction(Rule):
+    """A product given by an einsum over its tensor operands in order."""
+
+    def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]] | None:
+        """The operands, their letters and the result's letters."""
+        raise NotImplementedError
+
+    def bias(self, node: fx.Node) -> Any:
+        """The operand that is added to the product, if any."""
+        return None
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        equation = self.equation(node)
+        operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        if equation is not None:
+            operands, letters, out = equation
+            found = contract(node, [facts.values[n] for n in operands], letters, out, facts)
+            if found is not None:
+                facts.alignments[node] = (found[0], operands)
+                return found[1]
+        facts.opaque(node, operands)
+        return facts.units.labelled(shape(node))
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        if node not in sharder.facts.alignments:
+            sharder.copy(node)
+            return
+        alignment, operands = sharder.facts.alignments[node]
+        weights = [n for n in operands if is_weight(n) and n is not self.bias(node)]
+        if not sharder.layout(node).whole:
+            keys = sharder.out_keys(node, alignment)
+            wanted = [sharder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+            if keys and all(w is not None for w in wanted):
+                local = {id(n): sharder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
+                column = any(not w.whole for n, w in zip(operands, wanted, strict=True) if n in weights and w)
+                target = ops.COLUMN_PARALLEL.get(op_name(node)) if column else None
+                self._emit(node, target or node.target, local, sharder, layout=sharder.layout(node))
+                return
+        keys = self._split_sum(node, alignment, operands, sharder)
+        if keys:
+            kept = [n for n in operands if n is not self.bias(node)]
+            wanted = [sharder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+            if all(w is not None for w in wanted):
+                local = {id(n): sharder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w and n in kept}
+                row = ops.ROW_PARALLEL.get(op_name(node)) if weights else None
+                self._emit_pending(node, row, local, sharder)
+                return
+        sharder.copy(node)
+
+    @staticmethod
+    def _split_sum(node: fx.Node, alignment: Alignment, operands: list[fx.Node], sharder: Sharder) -> dict[Key, Shards]:
+        """Shards of the contracted letters that count every index once, as the plan splits one operand."""
+        out = set(alignment.out[1])
+        for i, operand in enumerate(operands):
+            axes, names = alignment.operands[i]
+            layout = sharder.relayout(sharder.layout(operand), sharder.value(operand).axes, axes)
+            if layout is None or layout.whole or any(names[v] in out for v, _ in layout.shards):
+                continue
+            owned = sharder.owned(layout, axes)
+            if owned is not None:
+                return {names[v]: s for v, s in owned.shards}
+        return {}
+
+    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder, layout: Layout) -> None:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or sharder.rest(n))
+        sharder.emit(node, target, args, kwargs, layout=layout)
+
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or sharder.rest(n))
+        sharder.emit(node, target or node.target, args, kwargs, pending=True)
+
+
+@register("aten.linear")
+class Linear(Contraction):
+    """``"... i, o i, o -> ... o"``"""
+
+    def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]] | None:
+        x, weight, *bias = node.args
+        lead = [f"b{i}" for i in range(len(shape(x)) - 1)]
+        bias = [b for b in bias if b is not None]
+        return [x, weight, *bias], [[*lead, "i"], ["o", "i"], *([["o"]] * len(bias))], [*lead, "o"]
+
+    def bias(self, node: fx.Node) -> Any:
+        return node.args[2] if len(node.args) > 2 else None
+
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+        x, weight = (local[id(n)] for n in node.args[:2])
+        bias = self.bias(node)
+        addend = sharder.whole(bias) if bias is not None else None
+        sharder.emit(node, target or node.target, (x, weight), pending=True, addend=addend)
+
+
+@register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot")
+class Matmul(Contraction):
+    """``"... m k, ... k n -> ... m n"``, either operand a vector too."""
+
+    def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]] | None:
+        left, right = node.args
+        a, b, out = len(shape(left)), len(shape(right)), len(shape(node))
+        batch = out - (a > 1) - (b > 1)
+        lead = [f"b{i}" for i in range(batch)]
+        la = (lead[batch - (a - 2) :] + ["m", "k"]) if a > 1 else ["k"]
+        lb = (lead[batch - (b - 2) :] + ["k", "n"]) if b > 1 else ["k"]
+        return [left, right], [la, lb], lead + ["m"] * (a > 1) + ["n"] * (b > 1)
+
+
+@register("aten.addmm", "aten.baddbmm")
+class AddMatmul(Contraction):
+    """``"n, m k, k n -> m n"``: ``beta * input + alpha * (left @ right)``."""
+
+    def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]] | None:
+        bias, left, right = node.args
+        out = ["b", "m", "n"][3 - len(shape(node)) :]
+        lead = out[:-2]
+        return [bias, left, right], [out[len(out) - len(shape(bias)) :], [*lead, "m", "k"], [*lead, "k", "n"]], out
+
+    def bias(self, node: fx.Node) -> Any:
+        return node.args[0]
+
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+        bias, left, right = node.args
+        alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+        value = sharder.value(node)
+        product = aten.bmm.default if len(shape(node)) == 3 else aten.mm.default
+        target = target or product
+        total = sharder.call(target, (local[id(left)], local[id(right)]), state="pending", value=value)
+        if alpha != 1:
+            total = sharder.call(aten.mul.Tensor, (total, alpha), state="pending", value=value)
+        addend = None
+        if beta != 0:
+            addend = sharder.whole(bias)
+            if beta != 1:
+                addend = sharder.call(aten.mul.Tensor, (addend, beta), state="whole", value=sharder.value(bias))
+        sharder.stand(node, total, pending=True, addend=addend)
+
+
+@register("aten.einsum")
+class Einsum(Contraction):
+    """The equation is the op's own."""
+
+    def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]] | None:
+        text, operands = node.args[0].replace(" ", ""), list(node.args[1])
+        inputs, arrow, out = text.partition("->")
+        terms = inputs.split(",")
+        if not arrow:
+            letters = sorted(set(re.sub(r"[^A-Za-z]", "", inputs)))
+            out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
+        rest = [len(shape(n)) - len(t.replace("...", "")) for n, t in zip(operands, terms, strict=True)]
+        most = max(rest)
+
+        def spelled(term: str, dots: int) -> list[str]:
+            before, _, after = term.partition("...")
+            return [*before, *(f"b{i}" for i in range(most - dots, most)), *after] if "..." in term else list(term)
+
+        spelt = [spelled(t, r) for t, r in zip(terms, rest, strict=True)]
+        if any(len(set(s)) < len(s) for s in spelt):  # a diagonal
+            return None
+        return operands, spelt, spelled(out, most)

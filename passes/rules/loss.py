@@ -1,0 +1,57 @@
+"""Cross entropy over classes that may be split: ``"n c, n -> n"``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from passes import ops
+from passes.graphs import is_tensor, shape
+from passes.layout import Layout
+from passes.rules.base import Facts, Rule, register
+from passes.units import Value
+
+if TYPE_CHECKING:
+    from passes.shard import Sharder
+
+__all__ = ["CrossEntropy"]
+
+
+@register("aten.cross_entropy_loss")
+class CrossEntropy(Rule):
+    """With plain class targets, ranks share their classes' sums instead of their logits."""
+
+    @staticmethod
+    def _plain(node: fx.Node) -> bool:
+        logits, target, *rest = node.args
+        weight = rest[0] if rest else None
+        smoothing = rest[3] if len(rest) > 3 else 0.0
+        value = target.meta["val"]
+        return weight is None and not smoothing and not value.is_floating_point() and len(shape(logits)) == 2
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        logits = facts.values[node.args[0]]
+        operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        classes = set(logits.virtual(1)) if self._plain(node) else set()
+        apart = [f for f in logits.factors if set(f.dims) <= classes]
+        if len(apart) != len(logits.factors) or not classes:
+            facts.opaque(node, operands)
+        else:
+            facts.opaque(node, operands[1:])
+            facts.alignments[node] = sorted(classes)
+        return facts.units.labelled(shape(node))
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        logits, target, *rest = node.args
+        held: Any = sharder.layout(logits)
+        classes = sharder.facts.alignments.get(node)
+        split = held.dims.get(classes[0]) if classes and len(classes) == 1 and len(held.shards) == 1 else None
+        if split is None or not split.owned.covers or any(len(s.runs) != 1 for s in split.owned.ranks):
+            sharder.copy(node)
+            return
+        local = sharder.local(logits, Layout.of({classes[0]: split.owned}))
+        starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
+        _, reduction, ignore = (*rest[:3], *(None, 1, -100)[len(rest[:3]) :])
+        args = (local, sharder.whole(target), starts, reduction, ignore, sharder.group)
+        sharder.emit(node, ops.vocab_parallel_cross_entropy, args)

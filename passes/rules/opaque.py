@@ -1,0 +1,27 @@
+"""Ops without a rule: whole in, whole out, and said so by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from passes.graphs import is_tensor, shape
+from passes.rules.base import Facts, Rule
+from passes.units import Value
+
+if TYPE_CHECKING:
+    from passes.shard import Sharder
+
+__all__ = ["Opaque"]
+
+
+class Opaque(Rule):
+    """Needs its inputs whole. What it makes is whole too, but may be narrowed afterwards."""
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        facts.opaque(node, [n for n in node.all_input_nodes if is_tensor(n)])
+        return facts.units.labelled(shape(node)) if is_tensor(node) else Value(())
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        sharder.copy(node)

@@ -1,0 +1,129 @@
+"""Ops that compute each index from the same index of their inputs: ``"..., ... -> ..."``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from passes import ops
+from passes.graphs import is_tensor, op_name, shape
+from passes.rules.base import Facts, Rule, align, as_value, combine, keyed_factors, register
+from passes.units import Value
+
+if TYPE_CHECKING:
+    from passes.shard import Sharder
+
+__all__ = ["Pointwise"]
+
+aten = torch.ops.aten
+
+
+def broadcast_letters(ranks: list[int], out_rank: int) -> list[list[str]]:
+    """Letters that align operands of these ranks from the right."""
+    names = [f"d{i}" for i in range(out_rank)]
+    return [names[out_rank - r :] for r in ranks]
+
+
+@register("aten.to", "aten._to_copy", "aten.__and__", "aten.__or__", "aten.__xor__", "aten.type_as", "aten.clone",
+          "aten.contiguous", "aten.detach", "aten.alias", "aten.masked_fill", "aten.zeros_like", "aten.ones_like",
+          "aten.full_like", "aten.empty_like", "aten.float_power", "aten.square", "aten.rsub", "aten.lift_fresh_copy",
+          "aten.relu6", "aten.selu", "aten.gelu", "aten.log_sigmoid", "aten.softplus", "aten.hardswish", "aten.mish",
+          "aten.logical_and", "aten.logical_not", "aten.where", "aten.nan_to_num", "aten.clamp", "aten.clip")  # fmt: skip
+class Pointwise(Rule):
+    """Equal indices are united; an input that broadcasts serves all it is broadcast to."""
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        out = shape(node)
+        values = [facts.values[n] for n in operands]
+        letters = broadcast_letters([len(v.axes) for v in values], len(out))
+        found = align(values, letters, [f"d{i}" for i in range(len(out))], facts.units) if operands else None
+        if found is None:
+            facts.opaque(node, operands)
+            return facts.units.labelled(out)
+        alignment, refined = found
+        facts.alignments[node] = (alignment, operands)
+        factors = [f for each in keyed_factors(alignment, refined) for f in each]
+        return as_value(alignment, combine(factors, facts.units))
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        if self._stays_pending(node, sharder):
+            return
+        local = self.local_operands(node, sharder)
+        if local is None:
+            sharder.copy(node)
+            return
+        mapped = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local[n] if n in local else sharder.rest(n))
+        self.emit_local(node, mapped[0], mapped[1], sharder)
+
+    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Sharder) -> None:
+        """Emit the op on local operands."""
+        sharder.emit(node, node.target, args, kwargs, layout=sharder.layout(node))
+
+    @staticmethod
+    def local_operands(node: fx.Node, sharder: Sharder) -> dict[fx.Node, fx.Node] | None:
+        """The operands in the layouts that match the result's; None where the result is whole."""
+        if sharder.layout(node).whole or node not in sharder.facts.alignments:
+            return None
+        alignment, operands = sharder.facts.alignments[node]
+        keys = sharder.out_keys(node, alignment)
+        wanted = [sharder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+        if not keys or any(w is None for w in wanted):
+            return None
+        return {n: sharder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
+
+    @staticmethod
+    def _stays_pending(node: fx.Node, sharder: Sharder) -> bool:
+        """Sums of pending sums, and what is whole beside them; multiples of a pending sum."""
+        name, args = op_name(node), node.args
+        if name in ("aten.add", "aten.sub") and len(args) == 2 and not node.kwargs:
+            left, right = args
+            sums = [a for a in (left, right) if sharder.pending(a)]
+            same = any(shape(a) == shape(node) for a in sums)  # a smaller sum broadcasts to the larger
+            types = {a.meta["val"].dtype if is_tensor(a) else None for a in args}
+            if not sums or not same or len(types) != 1:
+                return False
+            minus = name == "aten.sub"
+
+            def combined(a: fx.Node | None, b: fx.Node | None, state: str) -> fx.Node | None:
+                value = sharder.value(node)
+                if a is not None and b is not None:
+                    return sharder.call(node.target, (a, b), state=state, value=value)
+                if b is not None and minus:
+                    return sharder.call(aten.neg.default, (b,), state=state, value=value)
+                return a if a is not None else b
+
+            parts = [sharder.states[a] if sharder.pending(a) else None for a in (left, right)]
+            total = combined(*(p.node if p else None for p in parts), "pending")
+            waiting = [p.addend if p else sharder.whole(a) for p, a in zip(parts, (left, right), strict=True)]
+            beside = combined(*waiting, "whole")
+            assert total is not None
+            sharder.stand(node, total, pending=True, addend=beside)
+            return True
+        if name in ("aten.mul", "aten.div", "aten.neg") and args and sharder.pending(args[0]):
+            if any(is_tensor(a) for a in args[1:]) or node.kwargs:
+                return False
+            state = sharder.states[args[0]]
+            value = sharder.value(node)
+            beside = state.addend and sharder.call(node.target, (state.addend, *args[1:]), state="whole", value=value)
+            total = sharder.call(node.target, (state.node, *args[1:]), state="pending", value=value)
+            sharder.stand(node, total, pending=True, addend=beside)
+            return True
+        return False
+
+
+@register("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.bernoulli", "aten.rand_like",
+          "aten.randn_like", "aten.rrelu")  # fmt: skip
+class Random(Pointwise):
+    """Pointwise and random: on whole values all ranks draw the same, on shards each draws its own."""
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        if sharder.layout(node).whole or not all(s.disjoint for _, s in sharder.layout(node).shards):
+            sharder.copy(node)
+        else:
+            super().shard(node, sharder)
+
+    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Sharder) -> None:
+        sharder.emit(node, ops.random_per_rank, (node.target, *args), kwargs, layout=sharder.layout(node))

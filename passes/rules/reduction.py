@@ -1,0 +1,148 @@
+"""Reductions and scans over dims: sums stay pending, everything else mixes what it reduces."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from passes.graphs import op_name, shape
+from passes.rules.base import Facts, Rule, register
+from passes.units import Factor, Value
+
+if TYPE_CHECKING:
+    from passes.shard import Sharder
+
+__all__ = ["Reduction", "Scan", "Sum"]
+
+aten = torch.ops.aten
+
+
+def dims_of(node: fx.Node, position: int = 1) -> list[int]:
+    """The dims that a reduction is over; all of them where it names none."""
+    rank = len(shape(node.args[0]))
+    dims = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if rank else []
+
+
+def reduced(value: Value, dims: list[int], keep: bool, factors: list[Factor]) -> Value:
+    """The result's value from the input's and the factors that remain (on the input's virtual dims)."""
+    gone = {v for d in dims for v in value.virtual(d)}
+    place, new = {}, 0
+    for v in range(len(value.sizes)):
+        if v not in gone:
+            place[v] = new
+            new += 1
+    axes = tuple(() if d in dims else a for d, a in enumerate(value.axes) if keep or d not in dims)
+    return Value(axes, tuple(Factor(tuple(place[v] for v in f.dims), f.labels) for f in factors))
+
+
+@register("aten.amax", "aten.amin", "aten.prod", "aten.var", "aten.std", "aten.argmax", "aten.argmin", "aten.any",
+          "aten.all", "aten.logsumexp", "aten.norm", "aten.linalg_vector_norm", "aten.median", "aten.count_nonzero")  # fmt: skip
+class Reduction(Rule):
+    """Mixes the dims it reduces; the others pass through."""
+
+    sums = False
+    position = 1
+
+    def keeps(self, node: fx.Node) -> bool:
+        """Whether reduced dims stay, with size one."""
+        return len(shape(node)) == len(shape(node.args[0]))
+
+    def dims(self, node: fx.Node) -> list[int]:
+        """The reduced dims."""
+        position = 2 if op_name(node) in ("aten.norm", "aten.linalg_vector_norm") else self.position
+        return dims_of(node, position)
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        value, dims = facts.values[node.args[0]], self.dims(node)
+        inside = {v for d in dims for v in value.virtual(d)}
+        kept, pending = [], []
+        for factor in value.factors:
+            if not inside & set(factor.dims):
+                kept.append(factor)
+            elif set(factor.dims) <= inside and self.sums:
+                pending.append(factor.labels)
+            else:
+                rest = facts.mix(node, factor, [v for v in factor.dims if v in inside])
+                if rest is not None:
+                    kept.append(rest)
+        facts.pending[node] = pending
+        return reduced(value, dims, self.keeps(node), kept)
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        source, layout = node.args[0], sharder.layout(node)
+        value, dims = sharder.value(source), self.dims(node)
+        have = sharder.layout(source)
+        inside = {v for d in dims for v in value.virtual(d)}
+        if not layout.whole and not any(v in inside for v, _ in have.shards):
+            self.emit_split(node, sharder.local(source, have), sharder, layout)
+        elif self.sums and layout.whole and not have.whole and all(v in inside for v, _ in have.shards):
+            owned = sharder.owned(have, value.axes)
+            if owned is not None:
+                self.emit_sum(node, sharder.local(source, owned), sharder)
+            else:
+                sharder.copy(node)
+        else:
+            sharder.copy(node)
+
+    def emit_split(self, node: fx.Node, local: fx.Node, sharder: Sharder, layout: Layout) -> None:
+        """Emit the reduction over dims that are whole."""
+        sharder.emit(node, node.target, (local, *sharder.rest(node.args[1:])), sharder.rest(dict(node.kwargs)),
+                     layout=layout)  # fmt: skip
+
+    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder) -> None:
+        """Emit the rank's share of a sum."""
+        raise NotImplementedError
+
+
+@register("aten.sum", "aten.mean")
+class Sum(Reduction):
+    """``"... i -> ..."``: a pending sum where the summed dim is split; a mean divides by the global count."""
+
+    sums = True
+
+    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder) -> None:
+        dims, keep = self.dims(node), self.keeps(node)
+        kwargs = {"dtype": node.kwargs["dtype"]} if node.kwargs.get("dtype") is not None else {}
+        value = sharder.value(node)
+        total = sharder.call(aten.sum.dim_IntList, (local, dims, keep), kwargs, state="pending", value=value)
+        if op_name(node) == "aten.mean":
+            sizes = [node.args[0].meta["val"].shape[d] for d in dims]
+            count: Any = 1
+            for d, size in zip(dims, sizes, strict=True):
+                if isinstance(size, int):
+                    count *= size
+                    continue
+                extent = sharder.size(aten.sym_size.int, local, d)
+                total = sharder.call(aten.div.Tensor, (total, extent), state="pending", value=value)
+            total = sharder.call(aten.div.Tensor, (total, count), state="pending", value=value)
+        sharder.stand(node, total, pending=True)
+
+
+@register("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod",
+          "aten.logcumsumexp")  # fmt: skip
+class Scan(Rule):
+    """Keeps its shape and mixes along one dim."""
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        value = facts.values[node.args[0]]
+        inside = {v for d in dims_of(node) for v in value.virtual(d)}
+        for factor in value.factors:
+            if inside & set(factor.dims):
+                facts.mix(node, factor, [v for v in factor.dims if v in inside])
+        return value
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        source, layout = node.args[0], sharder.layout(node)
+        value = sharder.value(source)
+        inside = {v for d in dims_of(node) for v in value.virtual(d)}
+        if layout.whole or any(v in inside for v, _ in layout.shards):
+            sharder.copy(node)
+            return
+        local = sharder.local(source, layout)
+        sharder.emit(node, node.target, (local, *sharder.rest(node.args[1:])), sharder.rest(dict(node.kwargs)),
+                     layout=layout)  # fmt: skip

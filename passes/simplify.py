@@ -1,0 +1,73 @@
+"""simplify: take out of a captured graph what computes nothing."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import fx
+
+from passes.graphs import is_tensor, op_name, shape
+
+__all__ = ["simplify"]
+
+_ASSERTS = {"aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range",
+            "aten.sym_constrain_range_for_size"}  # fmt: skip
+_IDENTITIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.lift_fresh", "aten.lift_fresh_copy", "aten.dropout",
+               "aten.to", "aten._to_copy", "aten.slice", "aten.expand", "aten.view", "aten.reshape", "aten.detach",
+               "aten.type_as", "aten.feature_dropout", "aten.alpha_dropout"}  # fmt: skip
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Whether a node, known to be one of ``_IDENTITIES``, gives its input's values unchanged."""
+    source = node.args[0]
+    if not is_tensor(source) or not is_tensor(node):
+        return False
+    was, now = source.meta["val"], node.meta["val"]
+    if was.dtype != now.dtype or was.device != now.device or shape(source) != shape(node):
+        return False
+    name = op_name(node)
+    if name.endswith("dropout"):
+        _, p, train = node.args
+        return not train or p == 0
+    if name == "aten.slice":
+        start, end, step = (*node.args[2:], *(0, sys.maxsize, 1)[len(node.args) - 2 :])
+        return start in (0, None) and end in (None, sys.maxsize, was.shape[node.args[1]]) and step == 1
+    if name == "aten.detach":
+        return not node.meta.get("grad", True)
+    return True
+
+
+def _joined_with_nothing(node: fx.Node) -> fx.Node | None:
+    """The one part of a ``cat`` that is not empty, if there is just one (an empty cache, say)."""
+    if op_name(node) != "aten.cat":
+        return None
+    parts = [p for p in node.args[0] if 0 not in p.meta["val"].shape]
+    return parts[0] if len(parts) == 1 and shape(parts[0]) == shape(node) else None
+
+
+def simplify(graph: fx.Graph) -> int:
+    """Remove asserts, casts and copies to what a value already is, full slices, dropout that drops
+    nothing, joins with an empty tensor, and dead code.
+
+    Memory format and aliasing are not part of a graph's meaning once it is functional (see
+    :func:`passes.functionalize`), so ``contiguous`` and ``clone`` go too.
+
+    Args:
+        graph: a captured graph whose nodes carry ``meta["val"]``; changed in place.
+
+    Returns:
+        How many nodes were removed.
+    """
+    before = len(graph.nodes)
+    for node in list(graph.nodes):
+        name = op_name(node)
+        if name in _ASSERTS:
+            graph.erase_node(node)
+        elif name in _IDENTITIES and _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif (part := _joined_with_nothing(node)) is not None:
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    return before - len(graph.nodes)
