@@ -51,6 +51,8 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple
     device = device_of(model)
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping):
+        takes = inspect.signature(model.forward).parameters
+        dummy = {**dummy, **({"use_cache": False} if "use_cache" in takes else {})}
         return (), {k: _roomy(v).to(device) if isinstance(v, torch.Tensor) else v for k, v in dummy.items()}
     tried = []
     for args in _guesses(model, device):

@@ -1,0 +1,29 @@
+"""autotp: tensor parallelism for any dense PyTorch transformer, from its dataflow alone.
+
+>>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
+"""
+
+from autotp.errors import AutoTPError, CaptureError, LaunchError, MismatchError, PlanError
+from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
+from autotp.plan import Plan
+from autotp.plan import make_plan as plan
+from autotp.simulate import Simulation, simulate
+from autotp.verify import Report, verify
+
+__all__ = [
+    "AutoTPError",
+    "CaptureError",
+    "LaunchError",
+    "MismatchError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "Simulation",
+    "full_gradients",
+    "full_state_dict",
+    "graph",
+    "parallelize",
+    "plan",
+    "simulate",
+    "verify",
+]

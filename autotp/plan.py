@@ -1,0 +1,322 @@
+"""The plan: what each weight becomes, what is communicated, and why. A value to print, save and feed back."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autotp.calls import Programs
+from autotp.capture import Dense, tied_names
+from autotp.errors import PlanError
+from autotp.inputs import ExampleInputs, example_call
+from autotp.rewrite import Rewritten
+from passes import IndexSet, Layout, Shards, ops
+
+__all__ = ["Collective", "Plan", "Weight", "make_plan", "plan_of"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the plan.
+
+    Attributes:
+        name: its fully qualified name.
+        shape: its dense shape.
+        itemsize: bytes an element.
+        style: ``column``, ``row``, ``vocabulary``, ``split`` (by another op) or ``whole``.
+        shards: the split dims.
+        why: the reason.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    style: str
+    shards: Mapping[int, Shards]
+    why: str
+
+    @property
+    def elements(self) -> int:
+        """Elements of the dense weight."""
+        return math.prod(self.shape)
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        """The shape that a rank holds."""
+        return tuple(len(self.shards[d].ranks[rank]) if d in self.shards else n for d, n in enumerate(self.shape))
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a step.
+
+    Attributes:
+        kind: ``all_reduce`` or ``all_gather``.
+        when: ``forward`` or ``backward``.
+        of: the rewritten graph's node.
+        module: the module it stands in.
+        elements: the size of its result at the example inputs' size.
+        itemsize: bytes an element.
+        group: the group's name.
+    """
+
+    kind: str
+    when: str
+    of: str
+    module: str
+    elements: int
+    itemsize: int
+    group: str
+
+    @property
+    def bytes(self) -> int:
+        """The size of its result in bytes, at the example inputs' size."""
+        return self.elements * self.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What autotp will do to a model: every weight's layout and why, and every collective.
+
+    ``print`` it for a table; :meth:`save` and :meth:`load` it as JSON; pass it to
+    ``autotp.parallelize(model, tp, plan=plan)``.
+    """
+
+    model: str
+    tp: int
+    weights: tuple[Weight, ...]
+    collectives: tuple[Collective, ...]
+    gathered: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> dict[str, Layout]:
+        """The split weights' layouts, as the passes take them: on the dims longer than one."""
+        found = {}
+        for w in self.weights:
+            if w.shards:
+                virtual = {d: v for v, d in enumerate(d for d, n in enumerate(w.shape) if n != 1)}
+                found[w.name] = Layout.of({virtual[d]: s for d, s in w.shards.items()})
+        return found
+
+    def parameters(self, rank: int | None = None) -> int:
+        """How many parameters a rank holds; the dense model for None."""
+        return sum(math.prod(w.shape if rank is None else w.local_shape(rank)) for w in self.weights)
+
+    def bytes(self, rank: int | None = None) -> int:
+        """How many bytes of parameters a rank holds; the dense model for None."""
+        return sum(w.itemsize * math.prod(w.shape if rank is None else w.local_shape(rank)) for w in self.weights)
+
+    @property
+    def share_split(self) -> float:
+        """The share of the elements of weights with two dims or more that are split."""
+        matrices = [w for w in self.weights if len(w.shape) > 1]
+        return sum(w.elements for w in matrices if w.shards) / max(sum(w.elements for w in matrices), 1)
+
+    def count(self, when: str) -> int:
+        """The number of collectives in a ``forward`` or a ``backward``."""
+        return sum(c.when == when for c in self.collectives)
+
+    def check(self, model: nn.Module, tp: int) -> None:
+        """Raise if the plan is not for this model and this number of ranks.
+
+        Raises:
+            PlanError: it says what differs.
+        """
+        if self.tp != tp:
+            raise PlanError(f"the plan is for tp={self.tp}, not for tp={tp}: make one with autotp.plan(model, {tp})")
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        mine = {w.name: w.shape for w in self.weights}
+        for name in sorted(shapes.keys() | mine.keys()):
+            if shapes.get(name) != mine.get(name):
+                raise PlanError(
+                    f"the plan is for another model: {name} has shape {mine.get(name, 'none')} in the plan and "
+                    f"{shapes.get(name, 'none')} in the model"
+                )
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        weights = [
+            {
+                "name": w.name,
+                "shape": list(w.shape),
+                "itemsize": w.itemsize,
+                "style": w.style,
+                "why": w.why,
+                "local_shapes": [list(w.local_shape(r)) for r in range(self.tp)],
+                "shards": {str(d): [[list(run) for run in s.runs] for s in sh.ranks] for d, sh in w.shards.items()},
+            }
+            for w in self.weights
+        ]
+        collectives = [{**vars(c), "bytes": c.bytes} for c in self.collectives]
+        totals = {
+            "parameters": self.parameters(),
+            "bytes": self.bytes(),
+            "parameters_per_rank": [self.parameters(r) for r in range(self.tp)],
+            "bytes_per_rank": [self.bytes(r) for r in range(self.tp)],
+            "collectives_forward": self.count("forward"),
+            "collectives_backward": self.count("backward"),
+            "share_of_matrices_split": self.share_split,
+        }
+        return json.dumps({"model": self.model, "tp": self.tp, "totals": totals, "weights": weights,
+                           "collectives": collectives, "gathered": list(self.gathered)}, indent=1)  # fmt: skip
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that :meth:`to_json` wrote."""
+        data = json.loads(text)
+        weights = []
+        for w in data["weights"]:
+            shape = tuple(w["shape"])
+            shards = {
+                int(d): Shards(shape[int(d)], tuple(IndexSet(tuple((a, b) for a, b in runs)) for runs in ranks))
+                for d, ranks in w["shards"].items()
+            }
+            weights.append(Weight(w["name"], shape, w["itemsize"], w["style"], shards, w["why"]))
+        collectives = [Collective(**{k: v for k, v in c.items() if k != "bytes"}) for c in data["collectives"]]
+        return Plan(data["model"], data["tp"], tuple(weights), tuple(collectives), tuple(data["gathered"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json())
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote."""
+        return Plan.from_json(Path(path).read_text())
+
+    def __str__(self) -> str:
+        from autotp.report import plan_text
+
+        return plan_text(self)
+
+
+def _elements(value: Any) -> tuple[int, int]:
+    """A (fake) tensor's number of elements at the example inputs' size, and its bytes an element."""
+    if not isinstance(value, torch.Tensor):
+        return 0, 0
+    total = 1
+    for size in value.shape:
+        total *= size if isinstance(size, int) else int(size.node.hint or 1)
+    return total, value.element_size()
+
+
+def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        module = node.meta.get("module", "")
+        if node.target in (ops.all_reduce, ops.all_gather):
+            kind = "all_reduce" if node.target is ops.all_reduce else "all_gather"
+            found.append(Collective(kind, "forward", node.name, module, *_elements(node.meta["global"]), node.args[-1]))
+        elif node.target is ops.vocab_parallel_cross_entropy:
+            rows, itemsize = _elements(node.args[1].meta["global"])[0], node.args[0].meta["global"].element_size()
+            found.append(Collective("all_gather", "forward", node.name, module, 3 * rows * tp, itemsize, node.args[-1]))
+        elif node.target in (ops.enter, ops.enter_overlapping):
+            entered = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
+            sizes = []
+            for value in entered:
+                elements, itemsize = _elements(value.meta["global"])
+                layout = value.meta.get("layout")
+                if value.op == "get_attr" and layout is not None and node.target is ops.enter:
+                    for _, s in layout.shards:
+                        elements = elements // s.size * max(s.counts)
+                sizes.append(elements)
+            found.append(Collective("all_reduce", "backward", node.name, module, sum(sizes), itemsize, node.args[-1]))
+    return found
+
+
+_STYLES = {
+    **dict.fromkeys(ops.ROW_PARALLEL.values(), "row"),
+    **dict.fromkeys(ops.COLUMN_PARALLEL.values(), "column"),
+    ops.vocab_parallel_embedding: "vocabulary",
+}
+
+
+def _style(node: fx.Node) -> str:
+    """How a split weight is used: by the product, or look-up, that it reaches."""
+    for user in node.users:
+        if user.target in _STYLES:
+            return _STYLES[user.target]
+        follow = user.target in (ops.enter, ops.enter_overlapping, operator.getitem)
+        if follow or (isinstance(user.target, torch._ops.OpOverload) and user.meta.get("state") == "split"):
+            found = _style(user)
+            if found != "split":
+                return found
+    return "split"
+
+
+def _why(weight: Layout, style: str, units: str) -> str:
+    shared = [s for _, s in weight.shards if not s.disjoint]
+    if style == "row":
+        text = f"contracts {units}: a pending sum, reduced once"
+    elif style == "vocabulary":
+        text = "each rank looks up its own words, reduced once"
+    elif style == "column":
+        text = f"makes {units}"
+    else:
+        text = f"belongs to {units}"
+    if shared:
+        text += "; shared by ranks that need the same part, gradients summed among them"
+    return text
+
+
+def plan_of(rewritten: Rewritten, model: nn.Module, dense: Dense) -> Plan:
+    """The plan that a rewritten graph follows."""
+    nodes = {str(n.target): n for n in rewritten.graph.nodes if n.op == "get_attr"}
+    tied = tied_names(model)
+    weights = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if tied[name] != name:
+            continue
+        shape = tuple(dense.shapes[name])
+        dims = [d for d, n in enumerate(shape) if n != 1]
+        layout = rewritten.stored.get(name)
+        if layout is None or layout.whole:
+            why = rewritten.reasons.get(name) or ("not used in the captured call" if name not in nodes else "as planned")
+            weights.append(Weight(name, shape, parameter.element_size(), "whole", {}, why))
+            continue
+        style = _style(nodes[name]) if name in nodes else "split"
+        ((v, shards),) = layout.shards[:1]
+        counts = "/".join(str(c) for c in sorted(set(shards.counts), reverse=True))
+        why = _why(layout, style, f"{counts} of {shards.size} indices")
+        weights.append(Weight(name, shape, parameter.element_size(), style, {dims[v]: s for v, s in layout.shards}, why))
+    gathered = dict.fromkeys(f"{node.name} for {op}" for node, op in rewritten.gathered)
+    return Plan(
+        type(model).__name__, rewritten.tp, tuple(weights), tuple(_collectives(rewritten.graph, rewritten.tp)), tuple(gathered)
+    )
+
+
+def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None) -> Plan:
+    """The plan for splitting ``model`` over ``tp`` ranks; nothing is changed.
+
+    No process group is needed and no weight is read: the model may be on the meta device.
+
+    Args:
+        model: the dense model.
+        tp: the number of ranks.
+        example_inputs: as for :func:`autotp.parallelize`.
+
+    Example:
+        >>> print(autotp.plan(model, tp=4))
+    """
+    if not isinstance(tp, int) or tp < 1:
+        raise ValueError(f"tp must be a positive integer, not {tp!r}")
+    args, kwargs = example_call(model, example_inputs)
+    dense = Dense.of(model)
+    programs = Programs(model, tp, dense)
+    program, _ = programs.find(args, kwargs)
+    return plan_of(program, model, dense)
+
+
+def block_of(path: str) -> str:
+    """A module path with numbers replaced, so that repeats of a block have one name: ``layers.*.mlp``."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)

@@ -1,0 +1,138 @@
+"""Plans and verification reports as text, for terminals and logs."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from autotp.plan import Plan, Weight, block_of
+
+if TYPE_CHECKING:
+    from autotp.verify import Report
+
+__all__ = ["bytes_text", "collectives_table", "plan_text", "ranks_table", "render", "report_text", "weights_table"]
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes for people: ``13.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def render(*parts: Table | str, width: int = 140) -> str:
+    """Tables and lines as plain text."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=False, color_system=None)
+    for part in parts:
+        console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _local(w: Weight, tp: int) -> str:
+    shapes = list(dict.fromkeys(w.local_shape(r) for r in range(tp)))
+    return " / ".join(_shape(s) for s in shapes)
+
+
+def _folded(plan: Plan) -> list[tuple[Weight, int]]:
+    """The weights with those of repeated blocks counted as one."""
+    found: dict[tuple, list[Weight]] = defaultdict(list)
+    for w in plan.weights:
+        found[block_of(w.name), w.shape, w.style, _local(w, plan.tp), w.why.split(" (")[0]].append(w)
+    return [(ws[0], len(ws)) for ws in found.values()]
+
+
+def weights_table(plan: Plan) -> Table:
+    """Every weight, repeated blocks folded: its shape, what a rank holds, how, and why."""
+    table = Table(title=f"{plan.model} on {plan.tp} ranks", title_justify="left", pad_edge=False, box=None)
+    for name, justify in (("weight", "left"), ("times", "right"), ("dense", "left"), ("local", "left"), ("as", "left"),
+                          ("why", "left")):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("times", "dense", "as"))
+    for w, times in _folded(plan):
+        name = block_of(w.name) if times > 1 else w.name
+        table.add_row(name, str(times), _shape(w.shape), _local(w, plan.tp), w.style, w.why)
+    return table
+
+
+def collectives_table(plan: Plan) -> Table:
+    """The collectives of a step, by block and direction, at the example inputs' size."""
+    table = Table(title="collectives at the example inputs' size", title_justify="left", pad_edge=False, box=None)
+    for name, justify in (("where", "left"), ("when", "left"), ("what", "left"), ("group", "left"), ("times", "right"),
+                          ("bytes each", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)
+    counts: Counter[tuple[str, str, str, str, int]] = Counter()
+    for c in plan.collectives:
+        counts[block_of(c.module) or "(root)", c.when, c.kind, c.group, c.bytes] += 1
+    for (where, when, kind, group, size), times in counts.items():
+        table.add_row(where, when, kind, group, str(times), bytes_text(size))
+    return table
+
+
+def ranks_table(plan: Plan) -> Table:
+    """What each rank holds, against the dense model."""
+    table = Table(title="what each rank holds", title_justify="left", pad_edge=False, box=None)
+    for name in ("rank", "parameters", "bytes", "of dense"):
+        table.add_column(name, justify="right")
+    total = max(plan.bytes(), 1)
+    table.add_row("dense", f"{plan.parameters():,}", bytes_text(plan.bytes()), "100%")
+    for rank in range(plan.tp):
+        held = plan.bytes(rank)
+        table.add_row(str(rank), f"{plan.parameters(rank):,}", bytes_text(held), f"{100 * held / total:.1f}%")
+    return table
+
+
+def totals(plan: Plan) -> str:
+    """One paragraph of totals."""
+    sizes = {when: sum(c.bytes for c in plan.collectives if c.when == when) for when in ("forward", "backward")}
+    whole = [w for w in plan.weights if not w.shards]
+    lines = [
+        f"collectives: {plan.count('forward')} in a forward ({bytes_text(sizes['forward'])}), "
+        f"{plan.count('backward')} in a backward ({bytes_text(sizes['backward'])})",
+        f"split: {100 * plan.share_split:.1f}% of the elements of weights with two or more dims; "
+        f"{len(whole)} weights of {sum(w.elements for w in whole):,} elements stay whole",
+    ]
+    if plan.gathered:
+        lines.append("made whole: " + ", ".join(plan.gathered))
+    return "\n".join(lines)
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan as tables."""
+    return render(weights_table(plan), "", collectives_table(plan), "", ranks_table(plan), "", totals(plan))
+
+
+def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if ok else "WRONG") -> str:
+    """A verification report as text; the largest errors, and every one that is too large."""
+    limit = report.tolerance
+    name, error = report.worst_gradient
+    lines = [
+        f"{report.model} on {report.tp} ranks against dense, {str(report.dtype).removeprefix('torch.')}, "
+        f"relative errors must stay under {limit:g}",
+        f"  outputs    {report.worst_output:.1e}  {mark(report.worst_output < limit)}  ({len(report.outputs)} compared)",
+    ]
+    if report.loss is not None:
+        lines.append(f"  loss       {report.loss[0]:.12g} dense, {report.loss[1]:.12g} parallel")
+    lines.append(
+        f"  gradients  {error:.1e}  {mark(error < limit)}  ({len(report.gradients)} compared"
+        + (f", largest for {name})" if name else ")")
+    )
+    agree = report.divergence == 0.0
+    lines.append(
+        f"  ranks      {'equal to the bit' if agree else f'differ by {report.divergence:.1e} from {report.diverging} on'}  {mark(agree)}"
+    )
+    for kind, errors in (("output", report.outputs), ("gradient", report.gradients)):
+        lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]
+    lines += [f"    only on one side: {n}" for n in report.missing]
+    lines.append("verdict: " + ("the parallel model equals the dense one" if report.ok else "NOT EQUAL"))
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""verify: the dense model against all ranks, value by value and gradient by gradient, in float64."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from autotp.calls import Programs
+from autotp.capture import Dense, flatten_call
+from autotp.errors import AutoTPError
+from autotp.inputs import ExampleInputs, example_call
+from autotp.simulate import Simulation
+
+__all__ = ["Float64", "Report", "compare", "relative_error", "verify"]
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Float64(TorchFunctionMode):
+    """A mode in which explicit casts to narrower floats give float64.
+
+    Models upcast norms, softmax and losses to float32 by name. In a float64 comparison that would round
+    at 1e-7 and hide errors below; with this mode around both sides nothing is rounded.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace narrow dtypes among the arguments."""
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            return args[0].double()
+        args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _NARROW else a for a in args)
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def relative_error(expected: torch.Tensor, found: torch.Tensor, floor: float = 0.0) -> float:
+    """The largest difference over the largest expected magnitude (at least ``floor``); inf if shapes or
+    the places of non-finite values differ."""
+    if expected.shape != found.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    a, b = expected.detach().double(), found.detach().double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return float("inf")
+    a, b = a.nan_to_num(posinf=0, neginf=0), b.nan_to_num(posinf=0, neginf=0)
+    scale = max(float(a.abs().max()), floor)
+    difference = float((a - b).abs().max())
+    return difference / scale if scale else difference
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a comparison found.
+
+    Attributes:
+        model: the model's class.
+        tp: the number of ranks.
+        outputs: relative error of each output.
+        gradients: relative error of each parameter's gradient, by name.
+        loss: the dense model's and the parallel loss, where the model computes one.
+        divergence: the largest difference between ranks of a value that is whole on all of them.
+        diverging: the first such value.
+        tolerance: what errors must stay under.
+        dtype: the dtype compared in.
+    """
+
+    model: str
+    tp: int
+    outputs: dict[str, float]
+    gradients: dict[str, float]
+    loss: tuple[float, float] | None
+    divergence: float
+    diverging: str
+    tolerance: float
+    dtype: torch.dtype
+    missing: tuple[str, ...] = field(default=())
+
+    @property
+    def worst_output(self) -> float:
+        """The largest relative error of an output."""
+        return max(self.outputs.values(), default=0.0)
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        """The gradient with the largest relative error."""
+        return max(self.gradients.items(), key=lambda item: item[1], default=("", 0.0))
+
+    @property
+    def ok(self) -> bool:
+        """Whether outputs and gradients agree within the tolerance and ranks agree to the bit."""
+        within = self.worst_output < self.tolerance and self.worst_gradient[1] < self.tolerance
+        return within and self.divergence == 0.0 and not self.missing
+
+    def __str__(self) -> str:
+        from autotp.report import report_text
+
+        return report_text(self)
+
+
+def _outputs(result: Any) -> dict[str, torch.Tensor]:
+    found = {}
+    for path, leaf in pytree.tree_flatten_with_path(result)[0]:
+        if isinstance(leaf, torch.Tensor):
+            found[pytree.keystr(path).lstrip(".") or "output"] = leaf
+    return found
+
+
+def _backward(outputs: Mapping[str, torch.Tensor], seed: int = 0) -> None:
+    """Start a backward from every output at once, with fixed random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    roots, weights = [], []
+    for value in outputs.values():
+        weight = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        if value.requires_grad:
+            roots.append(value)
+            weights.append(weight.to(value.device, value.dtype))
+    torch.autograd.backward(roots, weights)
+
+
+def compare(
+    model: nn.Module, parallel: Simulation, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float = 1e-10
+) -> Report:
+    """Run a dense model and its simulation on the same inputs and compare everything.
+
+    Args:
+        model: the dense model, whose weights the simulation uses.
+        parallel: the simulation of all ranks.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        tolerance: the largest relative error that passes. A gradient is measured against its own
+            magnitude, or a millionth of the largest gradient's, whichever is larger: some gradients (a
+            key bias's) are zero but for rounding.
+    """
+    leaves, spec = flatten_call(args, kwargs)
+    runs = []
+    for run in (model, parallel):
+        model.zero_grad(set_to_none=True)
+        fresh = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        own_args, own_kwargs = pytree.tree_unflatten(fresh, spec)
+        outputs = _outputs(run(*own_args, **own_kwargs))
+        _backward(outputs)
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        runs.append(({n: v.detach() for n, v in outputs.items()}, gradients))
+    model.zero_grad(set_to_none=True)
+    (dense, dense_grads), (found, found_grads) = runs
+    largest = max((float(g.abs().max()) for g in dense_grads.values()), default=0.0)
+    floor = 1e-6 * largest
+    nothing = torch.empty(0)
+    return Report(
+        model=type(model).__name__,
+        tp=parallel.tp,
+        outputs={n: relative_error(v, found.get(n, nothing)) for n, v in dense.items()},
+        gradients={n: relative_error(g, found_grads.get(n, nothing), floor) for n, g in dense_grads.items()},
+        loss=(float(dense["loss"]), float(found["loss"])) if "loss" in dense and "loss" in found else None,
+        divergence=parallel.divergence,
+        diverging=parallel.diverging,
+        tolerance=tolerance,
+        dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
+        missing=tuple(sorted((dense.keys() ^ found.keys()) | (dense_grads.keys() ^ found_grads.keys()))),
+    )
+
+
+def _with_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Give a language model labels to compute a loss from, if it takes them."""
+    ids = kwargs.get("input_ids")
+    takes = inspect.signature(model.forward).parameters
+    if "labels" not in takes or "labels" in kwargs or not isinstance(ids, torch.Tensor):
+        return kwargs
+    labelled = {**kwargs, "labels": ids.clone()}
+    try:
+        with torch.no_grad():
+            model(*args, **labelled)
+    except Exception:  # labels of another kind: classes, spans
+        return kwargs
+    return labelled
+
+
+def verify(
+    model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None, dtype: torch.dtype = torch.float64
+) -> Report:
+    """Compare the dense model with all ranks of its parallel form: outputs, loss, every gradient.
+
+    Runs on a copy, in eval mode (dropout draws different numbers by design), all ranks in lockstep in
+    this process. The model is left as it was.
+
+    Args:
+        model: the dense model, with real weights.
+        tp: the number of ranks.
+        example_inputs: as for :func:`autotp.parallelize`. Left out for a transformers language model,
+            labels are added so that its loss is compared too.
+        dtype: the dtype to compare in. In float64 errors must stay under 1e-10, in float32 under 1e-5.
+
+    Example:
+        >>> assert autotp.verify(model, tp=4).ok
+    """
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise AutoTPError(f"{meta} is on the meta device: verify compares numbers, so the model needs weights")
+    if "_autotp" in model.__dict__:
+        raise AutoTPError("verify takes the dense model, before autotp.parallelize")
+    dense = copy.deepcopy(model).to(dtype).eval()
+    args, kwargs = example_call(dense, example_inputs)
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
+    )
+    mode = Float64() if dtype is torch.float64 else torch.enable_grad()
+    with torch.enable_grad(), mode:
+        if example_inputs is None:
+            kwargs = _with_labels(dense, args, kwargs)
+        programs = Programs(dense, tp, Dense.of(dense))
+        programs.find(args, kwargs)
+        parallel = Simulation(dense, tp, programs, record=True)
+        return compare(dense, parallel, args, kwargs, 1e-10 if dtype is torch.float64 else 1e-5)

@@ -1,0 +1,160 @@
+"""One comparison for all tests of the passes: every rank's rewritten graph against the dense model.
+
+A model is captured once and rewritten for each number of ranks; all ranks run in lockstep in float64,
+and every output and every gradient, by name, must agree with the dense model's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from autotp.capture import Captured, capture
+from autotp.rewrite import RankGraph, Rewritten, rewrite
+from autotp.simulate import Simulation
+from passes import Layout, Shards
+
+CLOSE = 1e-10
+COLLECTIVES = ("all_reduce", "all_gather", "vocab_parallel_cross_entropy")
+MOVES = ("enter", "enter_overlapping", "narrow")
+
+
+class OneProgram:
+    """Stands where :class:`autotp.calls.Programs` does, with one given program."""
+
+    def __init__(self, model: nn.Module, program: Rewritten) -> None:
+        self.model, self.last, self._graphs = model, program, {}
+
+    def find(self, args: Any, kwargs: Any) -> tuple[Rewritten, list[torch.Tensor]]:
+        return self.last, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+
+    def graph(self, program: Rewritten, rank: int) -> RankGraph:
+        return self._graphs.setdefault(rank, RankGraph(program, rank, self.model))
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """A model in float64 whose biases are off zero and whose norm weights are off one."""
+    torch.manual_seed(0)
+    model = model.double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1) + (0.5 if p.dim() == 1 else 0))
+    return model
+
+
+def randn(*shape: int) -> torch.Tensor:
+    """A float64 input that wants a gradient; the same for the same shape."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def captured_of(model: nn.Module, *inputs: torch.Tensor) -> Captured:
+    """One capture of a model, as :mod:`autotp` makes it."""
+    return capture(model, inputs, {})
+
+
+@dataclass
+class Results:
+    """The outputs of a run and the gradients of a fixed function of them, by name."""
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor | None]
+
+    def differences(self, other: Results) -> dict[str, float]:
+        """How far apart two runs are, relative to the largest entry, by name of output or gradient."""
+        found = {f"output {i}": apart(a, b) for i, (a, b) in enumerate(zip(self.outputs, other.outputs, strict=True))}
+        for name, gradient in self.gradients.items():
+            found[f"gradient of {name}"] = apart(gradient, other.gradients[name])
+        return found
+
+
+def apart(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    """The largest difference, relative to the largest entry; a missing gradient is a zero one."""
+    if a is None or b is None:
+        present = a if a is not None else b
+        return 0.0 if present is None else float(present.abs().max())
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    if not a.numel():
+        return 0.0
+    return float((a.double() - b.double()).abs().max()) / max(float(a.double().abs().max()), 1e-30)
+
+
+def run(called: Callable[..., Any], model: nn.Module, inputs: Iterable[torch.Tensor]) -> Results:
+    """Call and go backward from a random function of the outputs."""
+    model.zero_grad()
+    inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    outputs = [x for x in pytree.tree_leaves(called(*inputs)) if isinstance(x, torch.Tensor)]
+    generator = torch.Generator().manual_seed(2)
+    differentiable = [x for x in outputs if x.requires_grad]
+    if differentiable:
+        terms = [(x * torch.randn(x.shape, dtype=x.dtype, generator=generator)).sum() for x in differentiable]
+        sum(terms[1:], terms[0]).backward()
+    gradients = {n: p.grad.clone() if p.grad is not None else None for n, p in model.named_parameters()}
+    gradients |= {f"input {i}": x.grad for i, x in enumerate(inputs) if x.requires_grad}
+    return Results([x.detach() for x in outputs], gradients)
+
+
+def called(graph: fx.Graph, names: Iterable[str]) -> dict[str, int]:
+    """How often a graph calls each of the named parallel ops, without those it does not call."""
+    count = Counter(getattr(n.target, "__name__", "") for n in graph.nodes if n.op == "call_function")
+    return {name: count[name] for name in names if count[name]}
+
+
+def simulation(model: nn.Module, program: Rewritten) -> Simulation:
+    """All ranks of a given program in lockstep."""
+    return Simulation(model, program.tp, OneProgram(model, program), record=True)
+
+
+def check(
+    model: nn.Module,
+    *inputs: torch.Tensor,
+    split: Mapping[str, int] | None = None,
+    collectives: Mapping[str, int] | None = None,
+    moves: Mapping[str, int] | None = None,
+    tps: Iterable[int] = (2, 3, 4),
+    stored: Callable[[int], Mapping[str, Layout]] | None = None,
+) -> list[Rewritten]:
+    """Compare all ranks with the dense model, for each number of ranks.
+
+    Args:
+        model: any module; its parameters are overwritten by random ones.
+        inputs: its inputs.
+        split: which parameters should be split, and along which dim; all others should be whole.
+        collectives: the collectives of the forward pass, by name (default: one ``all_reduce``).
+        moves: how many ``enter``, ``enter_overlapping``, ``narrow`` (not looked at by default).
+        tps: the numbers of ranks.
+        stored: the weights' layouts for a number of ranks, instead of those that ``decide`` chooses.
+
+    Returns:
+        The rewritten programs.
+    """
+    model = scrambled(model)
+    captured = captured_of(model, *inputs)
+    dense = run(model, model, inputs)
+    programs = []
+    for tp in tps:
+        program = rewrite(captured, tp, stored(tp) if stored is not None else None)
+        if split is not None:
+            dims = {name: layout.shards[0][0] for name, layout in program.stored.items()}
+            assert dims == dict(split), f"tp {tp}: {dims}, {program.reasons}\n{program.graph}"
+        if collectives is not None:
+            assert called(program.graph, COLLECTIVES) == dict(collectives), f"tp {tp}\n{program.graph}"
+        if moves is not None:
+            assert called(program.graph, MOVES) == dict(moves), f"tp {tp}\n{program.graph}"
+        parallel = simulation(model, program)
+        for name, difference in dense.differences(run(parallel, model, inputs)).items():
+            assert difference < CLOSE, f"tp {tp}: {name} is off by {difference:.2g}\n{program.graph}"
+        assert parallel.divergence == 0.0, f"tp {tp}: the ranks differ in {parallel.diverging}"
+        programs.append(program)
+    return programs
+
+
+def sets(shards: Shards) -> list[list[int]]:
+    """Per rank, the indices as a list."""
+    return [s.indices.tolist() for s in shards.ranks]
