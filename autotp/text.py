@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["graph_text"]
+__all__ = ["graph_dot", "graph_text"]
 
 
 def _argument(value: Any) -> str:
@@ -78,3 +78,20 @@ def _weight(argument: Any) -> str:
         inner = ", ".join(_weight(a) for a in argument)
         return f"({inner})" if isinstance(argument, tuple) else f"[{inner}]"
     return _argument(argument)
+
+
+_COLOURS = {"I": "white", "R": "lightgrey", "V": "lightblue", "P": "orange"}
+
+
+def graph_dot(graph: fx.Graph, title: str) -> str:
+    """A rewritten graph in Graphviz's language; colours tell types, boxes with bold edges collectives."""
+    lines = [f'digraph "{title}" {{', "  node [shape=box style=filled fontname=monospace fontsize=10];"]
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        collective = _target(node) in ("all_reduce", "all_gather", "enter", "enter_overlapping")
+        colour = _COLOURS.get(node.meta.get("type", "I"), "white")
+        label = f"{node.name}\\n{_target(node) if node.op == 'call_function' else node.op}\\n{_shape(node)}"
+        lines.append(f'  "{node.name}" [label="{label}" fillcolor={colour}{" penwidth=3" if collective else ""}];')
+        lines += [f'  "{n.name}" -> "{node.name}";' for n in node.all_input_nodes if n.op != "get_attr"]
+    return "\n".join([*lines, "}"])

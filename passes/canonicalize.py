@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -61,9 +62,48 @@ def _as_cat(node: fx.Node) -> bool:
     return True
 
 
+def _as_copies(node: fx.Node) -> bool:
+    """Replace ``repeat`` and ``repeat_interleave`` by copies along a new dim, joined with its neighbour.
+
+    ``repeat`` by ``r`` along a dim is ``(r n)``, ``repeat_interleave`` is ``(n r)``.
+    """
+    source, graph = node.args[0], node.graph
+    if op_name(node) == "aten.repeat":
+        counts, inner = list(node.args[1]), False
+    else:
+        if node.target is not aten.repeat_interleave.self_int or len(node.args) < 3 or node.args[2] is None:
+            return False
+        rank = node.meta["val"].dim()
+        counts, inner = [node.args[1] if d == node.args[2] % rank else 1 for d in range(rank)], True
+    new = source
+
+    def call(target: Any, *args: Any) -> None:
+        nonlocal new
+        value = target(*fx.map_arg((new, *args), lambda n: n.meta["val"]))
+        new = graph.call_function(target, (new, *args))
+        new.meta = {**node.meta, "val": value}
+
+    with graph.inserting_before(node):
+        for _ in range(len(counts) - source.meta["val"].dim()):
+            call(aten.unsqueeze.default, 0)
+        for d, count in enumerate(counts):
+            if isinstance(count, int) and count == 1:
+                continue
+            alone = new.meta["val"].shape[d] == 1
+            if not alone:
+                call(aten.unsqueeze.default, d + inner)
+            at = d + inner if not alone else d
+            call(aten.expand.default, [count if e == at else -1 for e in range(new.meta["val"].dim())])
+            if not alone:
+                call(aten.flatten.using_ints, d, d + 1)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return True
+
+
 def canonicalize(graph: fx.Graph) -> int:
     """Spell ``chunk``, ``split``, ``tensor_split`` and ``unbind`` as slices and selects, ``stack`` as
-    ``cat``, and ``view`` as ``reshape`` (a rank's part need not be contiguous where the whole was).
+    ``cat``, ``repeat`` and ``repeat_interleave`` as expands, and ``view`` as ``reshape`` (a rank's part need not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
@@ -75,6 +115,8 @@ def canonicalize(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if op_name(node) in _SPLITS and is_tensor(node.args[0]):
             count += _as_slices(node)
+        elif op_name(node) in ("aten.repeat", "aten.repeat_interleave") and is_tensor(node.args[0]):
+            count += _as_copies(node)
         elif op_name(node) == "aten.stack":
             count += _as_cat(node)
         elif op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:

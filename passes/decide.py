@@ -38,7 +38,7 @@ def deal(count: int, ranks: int) -> list[int]:
 
 
 def _owners(units: np.ndarray, groups: Sequence[int], tp: int) -> np.ndarray:
-    """The rank of each unit, in order: contiguous, even, and on group boundaries where there are groups.
+    """The rank of each unit: contiguous, even, and on group boundaries where there are groups.
 
     With at least as many groups as ranks each rank gets whole groups; with fewer, each group gets some
     ranks, who share its units. Groups keep a key-value head's query heads together.
@@ -55,7 +55,10 @@ def _owners(units: np.ndarray, groups: Sequence[int], tp: int) -> np.ndarray:
             per_rank = deal(len(units), tp)
         else:
             per_rank = [k for n, s in zip(sizes, shares, strict=True) for k in deal(n, s)]
-    return np.repeat(np.arange(tp), per_rank)
+    owners = np.empty(len(units), dtype=np.int64)
+    first = {g: i for i, g in reversed(list(enumerate(groups)))}
+    owners[np.argsort([first[g] for g in groups], kind="stable")] = np.repeat(np.arange(tp), per_rank)
+    return owners
 
 
 class _Classes:
@@ -284,7 +287,7 @@ def _reason(
         elif gains.get(c, 0.0) <= 0:
             reasons.append("communication would cost more than is saved")
         elif c not in chosen:
-            reasons.append("its other dim, or the dims it runs along, are split instead")
+            reasons.append("what it multiplies is split along other dims, which saves more")
     if len(shape(node)) == 1 and reasons:
-        return reasons[0]
+        return f"runs along features that stay whole ({reasons[0]})" if "kept together" in reasons[0] else reasons[0]
     return "; ".join(dict.fromkeys(reasons)) or "nothing to split"

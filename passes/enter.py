@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 
 import networkx as nx
+import torch
 from torch import fx
 
 from passes import ops
@@ -35,7 +36,7 @@ _EXTENT = 64
 def elements(node: fx.Node) -> int:
     """The size of a node's (global) value, symbolic dims counted as ``_EXTENT``."""
     value = node.meta.get("global")
-    if value is None:
+    if not isinstance(value, torch.Tensor):
         return 1
     total = 1
     for size in shape_of(value):
@@ -80,6 +81,11 @@ def _replicas(graph: fx.Graph) -> None:
             user.replace_input_with(node, new)
 
 
+def _several(node: fx.Node) -> bool:
+    """Whether a node stands for several values at once, each of which enters for itself."""
+    return isinstance(node.meta["global"], (tuple, list))
+
+
 def _candidates(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
     """The whole values that ops on shards read, and all whole values that those are made of."""
     wanted = [n for n in graph.nodes if _is_whole(n) and any(_on_shards(u) for u in n.users)]
@@ -109,7 +115,8 @@ def _cheapest_cut(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
         flow.add_edge((node, 1), sink)
     for node in seen:
         start = 0 if node.op == "get_attr" and node.meta["global"].dim() == 1 else _START  # a vector rides along
-        flow.add_edge((node, 0), (node, 1), capacity=elements(node) + start)
+        capacity = {} if _several(node) else {"capacity": elements(node) + start}
+        flow.add_edge((node, 0), (node, 1), **capacity)
         inputs = _made_of(node)
         stays = any(not _on_shards(u) and u not in seen for u in node.users)
         if stays or not inputs or not all(_is_whole(n) for n in inputs):

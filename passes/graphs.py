@@ -41,7 +41,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """``file:line`` of the model's code that made the node; the innermost frame outside torch itself."""
+    """``path:line`` of the model's code that made the node; the innermost frame outside torch itself."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [f for f in frames if "/torch/" not in f[0]] or frames
     return "{}:{}".format(*own[-1]) if own else "unknown source line"
@@ -50,4 +50,5 @@ def source_line(node: fx.Node) -> str:
 def where(node: fx.Node) -> str:
     """One phrase that names a node for a person: its op, module path and source line."""
     path = module_path(node)
-    return f"{op_name(node) or node.name} in {path or 'the model'} ({source_line(node)})"
+    op = op_name(node).removeprefix("aten.") or node.name
+    return f"{op} in {path or 'the model'} ({source_line(node).rpartition('/')[2]})"

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.axes import Axes, Size
+from passes.axes import Axes, Size, common_refinement
 from passes.graphs import is_tensor, module_path, op_name, source_line
 from passes.layout import WHOLE, IndexSet, Layout, Shards
 from passes.rules import rule_of
@@ -175,10 +175,30 @@ class Sharder:
     def operand_layout(
         self, operand: fx.Node, alignment: Alignment, index: int, keys: dict[Key, Shards]
     ) -> Layout | None:
-        """The layout of an operand that matches shards given by key, on the operand's own virtual dims."""
+        """The layout of an operand that matches shards given by key, on the operand's own virtual dims.
+
+        Where those are too coarse to say it they are refined. None where even so it cannot be said.
+        """
         axes, names = alignment.operands[index]
         layout = Layout.of({v: keys[k] for v, k in enumerate(names) if k in keys})
-        return relayout(layout, axes, self.value(operand).axes, self.tp)
+        found = relayout(layout, axes, self.value(operand).axes, self.tp)
+        if found is None and self._refine(operand, axes):
+            found = relayout(layout, axes, self.value(operand).axes, self.tp)
+        return found
+
+    def _refine(self, node: fx.Node, axes: Axes) -> bool:
+        """State a value's axes, and all layouts given of it, on finer factors; False if these are not finer."""
+        value, state = self.value(node), self.states[node]
+        if any(common_refinement(a, b) != b for a, b in zip(value.axes, axes, strict=True)):
+            return False
+        have = relayout(state.layout, value.axes, axes, self.tp)
+        planned = relayout(self.layout(node), value.axes, axes, self.tp)
+        if have is None or planned is None:
+            return False
+        self.facts.values[node] = value.refined(axes)
+        state.layout, self.layouts[node] = have, planned
+        self._converted = {key: n for key, n in self._converted.items() if key[0] is not node}
+        return True
 
     def whole(self, node: fx.Node) -> fx.Node:
         """A node's value, whole on every rank."""
@@ -306,6 +326,19 @@ class Sharder:
                 found.append(self.size(operator.mul, each, PerRank.of(local)))
         return found
 
+    def extent(self, node: fx.Node, dim: int) -> fx.Node:
+        """The size of a dim of the whole value, from that of the part at hand."""
+        state, value = self.states[node], self.value(node)
+        dims = state.layout.dims
+        split = [(value.sizes[v], dims[v]) for v in value.virtual(dim) if v in dims]
+        size = self.size(aten.sym_size.int, state.node, dim)
+        if split:
+            whole = int(np.prod([s.number for s, _ in split]))
+            counts = [int(np.prod([len(s.ranks[r]) for _, s in split])) for r in range(self.tp)]
+            size = self.size(operator.floordiv, size, PerRank.of(counts))
+            size = self.size(operator.mul, size, whole)
+        return size
+
     # Conversions ------------------------------------------------------------------------------
 
     def _resolve(self, node: fx.Node) -> State:
@@ -415,22 +448,6 @@ class Sharder:
         if "nn_module_stack" in origin.meta:
             new.meta["nn_module_stack"] = origin.meta["nn_module_stack"]
 
-    def _size_of_composite(self, node: fx.Node) -> bool:
-        """Emit ``sym_size`` of a dim of which a rank holds a part; False where it does not."""
-        source, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        if op_name(node) != "aten.sym_size" or not is_tensor(source):
-            return False
-        state, value = self.states[source], self.value(source)
-        dims = state.layout.dims
-        split = [(value.sizes[v], dims[v]) for v in value.virtual(dim) if v in dims]
-        local = self.size(node.target, state.node, dim)
-        if split:
-            whole = int(np.prod([s.number for s, _ in split]))
-            counts = [int(np.prod([len(s.ranks[r]) for _, s in split])) for r in range(self.tp)]
-            local = self.size(operator.floordiv, local, PerRank.of(counts))
-            local = self.size(operator.mul, local, whole)
-        self.states[node] = State(local)
-        return True
 
     def run(self) -> fx.Graph:
         """Rewrite the whole graph."""
@@ -447,8 +464,8 @@ class Sharder:
                         self.gathered.append((operand, "output"))
                 out = self.graph.output(fx.map_arg(node.args[0], self._plain))
                 out.meta = {"state": "whole", "origin": "output"}
-            elif self._size_of_composite(node):
-                continue
+            elif op_name(node) == "aten.sym_size" and is_tensor(node.args[0]):
+                self.states[node] = State(self.extent(*node.args))
             else:
                 rule_of(node).shard(node, self)
         return self.graph

@@ -33,7 +33,7 @@ def _is_identity(node: fx.Node) -> bool:
         start, end, step = (*node.args[2:], *(0, sys.maxsize, 1)[len(node.args) - 2 :])
         return start in (0, None) and end in (None, sys.maxsize, was.shape[node.args[1]]) and step == 1
     if name == "aten.detach":
-        return not node.meta.get("grad", True)
+        return not source.meta.get("grad", True)
     return True
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from passes.graphs import op_name, shape
+from passes.layout import Layout
 from passes.rules.base import Facts, Rule, register
 from passes.units import Factor, Value
 
@@ -41,7 +43,8 @@ def reduced(value: Value, dims: list[int], keep: bool, factors: list[Factor]) ->
 
 
 @register("aten.amax", "aten.amin", "aten.prod", "aten.var", "aten.std", "aten.argmax", "aten.argmin", "aten.any",
-          "aten.all", "aten.logsumexp", "aten.norm", "aten.linalg_vector_norm", "aten.median", "aten.count_nonzero")  # fmt: skip
+          "aten.all", "aten.logsumexp", "aten.norm", "aten.linalg_vector_norm", "aten.median",
+          "aten.count_nonzero")  # fmt: skip
 class Reduction(Rule):
     """Mixes the dims it reduces; the others pass through."""
 
@@ -112,14 +115,10 @@ class Sum(Reduction):
         total = sharder.call(aten.sum.dim_IntList, (local, dims, keep), kwargs, state="pending", value=value)
         if op_name(node) == "aten.mean":
             sizes = [node.args[0].meta["val"].shape[d] for d in dims]
-            count: Any = 1
-            for d, size in zip(dims, sizes, strict=True):
-                if isinstance(size, int):
-                    count *= size
-                    continue
-                extent = sharder.size(aten.sym_size.int, local, d)
-                total = sharder.call(aten.div.Tensor, (total, extent), state="pending", value=value)
-            total = sharder.call(aten.div.Tensor, (total, count), state="pending", value=value)
+            counts = [math.prod(s for s in sizes if isinstance(s, int))]
+            counts += [sharder.extent(node.args[0], d) for d, s in zip(dims, sizes, strict=True) if not isinstance(s, int)]
+            for count in counts:
+                total = sharder.call(aten.div.Tensor, (total, count), state="pending", value=value)
         sharder.stand(node, total, pending=True)
 
 

@@ -22,7 +22,11 @@ ONE = {"all_reduce": 1}
 
 
 class Between(nn.Module):
-    """``down(op(up(x)))``; further parameters and buffers are given to ``op`` after the activation."""
+    """``down(op(up(x)))``; further parameters and buffers are given to ``op`` after the activation.
+
+    The cumulative sums keep the features of input and output together, so that only what lies between
+    the two products is there to be split.
+    """
 
     def __init__(self, op: Callable[..., Tensor], width: int, bias: bool = True, **tensors: Tensor) -> None:
         super().__init__()
@@ -38,7 +42,8 @@ class Between(nn.Module):
         self.down = nn.Linear(out, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.op(self.up(x), *[getattr(self, n) for n in self.names]))
+        tensors = [getattr(self, n) for n in self.names]
+        return self.down(self.op(self.up(x.cumsum(-1)), *tensors)).cumsum(-1)
 
 
 PAIR = {"up.weight": 0, "up.bias": 0, "down.weight": 1}
@@ -58,7 +63,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "reshape": lambda y: y.reshape(B, S, 12, 5).tanh().reshape(B, S, 60),
     "view with -1": lambda y: y.view(*y.shape[:-1], 12, -1).tanh().view(*y.shape[:-1], -1),
     "unflatten and flatten": lambda y: heads(y).flatten(-2),
-    "flatten batch": lambda y: y.flatten(0, 1).tanh().unflatten(0, (B, S)),
+    "flatten batch": lambda y: y.flatten(0, 1).tanh().unflatten(0, y.shape[:2]),
     "batch into heads": lambda y: heads(y).transpose(1, 2).flatten(0, 1).tanh().unflatten(0, (B, 12)).transpose(1, 2).flatten(-2),
     "unsqueeze and squeeze": lambda y: y.unsqueeze(1).tanh().squeeze(1),
     "squeeze of nothing": lambda y: heads(y, 4).squeeze(-2).flatten(-2).squeeze(),
@@ -146,10 +151,9 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean over the sequence too": lambda y: y.mean((1, 2)),
     "mean over all": lambda y: y.mean(),
     "sum over all": lambda y: y.sum(),
-    "sum over heads": lambda y: heads(y).tanh().sum(-2),
     "sum of squares": lambda y: (y * y).sum(-1) / 60,
     "mean with sequence flattened in": lambda y: y.flatten(1).mean(-1),
-    "in float32": lambda y: y.sum(-1, dtype=torch.float32).double(),
+    "of another dtype": lambda y: y.float().sum(-1, dtype=torch.float64),
 }
 
 

@@ -1,0 +1,148 @@
+"""The command line: ``autotp inspect MODEL --tp N`` and ``autotp verify MODEL --tp N``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from autotp.calls import Programs
+from autotp.capture import Dense
+from autotp.errors import AutoTPError
+from autotp.inputs import example_call
+from autotp.models import BadModel, Loaded, load
+from autotp.plan import plan_of
+from autotp.report import collectives_table, ranks_table, report_text, totals, weights_table
+from autotp.text import graph_dot
+from autotp.verify import verify
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="autotp", description="Tensor parallelism for any dense PyTorch transformer, from its dataflow alone."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="show how a model would be split, without processes or weights")
+    verify_ = commands.add_parser("verify", help="compare the parallel model with the dense one, all ranks in one process")
+    for command in (inspect, verify_):
+        command.add_argument(
+            "model",
+            metavar="MODEL",
+            help="a directory with a transformers config.json, a transformers model type (llama), or "
+            "package.module:factory returning a module or (module, example_inputs)",
+        )
+        command.add_argument("--tp", type=int, required=True, metavar="N", help="the number of ranks")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            dest="settings",
+            metavar="FIELD=VALUE",
+            help="override a field of a transformers config (repeatable)",
+        )
+        command.add_argument("--batch", type=int, default=2, metavar="B", help="batch size of the example inputs (2)")
+        command.add_argument("--sequence", type=int, metavar="S", help="their sequence length (128; verify: 16)")
+    shown = inspect.add_mutually_exclusive_group()
+    shown.add_argument("--graph", action="store_true", help="print the rewritten graph of one rank")
+    shown.add_argument("--dot", action="store_true", help="print the rewritten graph for Graphviz")
+    shown.add_argument("--json", action="store_true", help="print the plan as JSON")
+    inspect.add_argument("--rank", type=int, default=0, metavar="R", help="whose graph to print (0)")
+    verify_.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="compare in (float64)")
+    return parser
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """A spinner on a terminal's standard error; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    if not 0 <= options.rank < options.tp:
+        raise BadModel(f"--rank {options.rank}: with --tp {options.tp} there are ranks 0 to {options.tp - 1}")
+    with _progress("building the model"):
+        loaded = load(options.model, options.settings, weights=False, size=(options.batch, options.sequence or 128))
+    with _progress("capturing and planning"):
+        model, dense = loaded.model, Dense.of(loaded.model)
+        args, kwargs = example_call(model, loaded.example_inputs)
+        programs = Programs(model, options.tp, dense)
+        program, _ = programs.find(args, kwargs)
+        plan = plan_of(program, model, dense)
+    if options.json:
+        print(plan.to_json())
+    elif options.graph:
+        print(programs.graph(program, options.rank))
+    elif options.dot:
+        print(graph_dot(programs.graph(program, options.rank).graph, plan.model))
+    else:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        for part in (weights_table(plan), collectives_table(plan), ranks_table(plan)):
+            console.print(part)
+            console.print()
+        console.print(totals(plan), highlight=False, markup=False)
+    return 0
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 1 << 62
+
+
+def _fits(loaded: Loaded, dtype: torch.dtype) -> None:
+    count = sum(p.numel() for p in loaded.model.parameters())
+    need = count * dtype.itemsize * 5  # the copy, its shards, and both sets of gradients
+    if need > _memory():
+        raise BadModel(
+            f"verifying {count:,} parameters in {str(dtype).removeprefix('torch.')} takes about {need / 1e9:.0f} GB and this "
+            f"machine has {_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
+        )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    dtype = getattr(torch, options.dtype)
+    size = (options.batch, options.sequence or 16)
+    with _progress("building the model"):
+        _fits(load(options.model, options.settings, weights=False, size=size), dtype)
+        loaded = load(options.model, options.settings, weights=True, size=size)
+    with _progress("comparing with the dense model"):
+        report = verify(loaded.model, options.tp, example_inputs=loaded.example_inputs, dtype=dtype)
+    print(report_text(report))
+    return 0 if report.ok else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code: 0 fine, 1 not equal (``verify``), 2 bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.tp < 1:
+            raise BadModel(f"--tp {options.tp}: the number of ranks is 1 or more")
+        if options.batch < 1 or (options.sequence is not None and options.sequence < 1):
+            raise BadModel("--batch and --sequence are 1 or more")
+        return _inspect(options) if options.command == "inspect" else _verify(options)
+    except (BadModel, AutoTPError) as error:
+        print(f"autotp: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, a pager say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The number of collectives, and their bytes, per transformer block."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+import autotp
+from autotp.plan import block_of
+from autotp.verify import Float64
+from tests.models import make
+
+BLOCKS = {"encoder": 2, "gpt": 2, "gpt2": 2, "llama": 2, "neox": 1, "bloom": 2, "bert": 2}
+"""The least reductions per block and direction: one where attention and MLP run side by side."""
+
+
+@pytest.mark.parametrize(("name", "least"), BLOCKS.items())
+def test_reductions_per_block(name: str, least: int) -> None:
+    model, kwargs = make(name)
+    with Float64():
+        plan = autotp.plan(model, 2, example_inputs=kwargs)
+    hidden = 60 if name == "encoder" else 48 if name in ("gpt2", "bert") else 64
+    for when in ("forward", "backward"):
+        inside = [c for c in plan.collectives if c.when == when and "*" in block_of(c.module)]
+        assert Counter(c.kind for c in inside) == {"all_reduce": 2 * least}, (when, inside)
+        for c in inside:
+            assert c.itemsize == 8
+            vectors = 0 if when == "forward" else 8 * hidden  # gradients of norm weights that ride along
+            assert 2 * 16 * hidden <= c.elements <= 2 * 16 * hidden + vectors, c
+
+
+def test_the_loss_is_vocabulary_parallel_and_logits_are_gathered_once() -> None:
+    model, kwargs = make("llama")
+    plan = autotp.plan(model, 2, example_inputs=kwargs)
+    gathers = [c for c in plan.collectives if c.kind == "all_gather"]
+    assert [c.elements for c in gathers] == [2 * 16 * 3 * 2, 2 * 16 * 1001] or [c.elements for c in gathers][::-1] == [
+        2 * 16 * 3 * 2,
+        2 * 16 * 1001,
+    ]
+
+
+def test_embedding_costs_one_reduction() -> None:
+    model, kwargs = make("gpt2")
+    plan = autotp.plan(model, 2, example_inputs=kwargs)
+    styles = {w.name: w.style for w in plan.weights}
+    assert styles["transformer.wte.weight"] == "vocabulary"
+    outside = [c for c in plan.collectives if c.when == "forward" and c.kind == "all_reduce" and ".h." not in c.module]
+    assert len(outside) == 1
+
+
+def test_tutorial_network() -> None:
+    model, kwargs = make("tutorial", batch=8, length=32)
+    plan = autotp.plan(model, 4, example_inputs=kwargs)
+    assert [(c.kind, c.when, c.elements) for c in plan.collectives if c.when == "forward"] == [
+        ("all_reduce", "forward", 8 * 32 * 1024)
+    ] * 2
+    assert plan.count("backward") == 2
+    assert plan.share_split == 1.0

