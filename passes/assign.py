@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 from torch import fx
@@ -35,22 +36,27 @@ def factor_shards(factor: Factor, ranks: np.ndarray, tp: int) -> dict[int, Shard
     """A factor's shards by virtual dim, given each label's ranks; None where they are no product of
     per-dim index sets or some rank would hold nothing."""
     bits = ranks[factor.labels]
-    everywhere = (1 << tp) - 1
-    if (bits == everywhere).all():
+    if (bits == (1 << tp) - 1).all():
         return {}
-    sets: list[list[IndexSet]] = [[] for _ in factor.dims]
+    by_place = _shards_of(bits.tobytes(), bits.shape, tp)  # values that move together have the same bits
+    return None if by_place is None else {v: s for v, s in zip(factor.dims, by_place, strict=True) if s is not None}
+
+
+@lru_cache(maxsize=1024)
+def _shards_of(bits: bytes, shape: tuple[int, ...], tp: int) -> tuple[Shards | None, ...] | None:
+    held = np.frombuffer(bits, dtype=np.int64).reshape(shape)
+    sets: list[list[IndexSet]] = [[] for _ in shape]
     for rank in range(tp):
-        mask = (bits >> rank) & 1 == 1
+        mask = (held >> rank) & 1 == 1
         each = [np.flatnonzero(mask.any(axis=tuple(j for j in range(mask.ndim) if j != i))) for i in range(mask.ndim)]
         if not all(e.size for e in each) or int(np.prod([e.size for e in each])) != int(mask.sum()):
             return None
         for i, e in enumerate(each):
             sets[i].append(IndexSet.of(e))
-    found = {}
-    for v, size, each_rank in zip(factor.dims, bits.shape, sets, strict=True):
-        if any(len(s) != size for s in each_rank):
-            found[v] = Shards(size, tuple(each_rank))
-    return found
+    return tuple(
+        Shards(size, tuple(each)) if any(len(s) != size for s in each) else None
+        for size, each in zip(shape, sets, strict=True)
+    )
 
 
 def assign(graph: fx.Graph, facts: Facts, stored: Mapping[str, Layout], tp: int) -> dict[fx.Node, Layout]:

@@ -103,7 +103,8 @@ def _as_copies(node: fx.Node) -> bool:
 
 def canonicalize(graph: fx.Graph) -> int:
     """Spell ``chunk``, ``split``, ``tensor_split`` and ``unbind`` as slices and selects, ``stack`` as
-    ``cat``, ``repeat`` and ``repeat_interleave`` as expands, and ``view`` as ``reshape`` (a rank's part need not be contiguous where the whole was).
+    ``cat``, ``repeat`` and ``repeat_interleave`` as expands, and ``view`` as ``reshape`` (a rank's part
+    need not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.

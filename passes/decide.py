@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
@@ -48,7 +49,7 @@ def _owners(units: np.ndarray, groups: Sequence[int], tp: int) -> np.ndarray:
         per_rank = deal(len(units), tp)
     elif len(sizes) >= tp:
         bounds = np.cumsum([0, *deal(len(sizes), tp)])
-        per_rank = [sum(sizes[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        per_rank = [sum(sizes[a:b]) for a, b in pairwise(bounds)]
     else:
         shares = deal(tp, len(sizes))
         if any(n < s for n, s in zip(sizes, shares, strict=True)):
@@ -72,58 +73,54 @@ class _Classes:
         self.factors = [f for value in facts.values.values() for f in value.factors]
         rng = np.random.default_rng(0)
         self.signature = np.zeros(count, dtype=np.uint64)
-        heads, others = [], []
-        done: dict[int, np.ndarray] = {}
-        for factor in self.factors:
-            if id(factor.labels) in done:
+        present = np.zeros(count, dtype=bool)
+        heads, others = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        seen: set[bytes] = set()
+        for labels in {id(f.labels): f.labels for f in self.factors}.values():
+            units = self.roots[labels].reshape(-1)
+            key = units.tobytes()
+            if key in seen:  # values that move together say the same
                 continue
-            units = np.unique(self.roots[factor.labels])
-            done[id(factor.labels)] = units
-            self.signature[units] += rng.integers(1, 2**63, dtype=np.uint64)
-            if units.size > 1:
-                heads.append(np.full(units.size - 1, units[0]))
+            seen.add(key)
+            present[units] = True
+            np.add.at(self.signature, units, rng.integers(1, 2**63, dtype=np.uint64))
+            if (units != units[0]).any():
+                heads.append(np.broadcast_to(units[:1], units.size - 1))
                 others.append(units[1:])
-        empty = np.empty(0, dtype=np.int64)
-        self.of_unit = components(
-            count, np.concatenate(heads) if heads else empty, np.concatenate(others) if others else empty
-        )
+        self.of_unit = components(count, np.concatenate(heads), np.concatenate(others))
         self.served = np.zeros(count, dtype=bool)
         self.served[self.sources] = True
-        self.present = np.unique(np.concatenate(list(done.values()))) if done else empty
+        self.present = np.flatnonzero(present)
         self.families: dict[int, list[np.ndarray]] = defaultdict(list)
         free = self.present[~self.served[self.present]]
-        keys = np.stack([self.of_unit[free].astype(np.uint64), self.signature[free]])
-        _, inverse = np.unique(keys, axis=1, return_inverse=True)
-        order = np.argsort(inverse.reshape(-1), kind="stable")
-        for family in np.split(free[order], np.flatnonzero(np.diff(inverse.reshape(-1)[order])) + 1):
+        kinds = self.signature[free] + self.of_unit[free].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        _, inverse = np.unique(kinds, return_inverse=True)
+        order = np.argsort(inverse, kind="stable")
+        for family in np.split(free[order], np.flatnonzero(np.diff(inverse[order])) + 1):
             if family.size:
                 self.families[int(self.of_unit[family[0]])].append(np.sort(family))
         self.user_classes = nx.DiGraph()
-        pairs = np.unique(np.stack([self.of_unit[self.sources], self.of_unit[self.users]]), axis=1)
-        self.user_classes.add_edges_from((int(a), int(b)) for a, b in pairs.T if a != b)
+        pairs = np.unique(self.of_unit[self.sources] * count + self.of_unit[self.users])
+        self.user_classes.add_edges_from((int(p // count), int(p % count)) for p in pairs if p // count != p % count)
+
+    def of(self, labels: np.ndarray) -> int:
+        """The class of a factor's labels (one factor's units are all of one class)."""
+        return int(self.of_unit[self.roots[labels.flat[0]]])
 
     def behind(self, labels: np.ndarray) -> set[int]:
-        """The classes that decide whether these labels are split: their own, or their users'."""
-        found: set[int] = set()
-        for c in {int(x) for x in np.unique(self.of_unit[self.roots[labels]])}:
-            found.add(c)
-            if c in self.user_classes:
-                found |= nx.descendants(self.user_classes, c)
+        """The classes that decide whether a factor's labels are split: their own, or their users'."""
+        own = self.of(labels)
+        found = {own} | (nx.descendants(self.user_classes, own) if own in self.user_classes else set())
         return {c for c in found if c in self.families}
 
     def groups(self, family: np.ndarray) -> list[int]:
         """For each unit of a family a number that units served by the same sources share, where those
         sources do not serve the whole family."""
-        inside = np.isin(self.users, family)
-        users, sources = self.users[inside], self.sources[inside]
-        keys: dict[int, list[int]] = {int(u): [] for u in family}
-        counts: dict[int, int] = defaultdict(int)
-        for s in sources:
-            counts[int(s)] += 1
-        for u, s in zip(users, sources, strict=True):
-            if counts[int(s)] < family.size:
-                keys[int(u)].append(int(s))
-        return [hash(tuple(sorted(keys[int(u)]))) for u in family]
+        starts, stops = np.searchsorted(self.users, family), np.searchsorted(self.users, family, side="right")
+        served_by = [self.sources[a:b] for a, b in zip(starts, stops, strict=True)]
+        sources, counts = np.unique(np.concatenate(served_by), return_counts=True)
+        some = set(sources[counts < family.size].tolist())
+        return [hash(tuple(x for x in each.tolist() if x in some)) for each in served_by]
 
 
 def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: CostModel) -> dict[int, float]:
@@ -131,24 +128,20 @@ def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: Cost
     share = 1 - 1 / tp
     gains: dict[int, float] = defaultdict(float)
 
-    def parted(labels: Iterable[np.ndarray]) -> set[int]:
-        return {int(c) for each in labels for c in np.unique(classes.of_unit[classes.roots[each]])}
-
     for sizes, labels in facts.work.values():
-        for c in parted(labels):
+        for c in {classes.of(each) for each in labels}:
             gains[c] += 2 * cost.elements(sizes) * share
     for node, labels in facts.pending.items():
-        for c in parted(labels):
+        for c in {classes.of(each) for each in labels}:
             gains[c] -= cost.per_collective + 2 * cost.per_element * cost.elements(shape(node))
     for node in {n for each in facts.wanted_whole.values() for n in each}:
-        for c in parted(f.labels for f in facts.values[node].factors):
-            if node.meta.get("grad") and node.op != "get_attr":
+        if node.meta.get("grad") and node.op != "get_attr":
+            for c in {classes.of(f.labels) for f in facts.values[node].factors}:
                 gains[c] -= cost.per_collective + cost.per_element * cost.elements(shape(node))
     for node in graph.nodes:
         if node.op == "get_attr" and node.meta.get("grad") and node in facts.values:
             for factor in facts.values[node].factors:
-                for c in parted([factor.labels]):
-                    gains[c] += cost.per_parameter * cost.elements(shape(node)) * share
+                gains[classes.of(factor.labels)] += cost.per_parameter * cost.elements(shape(node)) * share
     return gains
 
 

@@ -11,9 +11,17 @@ from passes.graphs import is_tensor, op_name
 
 __all__ = ["functionalize"]
 
-_VIEWS = {"aten.view", "aten.reshape", "aten.transpose", "aten.permute", "aten.t", "aten.unsqueeze", "aten.squeeze",
-          "aten.slice", "aten.select", "aten.narrow", "aten.expand", "aten.split", "aten.split_with_sizes",
-          "aten.chunk", "aten.unbind", "aten.detach", "aten.alias", "aten.flatten", "aten.unflatten"}  # fmt: skip
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether a node's value may share memory with another's: by its op's schema, or as a part of one that does."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.target is operator.getitem:
+        return _may_alias(node.args[0])
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    returned = [r.alias_info for r in node.target._schema.returns]
+    return op_name(node) == "aten.dropout" or any(a is not None and not a.is_write for a in returned)
 
 
 def _inline_no_grad(graph: fx.Graph, node: fx.Node) -> None:
@@ -73,18 +81,17 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             continue
-        functional = _out_of_place(node.target)
-        changed = node.args[0] if node.args else None
-        if functional is None or not is_tensor(changed):
+        functional, changed = _out_of_place(node.target), node.args[0] if node.args else None
+        if functional is None or not isinstance(changed, fx.Node) or not is_tensor(changed):
             left.append(node)
             continue
-        aliased = op_name(changed) in _VIEWS or changed.op in ("placeholder", "get_attr")
-        aliased = aliased or any(op_name(u) in _VIEWS and order[u] < order[node] for u in changed.users)
-        if aliased and op_name(node) != "aten.detach_":
+        seen = _may_alias(changed) or any(_may_alias(u) for u in changed.users if order[u] < order[node])
+        promotes = any(is_tensor(n) and n.meta["val"].dtype != changed.meta["val"].dtype for n in node.args[1:])
+        if (seen or promotes) and op_name(node) != "aten.detach_":
             left.append(node)
             continue
         node.target = functional
         for user in list(changed.users):
-            if order.get(user, -1) > order[node]:
+            if order[user] > order[node]:
                 user.replace_input_with(changed, node)
     return left

@@ -211,6 +211,5 @@ class Units:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         users = roots[np.concatenate([u for u, _ in self._served])]
         sources = roots[np.concatenate([s for _, s in self._served])]
-        differ = users != sources
-        pairs = np.unique(np.stack([users[differ], sources[differ]]), axis=1)
-        return pairs[0], pairs[1]
+        pairs = np.unique((users * self.count + sources)[users != sources])
+        return pairs // self.count, pairs % self.count

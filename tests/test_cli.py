@@ -12,8 +12,9 @@ import torch
 
 from autotp.cli import main
 
-SMALL = ["--set", "hidden_size=64", "--set", "num_hidden_layers=2", "--set", "num_attention_heads=4", "--set",
-         "num_key_value_heads=2", "--set", "intermediate_size=97", "--set", "vocab_size=1001"]  # fmt: skip
+FIELDS = ("hidden_size=64", "num_hidden_layers=2", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=16",
+          "intermediate_size=97", "vocab_size=1001")  # fmt: skip
+SMALL = [word for field in FIELDS for word in ("--set", field)]
 
 
 def test_inspect_folds_repeated_blocks_and_gives_totals(capsys: pytest.CaptureFixture[str]) -> None:

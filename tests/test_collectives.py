@@ -11,23 +11,28 @@ from autotp.plan import block_of
 from autotp.verify import Float64
 from tests.models import make
 
-BLOCKS = {"encoder": 2, "gpt": 2, "gpt2": 2, "llama": 2, "neox": 1, "bloom": 2, "bert": 2}
-"""The least reductions per block and direction: one where attention and MLP run side by side."""
+BLOCKS = {"encoder": (2, 0), "gpt": (2, 1), "gpt2": (2, 1), "llama": (2, 1), "neox": (1, 1), "bloom": (2, 1), "bert": (2, 1)}
+"""The least reductions per block and direction (one where attention and MLP run side by side), and
+those outside of blocks: the embedding's forward; the head's or the pooler's backward."""
 
 
-@pytest.mark.parametrize(("name", "least"), BLOCKS.items())
-def test_reductions_per_block(name: str, least: int) -> None:
+@pytest.mark.parametrize(("name", "least", "outside"), [(n, *counts) for n, counts in BLOCKS.items()])
+def test_reductions_per_block(name: str, least: int, outside: int) -> None:
     model, kwargs = make(name)
     with Float64():
         plan = autotp.plan(model, 2, example_inputs=kwargs)
     hidden = 60 if name == "encoder" else 48 if name in ("gpt2", "bert") else 64
+    layers = 2
     for when in ("forward", "backward"):
-        inside = [c for c in plan.collectives if c.when == when and "*" in block_of(c.module)]
-        assert Counter(c.kind for c in inside) == {"all_reduce": 2 * least}, (when, inside)
-        for c in inside:
+        reductions = [c for c in plan.collectives if c.when == when and c.kind == "all_reduce"]
+        assert len(reductions) == least * layers + outside, (when, reductions)
+        for c in reductions:
             assert c.itemsize == 8
             vectors = 0 if when == "forward" else 8 * hidden  # gradients of norm weights that ride along
-            assert 2 * 16 * hidden <= c.elements <= 2 * 16 * hidden + vectors, c
+            pooled = 2 * hidden if name == "bert" and "pooler" in c.module + c.of else 2 * 16 * hidden
+            assert pooled <= c.elements <= pooled + vectors, c
+        inside = [c for c in plan.collectives if c.when == when and "*" in block_of(c.module)]
+        assert Counter(c.kind for c in inside).keys() == {"all_reduce"}, "nothing is gathered inside a block"
 
 
 def test_the_loss_is_vocabulary_parallel_and_logits_are_gathered_once() -> None:

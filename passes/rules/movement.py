@@ -118,40 +118,21 @@ class Permute(Move):
         return Value(tuple(value.axes[d] for d in order), tuple(factors))
 
 
-@register("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.repeat_interleave", "aten.repeat")
+@register("aten.expand", "aten.expand_as", "aten.broadcast_to")
 class Expand(Move):
-    """Copies along a dim: ``"... 1 -> ... g"``; every copy is served by the one source.
+    """Copies along a dim of size one or a new one: ``"... 1 -> ... g"``; the source serves every copy."""
 
-    ``repeat_interleave`` by an integer and ``repeat`` along dims of size one are the same thing: the
-    copies make a factor inside, or in place of, the dim.
-    """
-
-    def moved(self, node: fx.Node, facts: Facts) -> Value | None:
+    def moved(self, node: fx.Node, facts: Facts) -> Value:
         value, out = facts.values[node.args[0]], shape(node)
-        axes: list[Dim] = [()] * (len(out) - len(value.axes)) + list(value.axes)
-        copied: set[tuple[int, int]] = set()
-        """The factors that copies make, as dim and place in it."""
-        if op_name(node) == "aten.repeat_interleave":
-            repeats, dim = (*node.args[1:], None)[:2]
-            if dim is None or not isinstance(repeats, int):
-                return None
-            dim %= len(out)
-            copied.add((dim, len(axes[dim])))
-            axes[dim] += (Size(repeats),)
-        else:
-            for dim, size in enumerate(out):
-                if not axes[dim] and not size.is_one:
-                    axes[dim] = (size,)
-                    copied.add((dim, 0))
-                elif op_name(node) == "aten.repeat" and node.args[1][dim] != 1:
-                    return None
-        result = Value(tuple(axes))
-        new = sorted(result.offset(dim) + i for dim, i in copied)
+        was = [()] * (len(out) - len(value.axes)) + list(value.axes)
+        copied = [dim for dim, size in enumerate(out) if not was[dim] and not size.is_one]
+        result = Value(tuple((out[dim],) if dim in copied else axes for dim, axes in enumerate(was)))
+        new = [result.offset(dim) for dim in copied]
         places = [v for v in range(len(result.sizes)) if v not in new]
         factors = [Factor(tuple(places[v] for v in f.dims), f.labels) for f in value.factors]
         for v in new:
             size = result.sizes[v]
-            if not size.static or size.is_one:
+            if not size.static:
                 continue
             if len(factors) == 1:
                 factors = [self._copied(factors[0], v, size.number, facts)]
@@ -169,25 +150,15 @@ class Expand(Move):
         return Factor(dims, labels)
 
     def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
-        name, layout, source = op_name(node), sharder.layout(node), node.args[0]
+        layout, source = sharder.layout(node), node.args[0]
         value, before = sharder.value(node), sharder.value(source)
-        if name == "aten.expand_as":
+        if op_name(node) == "aten.expand_as":
             sharder.copy(node)
             return
         shift = len(value.axes) - len(before.axes)
         place = {v: value.offset(d + shift) + i for d in range(len(before.axes)) for i, v in enumerate(before.virtual(d))}
         local = sharder.local(source, Layout.of({v: layout.dims[p] for v, p in place.items() if p in layout.dims}))
-        if name == "aten.repeat_interleave":
-            dim = node.args[2] % len(value.axes)
-            copies = layout.dims.get(value.virtual(dim)[-1]) if node.args[1] > 1 else None
-            counts = list(copies.counts) if copies is not None else [node.args[1]] * sharder.tp
-            sharder.emit(node, node.target, (local, sharder.per_rank(counts), dim), layout=layout)
-            return
-        sizes = sharder.local_sizes(node, node.args[1])
-        if name == "aten.repeat":
-            was = [Size(1)] * shift + list(shape(source))
-            sizes = [s if n.is_one else 1 for s, n in zip(sizes, was, strict=True)]
-        sharder.emit(node, node.target, (local, sizes), layout=layout)
+        sharder.emit(node, node.target, (local, sharder.local_sizes(node, node.args[1])), layout=layout)
 
 
 @register("aten.slice", "aten.select", "aten.narrow", "aten.flip")

@@ -30,7 +30,8 @@ def broadcast_letters(ranks: list[int], out_rank: int) -> list[list[str]]:
           "aten.contiguous", "aten.detach", "aten.alias", "aten.masked_fill", "aten.zeros_like", "aten.ones_like",
           "aten.full_like", "aten.empty_like", "aten.float_power", "aten.square", "aten.rsub", "aten.lift_fresh_copy",
           "aten.relu6", "aten.selu", "aten.gelu", "aten.log_sigmoid", "aten.softplus", "aten.hardswish", "aten.mish",
-          "aten.logical_and", "aten.logical_not", "aten.where", "aten.nan_to_num", "aten.clamp", "aten.clip")  # fmt: skip
+          "aten.logical_and", "aten.logical_not", "aten.where", "aten.nan_to_num", "aten.clamp",
+          "aten.clip")  # fmt: skip
 class Pointwise(Rule):
     """Equal indices are united; an input that broadcasts serves all it is broadcast to."""
 
@@ -105,10 +106,9 @@ class Pointwise(Rule):
         if name in ("aten.mul", "aten.div", "aten.neg") and args and sharder.pending(args[0]):
             if any(is_tensor(a) for a in args[1:]) or node.kwargs:
                 return False
-            state = sharder.states[args[0]]
-            value = sharder.value(node)
-            beside = state.addend and sharder.call(node.target, (state.addend, *args[1:]), state="whole", value=value)
-            total = sharder.call(node.target, (state.node, *args[1:]), state="pending", value=value)
+            state, value, rest = sharder.states[args[0]], sharder.value(node), sharder.rest(args[1:])
+            beside = state.addend and sharder.call(node.target, (state.addend, *rest), state="whole", value=value)
+            total = sharder.call(node.target, (state.node, *rest), state="pending", value=value)
             sharder.stand(node, total, pending=True, addend=beside)
             return True
         return False
