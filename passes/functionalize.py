@@ -63,6 +63,12 @@ def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
+def _promotes(functional: torch._ops.OpOverload, node: fx.Node) -> bool:
+    """Whether the function's result is of another dtype than the tensor that the in-place op changes."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    return functional(*args, **kwargs).dtype != node.meta["val"].dtype
+
+
 def functionalize(graph: fx.Graph) -> list[fx.Node]:
     """Inline no-grad regions and turn in-place ops on values that nothing else sees into functions.
 
@@ -86,8 +92,7 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
             left.append(node)
             continue
         seen = _may_alias(changed) or any(_may_alias(u) for u in changed.users if order[u] < order[node])
-        promotes = any(is_tensor(n) and n.meta["val"].dtype != changed.meta["val"].dtype for n in node.args[1:])
-        if (seen or promotes) and op_name(node) != "aten.detach_":
+        if op_name(node) != "aten.detach_" and (seen or _promotes(functional, node)):
             left.append(node)
             continue
         node.target = functional

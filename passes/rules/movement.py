@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from passes.axes import Axes, Dim, Size, trivial_axes, view_axes
+from passes.axes import Axes, Size, trivial_axes, view_axes
 from passes.graphs import is_tensor, op_name, shape
 from passes.layout import IndexSet, Layout, Shards
 from passes.rules.base import Facts, Rule, register
@@ -156,8 +156,12 @@ class Expand(Move):
             sharder.copy(node)
             return
         shift = len(value.axes) - len(before.axes)
-        place = {v: value.offset(d + shift) + i for d in range(len(before.axes)) for i, v in enumerate(before.virtual(d))}
-        local = sharder.local(source, Layout.of({v: layout.dims[p] for v, p in place.items() if p in layout.dims}))
+        kept = {}
+        for dim in range(len(before.axes)):
+            for v, p in zip(before.virtual(dim), value.virtual(dim + shift)):  # none, where the copies are
+                if p in layout.dims:
+                    kept[v] = layout.dims[p]
+        local = sharder.local(source, Layout.of(kept))
         sharder.emit(node, node.target, (local, sharder.local_sizes(node, node.args[1])), layout=layout)
 
 

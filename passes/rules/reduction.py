@@ -114,9 +114,10 @@ class Sum(Reduction):
         value = sharder.value(node)
         total = sharder.call(aten.sum.dim_IntList, (local, dims, keep), kwargs, state="pending", value=value)
         if op_name(node) == "aten.mean":
-            sizes = [node.args[0].meta["val"].shape[d] for d in dims]
-            counts = [math.prod(s for s in sizes if isinstance(s, int))]
-            counts += [sharder.extent(node.args[0], d) for d, s in zip(dims, sizes, strict=True) if not isinstance(s, int)]
+            source = node.args[0]
+            sizes = {d: source.meta["val"].shape[d] for d in dims}
+            counts = [math.prod(s for s in sizes.values() if isinstance(s, int))]
+            counts += [sharder.extent(source, d) for d, s in sizes.items() if not isinstance(s, int)]
             for count in counts:
                 total = sharder.call(aten.div.Tensor, (total, count), state="pending", value=value)
         sharder.stand(node, total, pending=True)

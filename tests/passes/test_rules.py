@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.passes.harness import called, check, randn
+from autotp.rewrite import rewrite
+from tests.passes.harness import called, captured_of, check, randn, run, scrambled, simulation
 
 B, S, D = 2, 3, 64
 """Batch, sequence, and the width of what is never split here."""
@@ -70,8 +71,8 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "permute": lambda y: heads(y).permute(2, 0, 3, 1).tanh().permute(1, 3, 0, 2).flatten(-2),
     "transpose": lambda y: y.transpose(0, 2).tanh().transpose(0, 2),
     "movedim": lambda y: heads(y).movedim(-2, 0).movedim(0, -2).flatten(-2),
-    "expand": lambda y: y.unsqueeze(2).expand(-1, -1, 7, -1).tanh().sum(2),
-    "repeat": lambda y: y.unsqueeze(2).repeat(1, 1, 7, 1).tanh().sum(2),
+    "expand": lambda y: y.unsqueeze(2).expand(-1, -1, 7, -1).tanh().sum(2).repeat_interleave(2, -1),
+    "repeat": lambda y: y.unsqueeze(2).repeat(1, 1, 7, 1).tanh().sum(2).repeat(1, 1, 2),
     "repeat_interleave": lambda y: heads(y).repeat_interleave(3, 2).flatten(-2),
     "expand as groups": lambda y: heads(y).unsqueeze(3).expand(-1, -1, -1, 3, -1).reshape(B, S, -1),
     "first half": lambda y: y[..., :30],
@@ -193,3 +194,390 @@ OPAQUE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OPAQUE)
 def test_an_op_without_a_rule_is_right_all_the_same(name: str) -> None:
     check(Between(OPAQUE[name], 60), randn(B, S, D), tps=(2, 3))
+
+
+# Products ------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two products with ``tanh`` between, each spelled by ``product(x, weight, bias)``."""
+
+    def __init__(self, product: Callable[..., Tensor], *shapes: tuple[int, ...], bias: bool = True) -> None:
+        super().__init__()
+        self.product = product
+        self.up, self.down = (nn.Parameter(torch.randn(s)) for s in shapes)
+        self.a, self.b = (nn.Parameter(torch.randn(s[-1])) for s in shapes) if bias else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x.cumsum(-1), self.up, self.a).tanh()
+        return self.product(y, self.down, self.b).cumsum(-1)
+
+
+def addmm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(b, x.flatten(0, 1), w, alpha=0.7, beta=0.3).unflatten(0, x.shape[:2])
+
+
+def baddbmm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.baddbmm(b, x, w.unsqueeze(0).expand(x.shape[0], -1, -1), alpha=0.7, beta=0.3)
+
+
+PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda x, w, b: F.linear(x, w.t(), b),
+    "matmul": lambda x, w, b: x @ w + b,
+    "mm": lambda x, w, b: (torch.mm(x.flatten(0, 1), w) + b).unflatten(0, x.shape[:2]),
+    "bmm": lambda x, w, b: torch.bmm(x, w.unsqueeze(0).expand(x.shape[0], -1, -1)) + b,
+    "addmm": addmm,
+    "baddbmm": baddbmm,
+    "einsum": lambda x, w, b: torch.einsum("bsi,io->bso", x, w) + b,
+    "einsum with dots": lambda x, w, b: torch.einsum("...i,io", x, w) + b,
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name: str) -> None:
+    model = Pair(PRODUCTS[name], (D, 95), (95, D))
+    check(model, randn(B, S, D), split={"up": 1, "a": 0, "down": 0}, collectives=ONE, moves={"enter": 1})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias: bool) -> None:
+    pair = {n: d for n, d in PAIR.items() if bias or "bias" not in n}
+    check(Between(torch.tanh, 95, bias=bias), randn(B, S, D), split=pair, collectives=ONE, moves={"enter": 1})
+
+
+def test_vectors() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.v = nn.Linear(D, 96), nn.Parameter(torch.randn(96))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.up(x.cumsum(-1)).tanh()
+            return y @ self.v, torch.mv(y.flatten(0, 1), self.v)
+
+    check(Model(), randn(B, S, D), split={"up.weight": 0, "up.bias": 0, "v": 0}, collectives={"all_reduce": 2})
+
+
+class Einsums(nn.Module):
+    """Attention with weights that keep heads and features apart, by einsum throughout."""
+
+    def __init__(self, heads: int, bias: bool = True) -> None:
+        super().__init__()
+        self.qkv = nn.ParameterList(nn.Parameter(torch.randn(D, heads, 16)) for _ in range(3))
+        self.biases = nn.ParameterList(nn.Parameter(torch.randn(heads, 16)) for _ in range(3 * bias))
+        self.out = nn.Parameter(torch.randn(heads, 16, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("bsd,dhe->bshe", x, w) for w in self.qkv)
+        if len(self.biases):
+            q, k, v = q + self.biases[0], k + self.biases[1], v + self.biases[2]
+        scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / 4
+        mixed = torch.einsum("bhqk,bkhe->bqhe", scores.softmax(-1), v)
+        return torch.einsum("bshd,hdo->bso", mixed, self.out)
+
+
+@pytest.mark.parametrize("heads", [4, 5])
+def test_attention_by_einsum(heads: int) -> None:
+    split = {f"qkv.{i}": 1 for i in range(3)} | {f"biases.{i}": 0 for i in range(3)} | {"out": 0}
+    check(Einsums(heads), randn(B, S, D), split=split, collectives=ONE, moves={"enter": 1})
+
+
+# Attention -----------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Attention with its own projections; key-value heads repeated by sdpa itself or before it."""
+
+    def __init__(self, count: int, kv: int, size: int = 8, by: str = "gqa", causal: bool = True, bias: bool = True,
+                 mask: str = "", norm: bool = False) -> None:  # fmt: skip
+        super().__init__()
+        self.count, self.kv, self.size, self.by, self.causal, self.mask = count, kv, size, by, causal, mask
+        self.q = nn.Linear(D, count * size, bias=bias)
+        self.k, self.v = nn.Linear(D, kv * size, bias=bias), nn.Linear(D, kv * size, bias=bias)
+        self.o = nn.Linear(count * size, D, bias=bias)
+        self.q_norm = nn.RMSNorm(size) if norm else None
+        self.k_norm = nn.LayerNorm(size) if norm else None
+        if mask == "per head":
+            self.register_buffer("slopes", torch.arange(count) / 7.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.size)) for p in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        groups, mask = self.count // self.kv, None
+        if self.by == "expand":
+            k, v = (y[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for y in (k, v))
+        elif self.by == "repeat_interleave":
+            k, v = (y.repeat_interleave(groups, 1) for y in (k, v))
+        length = torch.arange(x.shape[1])
+        if self.mask == "boolean":
+            mask = (length[:, None] >= length[None, :])[None, None].expand(x.shape[0], 1, -1, -1)
+        elif self.mask == "per head":
+            mask = self.slopes.view(1, -1, 1, 1) * (length[None, :] - length[:, None])
+        elif self.mask == "additive":
+            mask = (length[None, :] - length[:, None]).to(x.dtype)
+        if self.by == "hand":
+            scores = q @ k.transpose(-1, -2) * self.size**-0.5
+            y = (scores if mask is None else scores + mask).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=self.by == "gqa"
+            )
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def attention_split(bias: bool = True, shared: bool = True) -> dict[str, int]:
+    """What is split of an :class:`Attention`: all its heads; the shared ones unless every rank needs all."""
+    found = {}
+    for name in "qkv" if shared else "q":
+        found |= {f"{name}.weight": 0} | ({f"{name}.bias": 0} if bias else {})
+    return {**found, "o.weight": 1}
+
+
+@pytest.mark.parametrize("by", ["gqa", "expand", "repeat_interleave"])
+@pytest.mark.parametrize(
+    ("count", "kv", "tps"),
+    [(5, 5, (2, 3, 4)), (8, 8, (2, 3, 4)), (8, 2, (2, 4)), (12, 3, (2, 3, 4)), (12, 6, (4,)), (20, 5, (8,))],
+)
+def test_grouped_attention(count: int, kv: int, tps: tuple[int, ...], by: str) -> None:
+    check(Attention(count, kv, 12, by=by), randn(B, S, D), split=attention_split(), collectives=ONE, tps=tps)
+
+
+def test_more_ranks_than_key_value_heads() -> None:
+    replicated, *_ = check(Attention(8, 2, 12), randn(B, S, D), split=attention_split(), tps=(4,))
+    assert [len(s) for s in replicated.stored["k.weight"].dims[0].ranks] == [12] * 4
+    assert replicated.stored["k.weight"].dims[0].replicas == ((0, 1), (2, 3))
+    assert replicated.stored["q.weight"].dims[0].disjoint
+    uneven, *_ = check(Attention(20, 5, 8), randn(B, S, D), split=attention_split(), tps=(8,))
+    assert uneven.stored["k.weight"].dims[0].replicas == ((0, 1), (2, 3), (4, 5), (6,), (7,))
+    assert uneven.stored["q.weight"].dims[0].counts == (16, 16, 16, 16, 16, 16, 32, 32)
+
+
+@pytest.mark.parametrize("by", ["gqa", "expand", "hand"])
+def test_multi_query_attention(by: str) -> None:
+    check(Attention(9, 1, by=by, causal=False), randn(B, S, D), split=attention_split(shared=False), collectives=ONE)
+
+
+def test_25_heads_on_8_ranks() -> None:
+    program, *_ = check(Attention(25, 25), randn(B, S, D), split=attention_split(), collectives=ONE, tps=(8,))
+    assert program.stored["q.weight"].dims[0].counts == (32, *[24] * 7)
+
+
+@pytest.mark.parametrize("mask", ["", "boolean", "per head", "additive"])
+@pytest.mark.parametrize("by", ["gqa", "sdpa", "hand"])
+def test_masks(mask: str, by: str) -> None:
+    model = Attention(8, 8, by=by, mask=mask, causal=by == "sdpa", bias=False)
+    check(model, randn(B, S, D), split=attention_split(bias=False), collectives=ONE)
+
+
+@pytest.mark.parametrize("kv", [6, 2])
+def test_norms_per_head(kv: int) -> None:
+    check(Attention(6, kv, 16, norm=True), randn(B, S, D), split=attention_split(), collectives=ONE)
+
+
+class Fused(nn.Module):
+    """Attention whose queries, keys and values come from one product, in one of the orders in use."""
+
+    def __init__(self, order: str, count: int, kv: int, size: int = 8) -> None:
+        super().__init__()
+        self.order, self.count, self.kv, self.size = order, count, kv, size
+        self.qkv, self.o = nn.Linear(D, (count + 2 * kv) * size), nn.Linear(count * size, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, n, h = self.qkv(x), self.count, self.size
+        if self.order == "3 H D":
+            q, k, v = y.unflatten(-1, (3, n, h)).unbind(-3)
+        elif self.order == "H 3 D":
+            q, k, v = y.unflatten(-1, (n, 3, h)).unbind(-2)
+        elif self.order == "H 3D":
+            q, k, v = y.unflatten(-1, (n, 3 * h)).chunk(3, -1)
+        elif self.order == "KV g+2 D":
+            y = y.unflatten(-1, (self.kv, n // self.kv + 2, h))
+            q, k, v = y[..., :-2, :].flatten(-3, -2), y[..., -2, :], y[..., -1, :]
+        else:
+            q, k, v = (p.unflatten(-1, (-1, h)) for p in y.split([n * h, self.kv * h, self.kv * h], -1))
+        q, k, v = (p.transpose(1, 2) for p in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n != self.kv)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("order", "count", "kv", "tps"),
+    [("3 H D", 5, 5, (2, 3, 4)), ("H 3 D", 5, 5, (2, 3, 4)), ("H 3D", 8, 8, (3, 4)), ("KV g+2 D", 12, 3, (2, 3)),
+     ("KV g+2 D", 8, 4, (4,)), ("q|k|v", 8, 2, (2, 4)), ("q|k|v", 5, 5, (3,)), ("q|k|v", 12, 3, (3, 4))],
+)  # fmt: skip
+def test_fused_projections(order: str, count: int, kv: int, tps: tuple[int, ...]) -> None:
+    split = {"qkv.weight": 0, "qkv.bias": 0, "o.weight": 1}
+    check(Fused(order, count, kv, 12), randn(B, S, D), split=split, collectives=ONE, tps=tps)
+
+
+# Norms, look-ups, losses, sums -----------------------------------------------------------------------
+
+
+def test_norms_over_whole_features() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.LayerNorm(D), nn.RMSNorm(D)
+            self.a, self.b = Between(F.gelu, 96), Between(F.silu, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.a(self.first(x))
+            return x + self.b(self.second(x))
+
+    split = {f"{m}.{n}": d for m in "ab" for n, d in PAIR.items()}
+    check(Model(), randn(B, S, D), split=split, collectives={"all_reduce": 2}, moves={"enter": 2})
+
+
+def test_two_branches_cost_one_reduction() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attention, self.mlp = nn.LayerNorm(D), Attention(6, 6, 16), Between(F.gelu, 96)
+            self.mlp.forward = lambda x: self.mlp.down(F.gelu(self.mlp.up(x)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return x - (self.attention(y) * 0.5 + self.mlp(y)) / x.shape[1]
+
+    split = {f"attention.{n}": d for n, d in attention_split().items()} | {f"mlp.{n}": d for n, d in PAIR.items()}
+    check(Model(), randn(B, S, D), split=split, collectives=ONE, moves={"enter": 1})
+
+
+def test_scales_and_offsets_per_feature() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(D, 96), nn.Linear(96, D)
+            self.per_feature, self.per_head = nn.Parameter(torch.ones(96)), nn.Parameter(torch.ones(12, 1))
+            self.inside = nn.Parameter(torch.ones(8))
+            self.register_buffer("mask", torch.arange(96) % 3 == 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x.cumsum(-1)) * self.per_feature
+            y = y.masked_fill(self.mask, 0.25).unflatten(-1, (12, 8))
+            y = (y * self.per_head + self.inside).softmax(-1).flatten(-2)
+            return self.down(torch.where(self.mask, y, y.tanh())).cumsum(-1)
+
+    split = {"up.weight": 0, "up.bias": 0, "per_feature": 0, "per_head": 0, "down.weight": 1}
+    check(Model(), randn(B, S, D), split=split, collectives=ONE)
+
+
+class Language(nn.Module):
+    """Embedding, an MLP and a head; with labels, the loss too."""
+
+    def __init__(self, words: int, tied: bool, padding: int | None = None, **options: object) -> None:
+        super().__init__()
+        self.embed, self.mlp = nn.Embedding(words, D, padding_idx=padding), Between(F.silu, 96)
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, words, bias=not tied)
+        self.options = options
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        logits = self.head(self.norm(self.mlp(self.embed(ids))))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), **self.options)
+
+
+def ids(words: int, ignore: int | None = None) -> Tensor:
+    found = torch.randint(0, words, (2, 7), generator=torch.Generator().manual_seed(3))
+    return found if ignore is None else found.where(torch.arange(14).view(2, 7) % 3 != 1, ignore)
+
+
+MLP = {f"mlp.{n}": d for n, d in PAIR.items()}
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_vocabulary_untied(padding: int | None) -> None:
+    tokens = ids(601)
+    tokens[0, :3] = 3
+    split = {"embed.weight": 0, "head.weight": 0, "head.bias": 0} | MLP
+    check(Language(601, tied=False, padding=padding), tokens, split=split,
+          collectives={"all_reduce": 2, "all_gather": 1})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum"}, {"reduction": "none"}, {"ignore_index": 5}, {"ignore_index": 5, "reduction": "sum"},
+     {"ignore_index": -100, "reduction": "none"}],
+    ids=str,
+)  # fmt: skip
+def test_cross_entropy(options: dict[str, object]) -> None:
+    labels = ids(601, ignore=int(options.get("ignore_index", -100)))
+    check(Language(601, tied=True, **options), ids(601), labels, split={"embed.weight": 0} | MLP,
+          collectives={"all_reduce": 2, "vocab_parallel_cross_entropy": 1})  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"weight": torch.ones(601).double()}], ids=["smooth", "weighted"])
+def test_a_loss_without_a_rule_gets_whole_logits(options: dict[str, object]) -> None:
+    check(Language(601, tied=True, **options), ids(601), ids(601), collectives={"all_reduce": 2, "all_gather": 1})
+
+
+def test_detach_stops_gradients() -> None:
+    check(Between(lambda y: y * y.detach() + y.tanh().detach(), 96), randn(B, S, D), split=PAIR, collectives=ONE)
+
+
+def test_a_pending_sum_times_a_size() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Between(torch.tanh, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.mlp.down(self.mlp.up(x.cumsum(-1)).tanh()) * x.shape[1] / x.shape[0]
+            return (-y + x.sum(-1, keepdim=True)).cumsum(-1)
+
+    check(Model(), randn(B, S, D), split=MLP, collectives=ONE, moves={"enter": 1})
+
+
+def test_dropout_on_shards_differs_between_ranks_and_is_scaled() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(D, 96), nn.Linear(96, D, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.dropout(self.up(x.cumsum(-1)), 0.25)).cumsum(-1)
+
+    model = scrambled(Model())
+    with torch.no_grad():  # every neuron gives 1, and the first output counts those that are left
+        model.up.weight.zero_()
+        model.up.bias.fill_(1)
+        model.down.weight.zero_()
+        model.down.weight[0] = 2.0 ** torch.arange(96)
+    inputs = torch.randn(50, 40, D, dtype=torch.float64)
+    program = rewrite(captured_of(model, inputs), 2)
+    assert called(program.graph, ["random_per_rank"]) == {"random_per_rank": 1}
+    parallel = simulation(model, program)
+    with torch.no_grad():
+        model.down.weight[0] = 1
+        kept = parallel(inputs)[..., 0] * 0.75
+    assert parallel.divergence == 0.0
+    assert abs(float(kept.mean()) / 96 - 0.75) < 0.01
+    with torch.no_grad():
+        model.down.weight[0, 48:] = -1  # were the ranks' masks the same, their counts would cancel
+        assert parallel(inputs)[..., 0].abs().max() > 0
+
+
+def test_dropout_on_whole_values_is_the_same_on_all_ranks() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Between(torch.tanh, 96), Between(torch.tanh, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.dropout(self.a(x), 0.5))
+
+    model = scrambled(Model())
+    inputs = randn(B, S, D)
+    program = rewrite(captured_of(model, inputs), 3)
+    assert called(program.graph, ["random_same"]) == {"random_same": 1}
+    torch.manual_seed(7)
+    parallel = simulation(model, program)
+    results = run(parallel, model, [inputs])
+    assert parallel.divergence == 0.0
+    torch.manual_seed(7)
+    assert max(run(model, model, [inputs]).differences(results).values()) < 1e-10
