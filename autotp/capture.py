@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -214,11 +216,18 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
 
 def _explain(model: nn.Module, error: Exception) -> str:
     lines = [x for x in str(error).splitlines() if x.strip()]
+    said = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    if "data-dependent" in str(error).lower() or "DataDependent" in said:
+        return (
+            f"{type(model).__name__} cannot be captured as one graph: its Python{place} depends on the values in a "
+            f"tensor (an `if x.any():`, an `.item()`): {said}\n"
+            "Move that out of forward, or use torch.where or torch.cond."
+        )
     return (
-        f"{type(model).__name__} cannot be captured as one graph: {type(error).__name__}: "
-        f"{lines[0] if lines else 'no message'}\nautotp captures with torch.export; control flow that depends on the "
-        "values in a tensor (an `if x.any():`, an `.item()`) cannot be captured. Move it out of forward, or use "
-        "torch.where or torch.cond. The whole error is chained below this one."
+        f"{type(model).__name__} cannot be captured as one graph: torch.export met an error{place}: {said}\n"
+        "Check that the model runs on these inputs as it is; if it does, the error chained below says what to change."
     )
 
 
@@ -250,8 +259,8 @@ def _flat_graph(exported: Any, outputs: _Outputs, tied: Mapping[str, str]) -> Ca
                 f"forward changes {spec.kind.name.removesuffix('_MUTATION').lower().replace('_', ' ')} "
                 f"{_unprefixed(spec.target or '')!r} in place; autotp runs functions of weights and inputs only"
             )
-    module = exported.graph_module
-    graph: fx.Graph = module.graph
+    graph: fx.Graph = copy.deepcopy(exported.graph_module.graph)  # exported stays, to be functionalized if need be
+    graph.owning_module = exported.graph_module
     captured = Captured(graph, {}, {}, set(), outputs.spec, list(outputs.leaves))
     kinds = {spec.arg.name: spec for spec in signature.input_specs}
     dims: dict[str, tuple[int, int]] = {}
@@ -286,6 +295,5 @@ def _flat_graph(exported: Any, outputs: _Outputs, tied: Mapping[str, str]) -> Ca
                 attributes[target].meta = dict(node.meta)
             node.replace_all_uses_with(attributes[target])
         graph.erase_node(node)
-    module.recompile()
     assert all(is_tensor(n) for n in graph.nodes if n.op == "placeholder")
     return captured

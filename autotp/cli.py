@@ -14,7 +14,7 @@ from autotp.calls import Programs
 from autotp.capture import Dense
 from autotp.errors import AutoTPError
 from autotp.inputs import example_call
-from autotp.models import BadModel, Loaded, load
+from autotp.models import BadModelError, Loaded, load
 from autotp.plan import plan_of
 from autotp.report import collectives_table, ranks_table, report_text, totals, weights_table
 from autotp.text import graph_dot
@@ -29,7 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="show how a model would be split, without processes or weights")
-    verify_ = commands.add_parser("verify", help="compare the parallel model with the dense one, all ranks in one process")
+    verify_ = commands.add_parser(
+        "verify", help="compare the parallel model with the dense one, all ranks in one process"
+    )
     for command in (inspect, verify_):
         command.add_argument(
             "model",
@@ -71,7 +73,7 @@ def _progress(what: str) -> Iterator[None]:
 
 def _inspect(options: argparse.Namespace) -> int:
     if not 0 <= options.rank < options.tp:
-        raise BadModel(f"--rank {options.rank}: with --tp {options.tp} there are ranks 0 to {options.tp - 1}")
+        raise BadModelError(f"--rank {options.rank}: with --tp {options.tp} there are ranks 0 to {options.tp - 1}")
     with _progress("building the model"):
         loaded = load(options.model, options.settings, weights=False, size=(options.batch, options.sequence or 128))
     with _progress("capturing and planning"):
@@ -109,9 +111,9 @@ def _fits(loaded: Loaded, dtype: torch.dtype) -> None:
     count = sum(p.numel() for p in loaded.model.parameters())
     need = count * dtype.itemsize * 5  # the copy, its shards, and both sets of gradients
     if need > _memory():
-        raise BadModel(
-            f"verifying {count:,} parameters in {str(dtype).removeprefix('torch.')} takes about {need / 1e9:.0f} GB and this "
-            f"machine has {_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
+        raise BadModelError(
+            f"verifying {count:,} parameters in {str(dtype).removeprefix('torch.')} takes about {need / 1e9:.0f} GB and "
+            f"this machine has {_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
         )
 
 
@@ -132,11 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.tp < 1:
-            raise BadModel(f"--tp {options.tp}: the number of ranks is 1 or more")
+            raise BadModelError(f"--tp {options.tp}: the number of ranks is 1 or more")
         if options.batch < 1 or (options.sequence is not None and options.sequence < 1):
-            raise BadModel("--batch and --sequence are 1 or more")
+            raise BadModelError("--batch and --sequence are 1 or more")
         return _inspect(options) if options.command == "inspect" else _verify(options)
-    except (BadModel, AutoTPError) as error:
+    except (BadModelError, AutoTPError) as error:
         print(f"autotp: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, a pager say, has seen enough

@@ -81,7 +81,7 @@ def _guesses(model: nn.Module, device: torch.device) -> Iterator[tuple[Any, ...]
     ]
     count = max(len(needed), 1)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    seen = set()
+    seen: set[tuple[Any, ...]] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             key: tuple[Any, ...] = ("ids", min(module.num_embeddings, 2))
@@ -91,8 +91,8 @@ def _guesses(model: nn.Module, device: torch.device) -> Iterator[tuple[Any, ...]
             key = ("floats", module.normalized_shape[-1])
         elif isinstance(module, nn.MultiheadAttention):
             key = ("floats", module.embed_dim)
-        elif isinstance(getattr(module, "weight", None), torch.Tensor) and not list(module.children()):
-            key = ("floats", module.weight.shape[-1] if module.weight.dim() else 1)
+        elif isinstance(weight := getattr(module, "weight", None), torch.Tensor) and weight.dim():
+            key = ("floats", weight.shape[-1])
         else:
             continue
         if key in seen or len(seen) > 8:

@@ -18,10 +18,10 @@ from torch import nn
 
 from autotp.inputs import ExampleInputs
 
-__all__ = ["BadModel", "Loaded", "load"]
+__all__ = ["BadModelError", "Loaded", "load"]
 
 
-class BadModel(ValueError):
+class BadModelError(ValueError):
     """What was given on the command line does not name a model; one line says what would."""
 
 
@@ -43,11 +43,11 @@ def load(name: str, settings: Sequence[str], *, weights: bool, size: tuple[int, 
         size: batch and sequence length of example token ids.
 
     Raises:
-        BadModel: nothing of that name, a factory that fails, or a field that the config lacks.
+        BadModelError: nothing of that name, a factory that fails, or a field that the config lacks.
     """
     if ":" in name and not os.path.exists(name):
         if settings:
-            raise BadModel("--set overrides fields of a transformers config; a factory makes its model itself")
+            raise BadModelError("--set overrides fields of a transformers config; a factory makes its model itself")
         return _from_factory(name)
     with _quiet_transformers():
         return _from_transformers(name, settings, weights, size)
@@ -68,7 +68,7 @@ def _transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError:
-        raise BadModel("transformers is not installed: pip install 'autotp[transformers]'") from None
+        raise BadModelError("transformers is not installed: pip install 'autotp[transformers]'") from None
 
 
 def _from_factory(name: str) -> Loaded:
@@ -77,21 +77,23 @@ def _from_factory(name: str) -> Loaded:
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise BadModel(f"{name}: cannot import {module_name}: {error}") from None
+        raise BadModelError(f"{name}: cannot import {module_name}: {error}") from None
     finally:
         sys.path.pop(0)
     for part in attribute.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, dir(found), 1)
-            raise BadModel(f"{name}: {module_name} has no {part}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise BadModelError(f"{name}: {module_name} has no {part}" + (f"; did you mean {near[0]}?" if near else ""))
         found = getattr(found, part)
     try:
         made = found() if callable(found) and not isinstance(found, nn.Module) else found
     except Exception as error:
-        raise BadModel(f"{name}: the factory failed: {type(error).__name__}: {error}") from None
+        raise BadModelError(f"{name}: the factory failed: {type(error).__name__}: {error}") from None
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise BadModel(f"{name} gave a {type(model).__name__}; it must return a module or (module, example_inputs)")
+        raise BadModelError(
+            f"{name} gave a {type(model).__name__}; it must return a module or (module, example_inputs)"
+        )
     return Loaded(model, inputs)
 
 
@@ -100,16 +102,16 @@ def _from_transformers(name: str, settings: Sequence[str], weights: bool, size: 
     directory = Path(name)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
-            raise BadModel(f"{name} has no config.json: give a directory that a transformers model was saved in")
+            raise BadModelError(f"{name} has no config.json: give a directory that a transformers model was saved in")
         try:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         except (ValueError, OSError) as error:
-            raise BadModel(f"{name}/config.json: {str(error).splitlines()[0]}") from None
+            raise BadModelError(f"{name}/config.json: {str(error).splitlines()[0]}") from None
     else:
         types = list(transformers.CONFIG_MAPPING.keys())
         if name not in types:
             near = difflib.get_close_matches(name, types, 3)
-            raise BadModel(
+            raise BadModelError(
                 f"{name!r} is no directory with a config.json, no package.module:factory and no transformers model type"
                 + (f"; did you mean {' or '.join(near)}?" if near else "")
             )
@@ -128,18 +130,21 @@ def _from_transformers(name: str, settings: Sequence[str], weights: bool, size: 
             with torch.device("meta"):
                 model = auto.from_config(config)
     except Exception as error:
-        raise BadModel(f"{name}: the model cannot be built: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise BadModelError(
+            f"{name}: the model cannot be built: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     return Loaded(model.eval(), _ids(model, size))
 
 
 def _override(config: Any, setting: str) -> None:
     field, equals, text = setting.partition("=")
     if not equals:
-        raise BadModel(f"--set {setting}: write --set field=value")
+        raise BadModelError(f"--set {setting}: write --set field=value")
     if not hasattr(config, field):
         near = difflib.get_close_matches(field, list(config.to_dict()), 3)
-        raise BadModel(
-            f"--set {field}: a {config.model_type} config has no such field" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        raise BadModelError(
+            f"--set {field}: a {config.model_type} config has no such field"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
     try:
         value = json.loads(text)
@@ -165,7 +170,7 @@ def _auto_class(transformers: Any, config: Any) -> Any:
         if named and named in [c.__name__ for c in (cls if isinstance(cls, (tuple, list)) else (cls,))]:
             return auto
     if not found:
-        raise BadModel(f"transformers has no language model or encoder for a {config.model_type} config")
+        raise BadModelError(f"transformers has no language model or encoder for a {config.model_type} config")
     return found[0]
 
 

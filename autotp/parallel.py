@@ -53,7 +53,9 @@ class _Runtime:
 def _runtime(model: nn.Module) -> _Runtime:
     runtime = model.__dict__.get("_autotp")
     if runtime is None:
-        raise AutoTPError(f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first")
+        raise AutoTPError(
+            f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first"
+        )
     return runtime
 
 
@@ -202,5 +204,3 @@ def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     none. Collective: all ranks must call it."""
     runtime = _runtime(model)
     return {n: None if p.grad is None else runtime.whole(n, p.grad) for n, p in model.named_parameters()}
-
-

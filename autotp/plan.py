@@ -281,17 +281,25 @@ def plan_of(rewritten: Rewritten, model: nn.Module, dense: Dense) -> Plan:
         dims = [d for d, n in enumerate(shape) if n != 1]
         layout = rewritten.stored.get(name)
         if layout is None or layout.whole:
-            why = rewritten.reasons.get(name) or ("not used in the captured call" if name not in nodes else "as planned")
+            why = rewritten.reasons.get(name) or (
+                "not used in the captured call" if name not in nodes else "as planned"
+            )
             weights.append(Weight(name, shape, parameter.element_size(), "whole", {}, why))
             continue
         style = _style(nodes[name]) if name in nodes else "split"
-        ((v, shards),) = layout.shards[:1]
+        _, shards = layout.shards[0]
         counts = "/".join(str(c) for c in sorted(set(shards.counts), reverse=True))
         why = _why(layout, style, f"{counts} of {shards.size} indices")
-        weights.append(Weight(name, shape, parameter.element_size(), style, {dims[v]: s for v, s in layout.shards}, why))
+        weights.append(
+            Weight(name, shape, parameter.element_size(), style, {dims[v]: s for v, s in layout.shards}, why)
+        )
     gathered = dict.fromkeys(f"{node.name} for {op}" for node, op in rewritten.gathered)
     return Plan(
-        type(model).__name__, rewritten.tp, tuple(weights), tuple(_collectives(rewritten.graph, rewritten.tp)), tuple(gathered)
+        type(model).__name__,
+        rewritten.tp,
+        tuple(weights),
+        tuple(_collectives(rewritten.graph, rewritten.tp)),
+        tuple(gathered),
     )
 
 

@@ -98,7 +98,9 @@ def join(tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | No
         raise ValueError(f"tp must be a positive integer, not {tp!r}")
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
-            raise MismatchError(f"mesh has {mesh.ndim} dims {mesh.mesh_dim_names}: pass the one-dimensional part for tp")
+            raise MismatchError(
+                f"mesh has {mesh.ndim} dims {mesh.mesh_dim_names}: pass the one-dimensional part for tp"
+            )
         mesh = mesh.get_group()
     if mesh is not None:
         found = Mesh(dist.get_rank(mesh), dist.get_world_size(mesh), mesh)
@@ -170,7 +172,9 @@ class _ProcessCommunicator:
             mine = torch.cat([mine, mine.new_empty(most - mine.numel())])
         every = mine.new_empty(self.size * most)
         dist.all_gather(list(every.split(most)), mine.contiguous(), group=self.group)
-        return [every[r * most : r * most + n].view(list(s)) for r, (n, s) in enumerate(zip(sizes, shapes, strict=True))]
+        return [
+            every[r * most : r * most + n].view(list(s)) for r, (n, s) in enumerate(zip(sizes, shapes, strict=True))
+        ]
 
 
 @dataclass

@@ -36,6 +36,14 @@ def render(*parts: Table | str, width: int = 140) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
+def _table(title: str, *columns: str) -> Table:
+    """An empty table; a column whose name ends in ``>`` is set to the right."""
+    table = Table(title=title, title_justify="left", pad_edge=False, box=None)
+    for name in columns:
+        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left")
+    return table
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
@@ -55,10 +63,9 @@ def _folded(plan: Plan) -> list[tuple[Weight, int]]:
 
 def weights_table(plan: Plan) -> Table:
     """Every weight, repeated blocks folded: its shape, what a rank holds, how, and why."""
-    table = Table(title=f"{plan.model} on {plan.tp} ranks", title_justify="left", pad_edge=False, box=None)
-    for name, justify in (("weight", "left"), ("times", "right"), ("dense", "left"), ("local", "left"), ("as", "left"),
-                          ("why", "left")):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("times", "dense", "as"))
+    table = _table(f"{plan.model} on {plan.tp} ranks", "weight", "times>", "dense", "local", "as", "why")
+    for column in table.columns:
+        column.overflow, column.no_wrap = "fold", column.header in ("times", "dense", "as")
     for w, times in _folded(plan):
         name = block_of(w.name) if times > 1 else w.name
         table.add_row(name, str(times), _shape(w.shape), _local(w, plan.tp), w.style, w.why)
@@ -67,10 +74,7 @@ def weights_table(plan: Plan) -> Table:
 
 def collectives_table(plan: Plan) -> Table:
     """The collectives of a step, by block and direction, at the example inputs' size."""
-    table = Table(title="collectives at the example inputs' size", title_justify="left", pad_edge=False, box=None)
-    for name, justify in (("where", "left"), ("when", "left"), ("what", "left"), ("group", "left"), ("times", "right"),
-                          ("bytes each", "right")):  # fmt: skip
-        table.add_column(name, justify=justify)
+    table = _table("collectives at the example inputs' size", "where", "when", "what", "group", "times>", "bytes each>")
     counts: Counter[tuple[str, str, str, str, int]] = Counter()
     for c in plan.collectives:
         counts[block_of(c.module) or "(root)", c.when, c.kind, c.group, c.bytes] += 1
@@ -81,9 +85,7 @@ def collectives_table(plan: Plan) -> Table:
 
 def ranks_table(plan: Plan) -> Table:
     """What each rank holds, against the dense model."""
-    table = Table(title="what each rank holds", title_justify="left", pad_edge=False, box=None)
-    for name in ("rank", "parameters", "bytes", "of dense"):
-        table.add_column(name, justify="right")
+    table = _table("what each rank holds", "rank>", "parameters>", "bytes>", "of dense>")
     total = max(plan.bytes(), 1)
     table.add_row("dense", f"{plan.parameters():,}", bytes_text(plan.bytes()), "100%")
     for rank in range(plan.tp):
@@ -116,10 +118,11 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
     """A verification report as text; the largest errors, and every one that is too large."""
     limit = report.tolerance
     name, error = report.worst_gradient
+    worst = report.worst_output
     lines = [
         f"{report.model} on {report.tp} ranks against dense, {str(report.dtype).removeprefix('torch.')}, "
         f"relative errors must stay under {limit:g}",
-        f"  outputs    {report.worst_output:.1e}  {mark(report.worst_output < limit)}  ({len(report.outputs)} compared)",
+        f"  outputs    {worst:.1e}  {mark(worst < limit)}  ({len(report.outputs)} compared)",
     ]
     if report.loss is not None:
         lines.append(f"  loss       {report.loss[0]:.12g} dense, {report.loss[1]:.12g} parallel")
@@ -128,9 +131,8 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
         + (f", largest for {name})" if name else ")")
     )
     agree = report.divergence == 0.0
-    lines.append(
-        f"  ranks      {'equal to the bit' if agree else f'differ by {report.divergence:.1e} from {report.diverging} on'}  {mark(agree)}"
-    )
+    how = "equal to the bit" if agree else f"differ by {report.divergence:.1e} from {report.diverging} on"
+    lines.append(f"  ranks      {how}  {mark(agree)}")
     for kind, errors in (("output", report.outputs), ("gradient", report.gradients)):
         lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]
     lines += [f"    only on one side: {n}" for n in report.missing]

@@ -183,9 +183,11 @@ class _AllRanks(torch.autograd.Function):
             pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
             wanted = [x for x in leaves if x.requires_grad]
             with torch.autograd.set_multithreading_enabled(False):
-                found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True,
-                                                 retain_graph=True))  # fmt: skip
-            return [next(found) if x.requires_grad else None for x in leaves]
+                found = torch.autograd.grad(
+                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, retain_graph=True
+                )
+            each = iter(found)
+            return [next(each) if x.requires_grad else None for x in leaves]
 
         by_rank = lockstep(simulation.tp, simulation.world, work)
         out: list[Any] = [None, None, None]
@@ -221,7 +223,7 @@ class Simulation(nn.Module):
 
     def __init__(self, model: nn.Module, tp: int, programs: Programs, record: bool = False) -> None:
         super().__init__()
-        object.__setattr__(self, "model", model)
+        self.__dict__["model"] = model  # not a child: its parameters are its own
         self.tp, self.programs, self.record = tp, programs, record
         self.world = _World(tp)
         self.divergence, self.diverging = 0.0, ""
@@ -229,6 +231,8 @@ class Simulation(nn.Module):
         self._seen: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
         self.aliases = tied_names(model)
         self.names = list(dict.fromkeys(self.aliases.values()))
+
+    model: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward on all ranks."""
@@ -256,9 +260,9 @@ class Simulation(nn.Module):
 
             def run_node(self, n: torch.fx.Node) -> Any:
                 value = super().run_node(n)
-                if simulation.record and n.meta.get("type") in ("I", "R") and isinstance(value, torch.Tensor):
-                    if n.op not in ("get_attr", "placeholder"):
-                        seen[n.name] = value.detach()
+                whole = n.op == "call_function" and n.meta.get("type") in ("I", "R")
+                if simulation.record and whole and isinstance(value, torch.Tensor):
+                    seen[n.name] = value.detach()
                 return value
 
         results = Interpreter(program, garbage_collect_values=True).run(*inputs)
@@ -282,10 +286,8 @@ class Simulation(nn.Module):
                 self._note(f"gradient of {name}", grads[0], other)
 
     def _note(self, name: str, value: torch.Tensor, other: torch.Tensor) -> None:
-        if (
-            torch.equal(value, other)
-            or ((value.isnan() == other.isnan()).all()
-            and torch.equal(value.nan_to_num(), other.nan_to_num()))
+        if torch.equal(value, other) or (
+            (value.isnan() == other.isnan()).all() and torch.equal(value.nan_to_num(), other.nan_to_num())
         ):
             return
         apart = float((value.double() - other.double()).abs().max())

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes import Shards
+
 __all__ = ["graph_dot", "graph_text"]
 
 
@@ -32,18 +34,24 @@ def _target(node: fx.Node) -> str:
 
 
 def _shape(node: fx.Node) -> str:
-    value, layout, axes = node.meta.get("global"), node.meta.get("layout"), node.meta.get("axes", ())
+    """A node's type and shape: ``V[s0, s1, 4of16, 64]``."""
+    value, layout = node.meta.get("global"), node.meta.get("layout")
     if not isinstance(value, torch.Tensor):
         return ""
     dims, virtual, text = layout.dims if layout is not None else {}, 0, []
-    for size, factors in zip(value.shape, axes or [()] * value.dim(), strict=True):
-        split = [str(dims[v].counts[0]) if len(set(dims[v].counts)) == 1 else "/".join(map(str, dims[v].counts))
-                 for v in range(virtual, virtual + len(factors)) if v in dims]  # fmt: skip
-        whole = [str(f) for i, f in enumerate(factors) if virtual + i not in dims] if split else []
-        text.append("*".join(whole + [f"{s}of{dims[v].size}" for s, v in zip(
-            split, [v for v in range(virtual, virtual + len(factors)) if v in dims], strict=True)]) if split else str(size))  # fmt: skip
+    for size, factors in zip(value.shape, node.meta.get("axes") or [()] * value.dim(), strict=True):
+        split = [dims.get(v) for v in range(virtual, virtual + len(factors))]
         virtual += len(factors)
+        if not any(split):
+            text.append(str(size))
+            continue
+        parts = [str(f) if s is None else f"{_counts(s)}of{s.size}" for f, s in zip(factors, split, strict=True)]
+        text.append("*".join(parts))
     return f"{node.meta.get('type', '?')}[{', '.join(text)}]"
+
+
+def _counts(shards: Shards) -> str:
+    return "/".join(map(str, shards.counts if len(set(shards.counts)) > 1 else shards.counts[:1]))
 
 
 def graph_text(graph: fx.Graph, title: str) -> str:

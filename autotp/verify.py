@@ -25,11 +25,21 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Float64(TorchFunctionMode):
-    """A mode in which explicit casts to narrower floats give float64.
+    """A mode in which explicit casts to narrower floats give float64, and float64 is the default dtype.
 
     Models upcast norms, softmax and losses to float32 by name. In a float64 comparison that would round
     at 1e-7 and hide errors below; with this mode around both sides nothing is rounded.
     """
+
+    def __enter__(self) -> Float64:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self._default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace narrow dtypes among the arguments."""

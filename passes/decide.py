@@ -169,7 +169,7 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
         }
         conflicts = nx.Graph()
         conflicts.add_nodes_from((c, {"weight": gain}) for c, gain in able.items())
-        for node, value in facts.values.items():
+        for value in facts.values.values():
             behind = [classes.behind(f.labels) & set(able) for f in value.factors]
             if len(behind) > 1:
                 for i, first in enumerate(behind):
@@ -187,7 +187,7 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
             worst = min(
                 (c for f in factors for c in classes.behind(f.labels) if c in chosen), key=lambda c: gains.get(c, 0.0)
             )
-            banned[worst] = f"two dims of one value would be split at {where(node)}"  # type: ignore[index]
+            banned[worst] = f"two dims of one value would be split at {where(node)}"
 
 
 def _ranks(classes: _Classes, chosen: Iterable[object], tp: int) -> np.ndarray:

@@ -16,6 +16,7 @@ op                    types   forward                            backward
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,7 @@ class _AllGather(torch.autograd.Function):
         if len(places) == 1:
             dim, sets = places[0]
             flat = [run for runs in sets for run in runs]
-            if all(len(r) == 1 for r in sets) and all(a[1] == b[0] for a, b in zip(flat, flat[1:], strict=False)):
+            if all(len(r) == 1 for r in sets) and all(a[1] == b[0] for a, b in pairwise(flat)):
                 return torch.cat(parts, dim)
         whole = x.new_empty(_global_shape(x.shape, places))
         for rank, part in enumerate(parts):

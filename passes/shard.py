@@ -24,14 +24,15 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.axes import Axes, Size, common_refinement
+from passes.axes import Axes, common_refinement
 from passes.graphs import is_tensor, module_path, op_name, source_line
-from passes.layout import WHOLE, IndexSet, Layout, Shards
+from passes.layout import WHOLE, Layout, Shards
+from passes.relayout import flattened, relayout
 from passes.rules import rule_of
 from passes.rules.base import Alignment, Facts, Key
 from passes.units import Value
 
-__all__ = ["GROUP", "PerRank", "Sharder", "State", "relayout", "shard"]
+__all__ = ["GROUP", "PerRank", "Sharder", "State", "shard"]
 
 aten = torch.ops.aten
 GROUP = "tp"
@@ -65,77 +66,6 @@ class State:
     layout: Layout = WHOLE
     pending: bool = False
     addend: fx.Node | None = None
-
-
-def flattened(sizes: Sequence[Size], shards: Sequence[Shards | None], tp: int) -> Shards | None:
-    """The index sets on the product of static factors from those on each (None: whole)."""
-    if all(s is None for s in shards):
-        return None
-    sets = []
-    for rank in range(tp):
-        flat = np.zeros(1, dtype=np.int64)
-        for size, s in zip(sizes, shards, strict=True):
-            inner = np.arange(size.number) if s is None else s.ranks[rank].indices
-            flat = (flat[:, None] * size.number + inner[None, :]).reshape(-1)
-        sets.append(IndexSet.of(flat))
-    return Shards(int(np.prod([s.number for s in sizes])), tuple(sets))
-
-
-def unflattened(shards: Shards, sizes: Sequence[Size], tp: int) -> list[Shards | None] | None:
-    """The index sets on each factor from those on the product; None where they are no product."""
-    shape = [s.number for s in sizes]
-    found: list[list[IndexSet]] = [[] for _ in sizes]
-    for rank in range(tp):
-        mask = np.zeros(shards.size, dtype=bool)
-        mask[shards.ranks[rank].indices] = True
-        mask = mask.reshape(shape)
-        sets = [np.flatnonzero(mask.any(axis=tuple(j for j in range(len(shape)) if j != i))) for i in range(len(shape))]
-        if int(np.prod([len(s) for s in sets])) != mask.sum():
-            return None
-        for i, s in enumerate(sets):
-            found[i].append(IndexSet.of(s))
-    return [
-        None if all(len(s) == size.number for s in each) else Shards(size.number, tuple(each))
-        for each, size in zip(found, sizes, strict=True)
-    ]
-
-
-def relayout(layout: Layout, axes: Axes, other: Axes, tp: int) -> Layout | None:
-    """The same layout stated on other factors of the same dims; None where it cannot be."""
-    if axes == other or layout.whole:
-        return layout
-    dims, out = layout.dims, {}
-    a = b = 0
-    for mine, theirs in zip(axes, other, strict=True):
-        left, right = list(mine), list(theirs)
-        while left or right:
-            group_a, group_b = [left.pop(0)], [right.pop(0)]
-            x, y = group_a[0], group_b[0]
-            while x != y:
-                if y.over(x) is not None and left:
-                    group_a.append(left.pop(0))
-                    x = x * group_a[-1]
-                elif x.over(y) is not None and right:
-                    group_b.append(right.pop(0))
-                    y = y * group_b[-1]
-                else:
-                    return None
-            own = [dims.get(a + i) for i in range(len(group_a))]
-            if any(s is not None for s in own):
-                if len(group_a) == 1 and len(group_b) == 1:
-                    out[b] = own[0]
-                elif not all(s.static for s in group_a + group_b):
-                    return None
-                else:
-                    flat = flattened(group_a, own, tp)
-                    assert flat is not None
-                    split = unflattened(flat, group_b, tp)
-                    if split is None:
-                        return None
-                    out.update({b + i: s for i, s in enumerate(split) if s is not None})
-            a += len(group_a)
-            b += len(group_b)
-    return Layout.of({d: s for d, s in out.items() if s is not None})
 
 
 class Sharder:
@@ -230,8 +160,17 @@ class Sharder:
 
     # What a rule emits ------------------------------------------------------------------------
 
-    def call(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *,
-             state: str, layout: Layout = WHOLE, value: Value | None = None, name: str | None = None) -> fx.Node:  # fmt: skip
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        state: str,
+        layout: Layout = WHOLE,
+        value: Value | None = None,
+        name: str | None = None,
+    ) -> fx.Node:
         """Add a call on rewritten nodes; ``state`` is ``whole``, ``split`` or ``pending``."""
         origin = self._current
         assert origin is not None
@@ -245,8 +184,17 @@ class Sharder:
         node.meta |= {"grad": False, "global": None}
         return node
 
-    def emit(self, node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None,
-             *, layout: Layout = WHOLE, pending: bool = False, addend: fx.Node | None = None) -> None:  # fmt: skip
+    def emit(
+        self,
+        node: fx.Node,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        layout: Layout = WHOLE,
+        pending: bool = False,
+        addend: fx.Node | None = None,
+    ) -> None:
         """Add the call that stands for ``node``."""
         state = "pending" if pending else "whole" if layout.whole else "split"
         new = self.call(target, args, kwargs, state=state, layout=layout, value=self.facts.values.get(node))
@@ -360,7 +308,7 @@ class Sharder:
 
     def _parts(self, value: Value, layout: Layout) -> list[tuple[int, list[int], int, Shards]] | None:
         """A layout by dim: ``(dim, sizes to unflatten it to or [], which of them is split, shards)``."""
-        found = []
+        found: list[tuple[int, list[int], int, Shards]] = []
         dims = layout.dims
         for dim, sizes in enumerate(value.axes):
             own = [dims.get(v) for v in value.virtual(dim)]
@@ -447,7 +395,6 @@ class Sharder:
         }
         if "nn_module_stack" in origin.meta:
             new.meta["nn_module_stack"] = origin.meta["nn_module_stack"]
-
 
     def run(self) -> fx.Graph:
         """Rewrite the whole graph."""

@@ -30,7 +30,8 @@ def _is_identity(node: fx.Node) -> bool:
         _, p, train = node.args
         return not train or p == 0
     if name == "aten.slice":
-        start, end, step = (*node.args[2:], *(0, sys.maxsize, 1)[len(node.args) - 2 :])
+        bounds = list(node.args[2:])
+        start, end, step = bounds + [0, sys.maxsize, 1][len(bounds) :]
         return start in (0, None) and end in (None, sys.maxsize, was.shape[node.args[1]]) and step == 1
     if name == "aten.detach":
         return not source.meta.get("grad", True)

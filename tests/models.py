@@ -95,7 +95,7 @@ def _language_model(name: str, **config: Any) -> Callable[[int, int], Case]:
         import transformers
 
         kind = getattr(transformers, f"{name}Config")
-        options = dict(vocab_size=1001, bos_token_id=1, eos_token_id=2) | config
+        options = {"vocab_size": 1001, "bos_token_id": 1, "eos_token_id": 2} | config
         model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")(kind(**options))
         ids = torch.randint(0, 1000, (batch, length))
         return _randomized(model), {"input_ids": ids, "labels": ids.roll(1, 1), "use_cache": False}

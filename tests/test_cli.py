@@ -30,9 +30,10 @@ def test_inspect_folds_repeated_blocks_and_gives_totals(capsys: pytest.CaptureFi
 def test_inspect_json_graph_and_dot(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "llama", "--tp", "2", "--json", *SMALL]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["totals"]["parameters_per_rank"][0] * 2 - plan["totals"]["parameters"] == 5 * 64 + (2 * 501 - 1001) * 64 + (
-        2 * 49 - 97
-    ) * 64 * 6 + (2 * 501 - 1001) * 64
+    assert (
+        plan["totals"]["parameters_per_rank"][0] * 2 - plan["totals"]["parameters"]
+        == 5 * 64 + (2 * 501 - 1001) * 64 + (2 * 49 - 97) * 64 * 6 + (2 * 501 - 1001) * 64
+    )
     assert main(["inspect", "llama", "--tp", "2", "--graph", "--rank", "1", *SMALL]) == 0
     text = capsys.readouterr().out
     assert "# rank 1 of 2" in text
@@ -62,7 +63,9 @@ def test_verify_says_when_models_differ(capsys: pytest.CaptureFixture[str], monk
 def test_a_directory_with_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import BertConfig
 
-    BertConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=6, intermediate_size=101).save_pretrained(tmp_path)
+    BertConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=6, intermediate_size=101).save_pretrained(
+        tmp_path
+    )
     assert main(["inspect", str(tmp_path), "--tp", "3"]) == 0
     assert "on 3 ranks" in capsys.readouterr().out
 

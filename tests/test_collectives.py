@@ -11,7 +11,15 @@ from autotp.plan import block_of
 from autotp.verify import Float64
 from tests.models import make
 
-BLOCKS = {"encoder": (2, 0), "gpt": (2, 1), "gpt2": (2, 1), "llama": (2, 1), "neox": (1, 1), "bloom": (2, 1), "bert": (2, 1)}
+BLOCKS = {
+    "encoder": (2, 0),
+    "gpt": (2, 1),
+    "gpt2": (2, 1),
+    "llama": (2, 1),
+    "neox": (1, 1),
+    "bloom": (2, 1),
+    "bert": (2, 1),
+}
 """The least reductions per block and direction (one where attention and MLP run side by side), and
 those outside of blocks: the embedding's forward; the head's or the pooler's backward."""
 

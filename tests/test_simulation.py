@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import autotp
-from autotp.capture import Dense
 from autotp.calls import Programs
+from autotp.capture import Dense
 from autotp.simulate import Simulation
 from autotp.verify import Float64, compare
 from tests.models import CASES, make, minilm_directory
@@ -17,7 +17,7 @@ from tests.models import CASES, make, minilm_directory
 @pytest.mark.parametrize("name", CASES)
 def test_every_value_and_gradient(name: str, tp: int) -> None:
     with Float64():
-        model, kwargs = make(name)
+        model, _ = make(name)
         programs = Programs(model, tp, Dense.of(model))
         parallel = Simulation(model, tp, programs, record=True)
         for batch, length in ((2, 16), (1, 7)):

@@ -135,7 +135,9 @@ def correctness(rank: int, world: int, names: list[str]) -> dict[str, Any]:
                 largest = max(float(p.grad.abs().max()) for p in dense.parameters() if p.grad is not None)
                 for n, p in dense.named_parameters():
                     if p.grad is not None:
-                        error = relative_error(p.grad, grads[n], 1e-6 * largest) if grads[n] is not None else float("inf")
+                        error = (
+                            relative_error(p.grad, grads[n], 1e-6 * largest) if grads[n] is not None else float("inf")
+                        )
                         gradients[n] = max(gradients.get(n, 0.0), error)
                 if batch == 2:
                     counts = (dict(forward.calls), dict(forward.elements), dict(back.calls), dict(back.elements))

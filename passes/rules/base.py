@@ -141,22 +141,21 @@ def align(
                     if merged is None:
                         return None
                     values[i] = merged
-                sizes = {values[i].axes[d] for i, d in uses}
-                if len(sizes) != 1:
+                alike = {values[i].axes[d] for i, d in uses}
+                if len(alike) != 1:
                     return None
-                found = sizes.pop()
+                found = alike.pop()
         factors[letter] = found
 
-    def keyed(axes_of: Callable[[int, str], Dim], each: Sequence[str]) -> tuple[Axes, tuple[Key, ...]]:
-        axes = tuple(axes_of(d, x) for d, x in enumerate(each))
+    def keyed(each: Sequence[str], axes: Axes) -> tuple[Axes, tuple[Key, ...]]:
         return axes, tuple((x, k) for x, dim in zip(each, axes, strict=True) for k in range(len(dim)))
 
     operands, refined = [], []
     for value, each in zip(values, letters, strict=True):
-        axes, keys = keyed(lambda d, x, v=value: factors[x] if v.axes[d] else (), each)
-        operands.append((axes, keys))
+        axes = tuple(factors[x] if own else () for x, own in zip(each, value.axes, strict=True))
+        operands.append(keyed(each, axes))
         refined.append(value.refined(axes))
-    out = keyed(lambda d, x: factors.get(x, ()), out_letters)
+    out = keyed(out_letters, tuple(factors.get(x, ()) for x in out_letters))
     sizes = {(x, k): s for x, dim in factors.items() for k, s in enumerate(dim)}
     return Alignment(tuple(operands), out, sizes), refined
 
@@ -188,17 +187,23 @@ def combine(factors: Keyed, units: Units, unite_nested: bool = False) -> Keyed:
     Args:
         factors: all operands' factors.
         units: where labels are united.
-        unite_nested: unite a factor over fewer keys with the one over more instead of letting it serve.
+        unite_nested: unite a factor over fewer keys with the one over more instead of letting it serve. Of
+            several that share no key only the first (outermost) is united, or all would be one unit.
     """
     kept: Keyed = []
-    for keys, labels in sorted(factors, key=lambda f: -len(f[0])):
+    tied: list[set[Key]] = []
+    """For each factor kept, the keys of a factor nested in it that has been united with it."""
+    for keys, labels in sorted(factors, key=lambda f: (-len(f[0]), f[0])):
         over = [i for i, (other, _) in enumerate(kept) if set(other) & set(keys)]
         if not over:
             kept.append((keys, labels))
+            tied.append(set())
         elif len(over) == 1 and set(keys) <= set(kept[over[0]][0]):
             wide_keys, wide = kept[over[0]]
-            if keys == wide_keys or unite_nested:
+            bound = tied[over[0]]
+            if keys == wide_keys or (unite_nested and (not bound or bound & set(keys))):
                 units.unite(wide, _spread(labels, keys, wide_keys))
+                bound |= set(keys) if keys != wide_keys else set()
             else:
                 units.serve(wide, _spread(labels, keys, wide_keys))
         else:

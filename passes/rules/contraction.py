@@ -71,7 +71,7 @@ def contract(
                 across.append((tuple(keys[i] for i in rest.dims), rest.labels))
                 inside.append((keys, labels))
     pending = [f for f in inside if set(f[0]) <= summed]
-    combine(inside, facts.units)
+    combine(inside, facts.units, unite_nested=True)
     kept = combine(across, facts.units, unite_nested=True)
     facts.pending[node] = [labels for _, labels in pending]
     facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept + pending])

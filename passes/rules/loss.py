@@ -43,15 +43,16 @@ class CrossEntropy(Rule):
         return facts.units.labelled(shape(node))
 
     def shard(self, node: fx.Node, sharder: Sharder) -> None:
-        logits, target, *rest = node.args
+        logits, target = node.args[:2]
+        rest: list[Any] = list(node.args[2:])
         held: Any = sharder.layout(logits)
-        classes = sharder.facts.alignments.get(node)
+        classes: Any = sharder.facts.alignments.get(node)
         split = held.dims.get(classes[0]) if classes and len(classes) == 1 and len(held.shards) == 1 else None
         if split is None or not split.owned.covers or any(len(s.runs) != 1 for s in split.owned.ranks):
             sharder.copy(node)
             return
         local = sharder.local(logits, Layout.of({classes[0]: split.owned}))
         starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
-        _, reduction, ignore = (*rest[:3], *(None, 1, -100)[len(rest[:3]) :])
+        _, reduction, ignore = rest[:3] + [None, 1, -100][len(rest[:3]) :]
         args = (local, sharder.whole(target), starts, reduction, ignore, sharder.group)
         sharder.emit(node, ops.vocab_parallel_cross_entropy, args)

@@ -188,7 +188,7 @@ class Part(Move):
         if name == "aten.flip":
             return slice(None, None, -1)
         if name == "aten.slice":
-            start, stop, step = (*bounds, *(None, None, 1)[len(bounds) :])
+            start, stop, step = list(bounds) + [None, None, 1][len(bounds) :]
             return slice(start, None if stop == sys.maxsize else stop, step)
         start = bounds[0] % size.number if size.number else 0
         return slice(start, start + (1 if name == "aten.select" else bounds[1]))

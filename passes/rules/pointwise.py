@@ -96,10 +96,13 @@ class Pointwise(Rule):
                     return sharder.call(aten.neg.default, (b,), state=state, value=value)
                 return a if a is not None else b
 
-            parts = [sharder.states[a] if sharder.pending(a) else None for a in (left, right)]
-            total = combined(*(p.node if p else None for p in parts), "pending")
-            waiting = [p.addend if p else sharder.whole(a) for p, a in zip(parts, (left, right), strict=True)]
-            beside = combined(*waiting, "whole")
+            first, second = (sharder.states[a] if sharder.pending(a) else None for a in (left, right))
+            total = combined(first and first.node, second and second.node, "pending")
+            beside = combined(
+                first.addend if first else sharder.whole(left),
+                second.addend if second else sharder.whole(right),
+                "whole",
+            )
             assert total is not None
             sharder.stand(node, total, pending=True, addend=beside)
             return True

@@ -65,7 +65,9 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "view with -1": lambda y: y.view(*y.shape[:-1], 12, -1).tanh().view(*y.shape[:-1], -1),
     "unflatten and flatten": lambda y: heads(y).flatten(-2),
     "flatten batch": lambda y: y.flatten(0, 1).tanh().unflatten(0, y.shape[:2]),
-    "batch into heads": lambda y: heads(y).transpose(1, 2).flatten(0, 1).tanh().unflatten(0, (B, 12)).transpose(1, 2).flatten(-2),
+    "batch into heads": lambda y: (
+        heads(y).transpose(1, 2).flatten(0, 1).tanh().unflatten(0, (B, 12)).transpose(1, 2).flatten(-2)
+    ),
     "unsqueeze and squeeze": lambda y: y.unsqueeze(1).tanh().squeeze(1),
     "squeeze of nothing": lambda y: heads(y, 4).squeeze(-2).flatten(-2).squeeze(),
     "permute": lambda y: heads(y).permute(2, 0, 3, 1).tanh().permute(1, 3, 0, 2).flatten(-2),
@@ -174,7 +176,12 @@ def test_sums_over_units_stay_pending(name: str) -> None:
 
 
 def test_what_mixes_the_split_dim_keeps_it_whole() -> None:
-    for op in (lambda y: y.softmax(-1), lambda y: y.amax(-1, keepdim=True) + y, lambda y: y.cumsum(-1), lambda y: F.layer_norm(y, (60,))):
+    for op in (
+        lambda y: y.softmax(-1),
+        lambda y: y.amax(-1, keepdim=True) + y,
+        lambda y: y.cumsum(-1),
+        lambda y: F.layer_norm(y, (60,)),
+    ):
         check(Between(op, 60), randn(B, S, D), split={}, collectives={}, moves={}, tps=(2,))
 
 
@@ -183,7 +190,9 @@ OPAQUE: dict[str, Callable[[Tensor], Tensor]] = {
     "sort": lambda y: y.sort(-1)[0],
     "topk": lambda y: y.topk(40, -1)[0],
     "flip of two dims": lambda y: heads(y).flip(-1, -2).flatten(-2),
-    "views across factors": lambda y: heads(y).transpose(-1, -2).reshape(*y.shape[:-1], 15, 4).transpose(-1, -2).flatten(-2),
+    "views across factors": lambda y: (
+        heads(y).transpose(-1, -2).reshape(*y.shape[:-1], 15, 4).transpose(-1, -2).flatten(-2)
+    ),
     "slice of batch and features": lambda y: y.flatten(1)[:, 60:].unflatten(-1, (-1, 60)),
     "repeat of a long dim": lambda y: y.repeat(1, 1, 2),
     "tril": lambda y: y.tril(),
@@ -511,7 +520,9 @@ def test_cross_entropy(options: dict[str, object]) -> None:
           collectives={"all_reduce": 2, "vocab_parallel_cross_entropy": 1})  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"weight": torch.ones(601).double()}], ids=["smooth", "weighted"])
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 0.1}, {"weight": torch.ones(601).double()}], ids=["smooth", "weighted"]
+)
 def test_a_loss_without_a_rule_gets_whole_logits(options: dict[str, object]) -> None:
     check(Language(601, tied=True, **options), ids(601), ids(601), collectives={"all_reduce": 2, "all_gather": 1})
 
