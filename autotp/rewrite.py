@@ -72,7 +72,7 @@ class RankGraph(fx.GraphModule):
         self.graph = localize(rewritten.graph, rank)
 
     def __str__(self) -> str:
-        return graph_text(self.graph, f"rank {self.rank} of {self.tp}")
+        return graph_text(self.graph, f"rank {self.rank} of {self.tp}", self.rank)
 
 
 def rewrite(captured: Captured, tp: int, stored: Mapping[str, Layout] | None = None) -> Rewritten:

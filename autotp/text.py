@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from passes import Shards
+from passes.shard import PerRank
 
 __all__ = ["graph_dot", "graph_text"]
 
@@ -20,6 +21,8 @@ def _argument(value: Any) -> str:
         inner = ", ".join(_argument(v) for v in value)
         left, right = ("(", ",)" if len(value) == 1 else ")") if isinstance(value, tuple) else ("[", "]")
         return left + inner + right
+    if isinstance(value, PerRank):
+        return f"<{'|'.join(_argument(v) for v in value.values)}>"
     if isinstance(value, (torch.dtype, torch.device, torch.layout)):
         return re.sub(r"^torch\.", "", str(value))
     if value == 9223372036854775807:
@@ -33,8 +36,8 @@ def _target(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _shape(node: fx.Node) -> str:
-    """A node's type and shape: ``V[s0, s1, 4of16, 64]``."""
+def _shape(node: fx.Node, rank: int | None = None) -> str:
+    """A node's type and shape: ``V[s0, s1, 4of16, 64]``; for all ranks ``4/4/3/3of14``."""
     value, layout = node.meta.get("global"), node.meta.get("layout")
     if not isinstance(value, torch.Tensor):
         return ""
@@ -45,16 +48,18 @@ def _shape(node: fx.Node) -> str:
         if not any(split):
             text.append(str(size))
             continue
-        parts = [str(f) if s is None else f"{_counts(s)}of{s.size}" for f, s in zip(factors, split, strict=True)]
+        parts = [str(f) if s is None else f"{_counts(s, rank)}of{s.size}" for f, s in zip(factors, split, strict=True)]
         text.append("*".join(parts))
-    return f"{node.meta.get('type', '?')}[{', '.join(text)}]"
+    return f"{node.meta.get('type', '')}[{', '.join(text)}]"
 
 
-def _counts(shards: Shards) -> str:
+def _counts(shards: Shards, rank: int | None) -> str:
+    if rank is not None:
+        return str(shards.counts[rank])
     return "/".join(map(str, shards.counts if len(set(shards.counts)) > 1 else shards.counts[:1]))
 
 
-def graph_text(graph: fx.Graph, title: str) -> str:
+def graph_text(graph: fx.Graph, title: str, rank: int | None = None) -> str:
     """A rewritten graph as text: one line a node, grouped by module, with each value's type and shape.
 
     A shape such as ``V[s0, s1, 4of16, 64]`` reads: varying over the ranks, and of the third dim's 16
@@ -72,10 +77,11 @@ def graph_text(graph: fx.Graph, title: str) -> str:
         if node.op == "output":
             lines += ["", f"return {_argument(node.args[0])}"]
         elif node.op == "placeholder":
-            lines.append(f"{node.name:<44}  # {_shape(node)}")
+            lines.append(f"{node.name:<100}  # {_shape(node, rank)}")
         else:
             text = f"{node.name} = {_target(node)}({', '.join(args)})"
-            lines.append(f"{text:<100}  # {_shape(node)}" if _shape(node) else text)
+            shape = _shape(node, rank)
+            lines.append(f"{text:<100}  # {shape}" if shape else text)
     return "\n".join(lines)
 
 

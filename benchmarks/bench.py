@@ -10,7 +10,11 @@ the dense model runs on rank 0 while the others wait. All three have the same we
 machine is as unkind to one as to the others: read the ratios, and the quartiles beside the medians.
 
 Cases: ``prefill``, a forward without gradients that returns the last position's logits; ``train``, forward,
-loss and backward, as ``model(input_ids, labels=...)`` does it. ``--profile`` adds where the time goes.
+loss and backward, as ``model(input_ids, labels=...)`` does it. That returns the logits beside the loss, whole,
+as a dense model would: a gather that the hand-written step does without. ``--loss-only`` has autotp split a
+module that returns the loss alone, as a training script that reads no logits could. ``--profile`` adds where
+the time goes. ``CPU ms`` is the processor time of all ranks together, which other processes on the machine
+disturb less than the clock.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ class Result:
     """One model in one case."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
 
@@ -84,6 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prefill", default="1x512", help="batch x sequence")
     parser.add_argument("--train", default="2x256", help="batch x sequence")
     parser.add_argument("--case", choices=("prefill", "train", "both"), default="both")
+    parser.add_argument("--loss-only", action="store_true", help="autotp's model returns no logits in training")
     parser.add_argument("--profile", action="store_true", help="add where the time goes, by kind of operation")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
     return parser.parse_args()
@@ -92,6 +98,18 @@ def arguments() -> argparse.Namespace:
 def distance(expected: torch.Tensor, found: torch.Tensor) -> float:
     """The largest difference over the largest expected magnitude."""
     return float((expected - found).abs().max() / expected.abs().max())
+
+
+class LossOnly(torch.nn.Module):
+    """A language model that returns the loss where there are labels, else the logits."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs: Any) -> torch.Tensor:
+        found = self.model(**kwargs)
+        return found.loss if "labels" in kwargs else found.logits
 
 
 class Bench:
@@ -122,6 +140,8 @@ class Bench:
         self.hand = MegatronLlama(config, self.rank, self.tp)
         self.hand.load_state_dict(self.hand.parts(dict(self.dense.named_parameters())))
         self.auto: Any = copy.deepcopy(self.dense)
+        if options.loss_only:
+            self.auto = LossOnly(self.auto)
         self.plans = {}
         if self.rank == 0:
             for case in self.cases:
@@ -156,10 +176,14 @@ class Bench:
         ids = self.inputs[case]
         if case == "prefill":
             with torch.no_grad():
-                return model.last_logits(ids) if model is self.hand else model(**self.kwargs(case)).logits
+                if model is self.hand:
+                    return model.last_logits(ids)
+                found = model(**self.kwargs(case))
+                return found if isinstance(found, torch.Tensor) else found.logits
         for p in model.parameters():
             p.grad = None
-        loss = model.loss(ids, ids) if model is self.hand else model(**self.kwargs(case)).loss
+        found = model.loss(ids, ids) if model is self.hand else model(**self.kwargs(case))
+        loss = found if isinstance(found, torch.Tensor) else found.loss
         loss.backward()
         return loss.detach()
 
@@ -178,7 +202,8 @@ class Bench:
                 dense = {n: p.grad for n, p in self.dense.named_parameters()}
                 mine, parts = dict(self.hand.named_parameters()), self.hand.parts(dense)
                 found["hand-written, gradients"] = max(distance(g, mine[n].grad) for n, g in parts.items())
-                whole = autotp.full_gradients(self.auto)
+                whole = {n.removeprefix("model.") if self.options.loss_only else n: g
+                         for n, g in autotp.full_gradients(self.auto).items()}  # fmt: skip
                 found["autotp, gradients"] = max(distance(g, whole[n]) for n, g in dense.items())
         self.times.pop("", None)
         every: list[Any] = [None] * self.tp
@@ -191,15 +216,17 @@ class Bench:
         for i in range(self.options.warmup + self.options.rounds):
             for name in NAMES if i % 2 else NAMES[::-1]:
                 dist.barrier()
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 if name != "dense" or self.rank == 0:
                     self.step(name, case)
                 if i >= self.options.warmup:
                     results[name].seconds.append(time.perf_counter() - start)
+                    results[name].cpu.append(time.process_time() - busy)
         for name, result in results.items():
             every: list[Any] = [None] * self.tp
-            dist.all_gather_object(every, result.seconds)
-            result.seconds = [max(each) for each in zip(*every)]
+            dist.all_gather_object(every, (result.seconds, result.cpu))
+            result.seconds = [max(each) for each in zip(*(s for s, _ in every))]
+            result.cpu = [sum(each) for each in zip(*(c for _, c in every))]
             if name != "dense":
                 with Count() as count:
                     self.step(name, case)
@@ -278,15 +305,17 @@ def table(*columns: str) -> Table:
 
 
 def show_results(case: str, shape: str, results: dict[str, Result]) -> list[Any]:
-    made = table(case, "median ms", "quartiles", "min..max", "to hand-written", "collectives", "bytes")
-    reference = results["hand-written"].median
+    made = table(case, "median ms", "quartiles", "min..max", "to hand-written", "CPU ms", "to hand-written",
+                 "collectives", "bytes")  # fmt: skip
+    reference, work = results["hand-written"].median, statistics.median(results["hand-written"].cpu)
     for name in NAMES:
         r = results[name]
         low, high = r.quartiles
         calls = " + ".join(f"{n} {kind}" for kind, n in sorted(r.calls.items())) or "none"
         made.add_row(
             name, f"{1e3 * r.median:.1f}", f"{1e3 * low:.1f}..{1e3 * high:.1f}",
-            f"{1e3 * min(r.seconds):.1f}..{1e3 * max(r.seconds):.1f}", f"{r.median / reference:.3f}", calls,
+            f"{1e3 * min(r.seconds):.1f}..{1e3 * max(r.seconds):.1f}", f"{r.median / reference:.3f}",
+            f"{1e3 * statistics.median(r.cpu):.0f}", f"{statistics.median(r.cpu) / work:.3f}", calls,
             _size(sum(r.bytes.values())),
         )  # fmt: skip
     ratios = sorted(a / b for a, b in zip(results["autotp"].seconds, results["hand-written"].seconds))
@@ -355,7 +384,9 @@ def run(options: argparse.Namespace) -> int:
     record: dict[str, Any] = {"options": vars(o), "torch": torch.__version__, "errors": errors, "once": bench.times}
     for case in bench.cases:
         results = bench.measure(case)
-        record[case] = {n: {**asdict(r), "median": r.median} for n, r in results.items()}
+        record[case] = {
+            n: {**asdict(r), "median": r.median, "median_cpu": statistics.median(r.cpu)} for n, r in results.items()
+        }
         parts = show_results(case, getattr(o, case), results)
         if o.profile:
             found = profile(bench, case)
@@ -363,7 +394,7 @@ def run(options: argparse.Namespace) -> int:
                 record[case]["profile"] = found
                 parts += show_profile(case, found)
         if bench.rank == 0:
-            print(render(*parts, width=140), flush=True)
+            print(render(*parts, width=160), flush=True)
     if bench.rank == 0 and o.json:
         with open(o.json, "w") as file:
             json.dump(record, file, indent=1)

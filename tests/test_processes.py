@@ -43,6 +43,7 @@ def test_ranks_hold_their_share_of_rank_0s_weights(ran: Any, name: str) -> None:
     for result in _each(ran, name):
         assert result["state"], "full_state_dict is not rank 0's dense state dict"
         assert result["held"] == result["planned"]
+        assert result["stored"] == result["planned"], "the dense weight is kept beside its shard"
         assert result["type"]
 
 
@@ -60,3 +61,13 @@ def test_tutorial_network_costs_one_all_reduce_for_attention_and_one_for_the_mlp
         assert elements["all_reduce"] == 2 * 2 * 16 * 1024
         assert backward == {"all_reduce": 2}  # the input itself needs no gradient but might
         assert back_elements["all_reduce"] <= 2 * (2 * 16 * 1024)
+
+
+def test_tp_smaller_than_the_world_makes_groups_of_consecutive_ranks(ran: Any) -> None:
+    world, results = ran
+    if world == 2:
+        pytest.skip("needs four processes")
+    for rank, result in enumerate(results):
+        error, words = result["groups"]
+        assert error < 1e-10
+        assert words == (501, 500)[rank % 2]

@@ -155,9 +155,14 @@ def correctness(rank: int, world: int, names: list[str]) -> dict[str, Any]:
                 "hidden": len(checks),
                 "state": list(full) == list(state) and all(torch.equal(full[k], state[k]) for k in state),
                 "held": sum(p.numel() for p in model.parameters()),
+                "stored": sum(p.untyped_storage().nbytes() for p in model.parameters()) // 8,
                 "planned": plan.parameters(rank),
                 "counts": counts,
                 "planned_counts": (plan.count("forward"), plan.count("backward")),
                 "type": type(model).__name__ == type(dense).__name__,
             }
+    if world == 4:  # fewer tensor-parallel ranks than processes: consecutive ones form groups
+        dense, kwargs = make("gpt")
+        model = autotp.parallelize(make("gpt")[0], 2)
+        results["groups"] = relative_error(dense(**kwargs)[1], model(**kwargs)[1]), model.wte.weight.shape[0]
     return results

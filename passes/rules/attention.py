@@ -59,7 +59,7 @@ class Attention(Rule):
                 across.append((keys, labels))
             elif (rest := facts.mix(node, Factor(tuple(range(len(keys))), labels), mixed)) is not None:
                 across.append((tuple(keys[i] for i in rest.dims), rest.labels))
-        kept = combine(across, facts.units, unite_nested=True)
+        kept = combine(across, facts.units, across=alignment.sizes)
         facts.alignments[node] = (self._stored_once(alignment, repeats), operands)
         facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept])
         return as_value(alignment, kept)

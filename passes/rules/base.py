@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -181,14 +181,14 @@ def _spread(labels: np.ndarray, keys: tuple[Key, ...], over: tuple[Key, ...]) ->
     return labels.reshape([labels.shape[keys.index(k)] if k in keys else 1 for k in over])
 
 
-def combine(factors: Keyed, units: Units, unite_nested: bool = False) -> Keyed:
+def combine(factors: Keyed, units: Units, across: Collection[Key] = ()) -> Keyed:
     """Reconcile operands' factors: the same keys, the same units; fewer keys, a source that serves.
 
     Args:
         factors: all operands' factors.
         units: where labels are united.
-        unite_nested: unite a factor over fewer keys with the one over more instead of letting it serve. Of
-            several that share no key only the first (outermost) is united, or all would be one unit.
+        across: a factor that lacks none but these keys is united with the one over more instead of serving
+            it. Of several that share no key only the first (outermost) is, or all would be one unit.
     """
     kept: Keyed = []
     tied: list[set[Key]] = []
@@ -201,9 +201,10 @@ def combine(factors: Keyed, units: Units, unite_nested: bool = False) -> Keyed:
         elif len(over) == 1 and set(keys) <= set(kept[over[0]][0]):
             wide_keys, wide = kept[over[0]]
             bound = tied[over[0]]
-            if keys == wide_keys or (unite_nested and (not bound or bound & set(keys))):
+            lacks = set(wide_keys) - set(keys)
+            if lacks <= set(across) and (not lacks or not bound or bound & set(keys)):
                 units.unite(wide, _spread(labels, keys, wide_keys))
-                bound |= set(keys) if keys != wide_keys else set()
+                bound |= set(keys) if lacks else set()
             else:
                 units.serve(wide, _spread(labels, keys, wide_keys))
         else:

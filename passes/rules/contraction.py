@@ -71,8 +71,8 @@ def contract(
                 across.append((tuple(keys[i] for i in rest.dims), rest.labels))
                 inside.append((keys, labels))
     pending = [f for f in inside if set(f[0]) <= summed]
-    combine(inside, facts.units, unite_nested=True)
-    kept = combine(across, facts.units, unite_nested=True)
+    combine(inside, facts.units, across=summed)
+    kept = combine(across, facts.units, across=alignment.sizes)
     facts.pending[node] = [labels for _, labels in pending]
     facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept + pending])
     return alignment, as_value(alignment, kept)
