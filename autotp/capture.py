@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
+import os
 import sys
 import traceback
 import warnings
@@ -17,11 +19,12 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from autotp.errors import CaptureError
 from autotp.inputs import device_of
 from passes import canonicalize, differentiable, functionalize, simplify
-from passes.graphs import is_tensor, where
+from passes.graphs import is_random, is_tensor, where
 
 __all__ = ["Captured", "Dense", "capture", "flatten_call", "tied_names"]
 
@@ -56,6 +59,8 @@ class Captured:
         parameters: the ``get_attr`` targets that are parameters.
         out_spec: how to put the outputs back together, with ``out_leaves``: per leaf either the
             position among the graph's results or the constant itself.
+        guards: conditions on sizes that the model's Python branched on: a function, and the
+            ``(input, dim)`` of each of its arguments.
         static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
         equal: ``(input, dim, input, dim)`` for the input dims that must be equal.
     """
@@ -66,6 +71,7 @@ class Captured:
     parameters: set[str]
     out_spec: Any
     out_leaves: list[tuple[bool, Any]]
+    guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)
     static: list[tuple[int, int, int]] = field(default_factory=list)
     equal: list[tuple[int, int, int, int]] = field(default_factory=list)
 
@@ -112,7 +118,8 @@ class _Flat(nn.Module):
         given = iter(tensors)
         leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        outputs, self._outputs.spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
+        outputs, self._outputs.spec = pytree.tree_flatten(result)
         results: list[torch.Tensor] = []
         self._outputs.leaves = []
         for leaf in outputs:
@@ -131,13 +138,16 @@ class _Flat(nn.Module):
 
 
 def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str, torch.Tensor]:
-    """Tensors of the dense shapes that take no memory, in place of all parameters and buffers."""
+    """Tensors of the dense shapes in place of all parameters and buffers; parameters' take no memory."""
     made: dict[int, torch.Tensor] = {}
 
     def stand_in(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         if id(t) not in made:
-            empty = torch.empty((1,) * len(shape), dtype=t.dtype, device=device).expand(shape)
-            made[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+            if isinstance(t, nn.Parameter):
+                empty = torch.empty((1,) * len(shape), dtype=t.dtype, device=device).expand(shape)
+                made[id(t)] = nn.Parameter(empty, t.requires_grad)
+            else:  # a buffer may be written to while tracing, so it has storage of its own
+                made[id(t)] = torch.empty(shape, dtype=t.dtype, device=device)
         return made[id(t)]
 
     found = {n: stand_in(p, dense.shapes[n]) for n, p in model.named_parameters(remove_duplicate=False)}
@@ -146,12 +156,18 @@ def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str
 
 @contextlib.contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """The model with the forward of its class, not the one that autotp put on it."""
-    ours = model.__dict__.pop("forward", None) if "_autotp" in model.__dict__ else None
+    """The model with the forward that it had before autotp, and its submodules callable."""
+    runtime = model.__dict__.get("_autotp")
+    ours = model.__dict__.pop("forward") if runtime is not None else None
+    if runtime is not None:
+        runtime.capturing = True
+        if runtime.own_forward is not None:
+            model.__dict__["forward"] = runtime.own_forward
     try:
         yield
     finally:
-        if ours is not None:
+        if runtime is not None:
+            runtime.capturing = False
             model.__dict__["forward"] = ours
 
 
@@ -217,7 +233,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
 def _explain(model: nn.Module, error: Exception) -> str:
     lines = [x for x in str(error).splitlines() if x.strip()]
     said = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    ours = os.path.dirname(__file__)
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and ours not in f.filename
+    ]
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     if "data-dependent" in str(error).lower() or "DataDependent" in said:
         return (
@@ -237,6 +256,9 @@ def _prepare(captured: Captured) -> list[fx.Node]:
     for node in captured.graph.nodes:
         if node.op == "get_attr" and not is_tensor(node):
             captured.regions[str(node.target)] = getattr(module, str(node.target))
+    for node in captured.graph.nodes:
+        regions = [captured.regions[str(n.target)] for n in node.all_input_nodes if str(n.target) in captured.regions]
+        node.meta["random"] = any(is_random(n) for r in regions for n in getattr(r, "graph", fx.Graph()).nodes)
     captured.graph.owning_module = None  # its get_attr nodes now name the model's own parameters
     differentiable(captured.graph, captured.parameters)
     while simplify(captured.graph):
@@ -244,6 +266,20 @@ def _prepare(captured: Captured) -> list[fx.Node]:
     canonicalize(captured.graph)
     differentiable(captured.graph, captured.parameters)
     return left
+
+
+def _guards(graph: fx.Graph, dims: Mapping[str, tuple[int, int]]) -> list[tuple[Any, tuple[tuple[int, int], ...]]]:
+    """The conditions on input sizes under which the capture holds, as functions of those sizes."""
+    symbolic = [s for n in graph.nodes if is_tensor(n) for s in n.meta["val"].shape if isinstance(s, torch.SymInt)]
+    if not symbolic:
+        return []
+    found = {}
+    for guard in symbolic[0].node.shape_env.guards:
+        names = sorted(str(x) for x in guard.expr.free_symbols)
+        if names and all(n in dims for n in names):
+            text = PythonPrinter().doprint(guard.expr)
+            found[text] = (eval(f"lambda {', '.join(names)}: {text}", {"math": math}), tuple(dims[n] for n in names))
+    return list(found.values())
 
 
 def _unprefixed(name: str) -> str:
@@ -295,5 +331,6 @@ def _flat_graph(exported: Any, outputs: _Outputs, tied: Mapping[str, str]) -> Ca
                 attributes[target].meta = dict(node.meta)
             node.replace_all_uses_with(attributes[target])
         graph.erase_node(node)
+    captured.guards = _guards(graph, dims)
     assert all(is_tensor(n) for n in graph.nodes if n.op == "placeholder")
     return captured

@@ -112,8 +112,8 @@ def _fits(loaded: Loaded, dtype: torch.dtype) -> None:
     need = count * dtype.itemsize * 5  # the copy, its shards, and both sets of gradients
     if need > _memory():
         raise BadModelError(
-            f"verifying {count:,} parameters in {str(dtype).removeprefix('torch.')} takes about {need / 1e9:.0f} GB and "
-            f"this machine has {_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
+            f"verifying {count:,} parameters in {str(dtype).removeprefix('torch.')} takes about {need / 1e9:.0f} GB "
+            f"and this machine has {_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
         )
 
 
@@ -133,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0 fine, 1 not equal (``verify``), 2 bad input."""
     options = _parser().parse_args(arguments)
     try:
-        if options.tp < 1:
-            raise BadModelError(f"--tp {options.tp}: the number of ranks is 1 or more")
+        if not 1 <= options.tp <= 62:
+            raise BadModelError(f"--tp {options.tp}: the number of ranks is 1 or more, 62 at most")
         if options.batch < 1 or (options.sequence is not None and options.sequence < 1):
             raise BadModelError("--batch and --sequence are 1 or more")
         return _inspect(options) if options.command == "inspect" else _verify(options)

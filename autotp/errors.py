@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PlanError"]
+__all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PlanError", "check_tp"]
+
+
+def check_tp(tp: int) -> None:
+    """Raise a ValueError unless ``tp`` is a number of ranks: an integer from 1 to 62."""
+    if not isinstance(tp, int) or isinstance(tp, bool) or not 1 <= tp <= 62:
+        raise ValueError(f"tp must be a positive integer, 62 at most, not {tp!r}")
 
 
 class AutoTPError(RuntimeError):

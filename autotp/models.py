@@ -150,7 +150,10 @@ def _override(config: Any, setting: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = {"True": True, "False": False, "None": None}.get(text, text)
-    setattr(config, field, value)
+    try:
+        setattr(config, field, value)
+    except Exception as error:
+        raise BadModelError(f"--set {setting}: {' '.join(str(error).split())}") from None
     count = getattr(config, "num_hidden_layers", None)
     if field == "num_hidden_layers" and isinstance(getattr(config, "layer_types", None), list):
         config.layer_types = config.layer_types[:count]

@@ -31,6 +31,27 @@ class _Runtime:
         self.mesh, self.programs = mesh, programs
         self.fabric = ProcessFabric(mesh, seed)
         self.tied = tied_names(model)
+        self.own_forward = model.__dict__.get("forward")
+        self.capturing = False
+
+    def guard(self, model: nn.Module) -> None:
+        """Let submodules that hold shards refuse to be called: their own code computes on whole weights."""
+        stored = self.programs.stored or {}
+
+        def refusal(name: str) -> Any:
+            def refuse(module: nn.Module, args: Any) -> None:
+                if not self.capturing:
+                    raise AutoTPError(
+                        f"{name} holds only this rank's share of its weights and cannot be called by itself: call the "
+                        "model that was parallelized, or parallelize this module instead of the whole"
+                    )
+
+            return refuse
+
+        for name, module in model.named_modules():
+            inside = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
+            if name and any(self.tied.get(n, n) in stored for n in inside):
+                module.register_forward_pre_hook(refusal(name))
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         program, tensors = self.programs.find(args, kwargs)
@@ -179,6 +200,7 @@ def parallelize(
 
     model.__dict__["_autotp"] = runtime
     model.__dict__["forward"] = forward
+    runtime.guard(model)
     return model
 
 

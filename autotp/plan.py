@@ -16,10 +16,12 @@ from torch import fx, nn
 
 from autotp.calls import Programs
 from autotp.capture import Dense, tied_names
-from autotp.errors import PlanError
+from autotp.errors import PlanError, check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.rewrite import Rewritten
 from passes import IndexSet, Layout, Shards, ops
+from passes.graphs import op_name
+from passes.rules.contraction import MOVES
 
 __all__ = ["Collective", "Plan", "Weight", "make_plan", "plan_of"]
 
@@ -98,13 +100,8 @@ class Plan:
 
     @property
     def stored(self) -> dict[str, Layout]:
-        """The split weights' layouts, as the passes take them: on the dims longer than one."""
-        found = {}
-        for w in self.weights:
-            if w.shards:
-                virtual = {d: v for v, d in enumerate(d for d, n in enumerate(w.shape) if n != 1)}
-                found[w.name] = Layout.of({virtual[d]: s for d, s in w.shards.items()})
-        return found
+        """The split weights' layouts, by name, as the passes take them."""
+        return {w.name: Layout.of(dict(w.shards)) for w in self.weights if w.shards}
 
     def parameters(self, rank: int | None = None) -> int:
         """How many parameters a rank holds; the dense model for None."""
@@ -222,6 +219,8 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
             found.append(Collective("all_gather", "forward", node.name, module, 3 * rows * tp, itemsize, node.args[-1]))
         elif node.target in (ops.enter, ops.enter_overlapping):
             entered = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
+            if all(v.op == "placeholder" and not v.meta["global"].requires_grad for v in entered):
+                continue  # an input that needs no gradient: nothing to reduce
             sizes = []
             for value in entered:
                 elements, itemsize = _elements(value.meta["global"])
@@ -247,7 +246,7 @@ def _style(node: fx.Node) -> str:
         if user.target in _STYLES:
             return _STYLES[user.target]
         follow = user.target in (ops.enter, ops.enter_overlapping, operator.getitem)
-        if follow or (isinstance(user.target, torch._ops.OpOverload) and user.meta.get("state") == "split"):
+        if follow or op_name(user) in MOVES:
             found = _style(user)
             if found != "split":
                 return found
@@ -278,7 +277,6 @@ def plan_of(rewritten: Rewritten, model: nn.Module, dense: Dense) -> Plan:
         if tied[name] != name:
             continue
         shape = tuple(dense.shapes[name])
-        dims = [d for d, n in enumerate(shape) if n != 1]
         layout = rewritten.stored.get(name)
         if layout is None or layout.whole:
             why = rewritten.reasons.get(name) or (
@@ -290,9 +288,7 @@ def plan_of(rewritten: Rewritten, model: nn.Module, dense: Dense) -> Plan:
         _, shards = layout.shards[0]
         counts = "/".join(str(c) for c in sorted(set(shards.counts), reverse=True))
         why = _why(layout, style, f"{counts} of {shards.size} indices")
-        weights.append(
-            Weight(name, shape, parameter.element_size(), style, {dims[v]: s for v, s in layout.shards}, why)
-        )
+        weights.append(Weight(name, shape, parameter.element_size(), style, layout.dims, why))
     gathered = dict.fromkeys(f"{node.name} for {op}" for node, op in rewritten.gathered)
     return Plan(
         type(model).__name__,
@@ -316,8 +312,7 @@ def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None
     Example:
         >>> print(autotp.plan(model, tp=4))
     """
-    if not isinstance(tp, int) or tp < 1:
-        raise ValueError(f"tp must be a positive integer, not {tp!r}")
+    check_tp(tp)
     args, kwargs = example_call(model, example_inputs)
     dense = Dense.of(model)
     programs = Programs(model, tp, dense)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from autotp.errors import AutoTPError, LaunchError, MismatchError
+from autotp.errors import AutoTPError, LaunchError, MismatchError, check_tp
 from passes import fabric
 
 __all__ = ["Mesh", "ProcessFabric", "join"]
@@ -94,8 +94,7 @@ def join(tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | No
         LaunchError: there is no group and the environment does not say how to make one.
         MismatchError: the group's size does not fit ``tp``, or ranks ask for different ``tp``.
     """
-    if not isinstance(tp, int) or tp < 1:
-        raise ValueError(f"tp must be a positive integer, not {tp!r}")
+    check_tp(tp)
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise MismatchError(

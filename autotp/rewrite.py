@@ -43,8 +43,10 @@ class Rewritten:
         return pytree.tree_unflatten(leaves, self.captured.out_spec)
 
     def fits(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether inputs have the sizes that the graph takes for constants or for equal."""
+        """Whether inputs have the sizes that the graph takes for constants, for equal, or branched on."""
         captured = self.captured
+        if not all(check(*(tensors[i].shape[d] for i, d in where)) for check, where in captured.guards):
+            return False
         return all(tensors[i].shape[d] == n for i, d, n in captured.static) and all(
             tensors[i].shape[d] == tensors[j].shape[e] for i, d, j, e in captured.equal
         )

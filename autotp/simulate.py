@@ -12,6 +12,7 @@ from torch import nn
 
 from autotp.calls import Programs
 from autotp.capture import Dense, tied_names
+from autotp.errors import check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.rewrite import Rewritten
 from autotp.shards import local_part, shards_of
@@ -309,6 +310,7 @@ def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None,
         >>> parallel = autotp.simulate(model, tp=4)
         >>> parallel(input_ids=ids).logits  # as model(input_ids=ids).logits
     """
+    check_tp(tp)
     args, kwargs = example_call(model, example_inputs)
     programs = Programs(model, tp, Dense.of(model))
     programs.find(args, kwargs)

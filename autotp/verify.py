@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.calls import Programs
 from autotp.capture import Dense, flatten_call
-from autotp.errors import AutoTPError
+from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.simulate import Simulation
 
@@ -213,6 +213,7 @@ def verify(
     Example:
         >>> assert autotp.verify(model, tp=4).ok
     """
+    check_tp(tp)
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise AutoTPError(f"{meta} is on the meta device: verify compares numbers, so the model needs weights")

@@ -9,6 +9,7 @@ import numpy as np
 from torch import fx
 
 from passes.layout import WHOLE, IndexSet, Layout, Shards
+from passes.relayout import on_virtual
 from passes.rules.base import Facts
 from passes.units import Factor
 
@@ -81,7 +82,7 @@ def assign(graph: fx.Graph, facts: Facts, stored: Mapping[str, Layout], tp: int)
     for node in graph.nodes:
         if node.op != "get_attr" or node not in facts.values:
             continue
-        layout = stored.get(node.target, WHOLE).dims
+        layout = on_virtual(stored.get(node.target, WHOLE), facts.values[node].axes).dims
         for factor in facts.values[node].factors:
             (v,) = factor.dims
             if v not in layout:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import fx
+
 from passes.axes import Size
+from passes.graphs import is_tensor, shape
 
 __all__ = ["CostModel"]
 
@@ -30,6 +33,13 @@ class CostModel:
     per_collective: float = 1e6
     per_parameter: float = 1024.0
     extent: int = 64
+
+    @staticmethod
+    def of(graph: fx.Graph) -> CostModel:
+        """The model for a graph: some 4096 tokens, whether batch and sequence are both symbolic or one is."""
+        shapes = [shape(n) for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
+        symbols = {x for sizes in shapes for size in sizes for x in size.symbols}
+        return CostModel(extent=max(2, round(4096 ** (1 / max(len(symbols), 1)))) if len(symbols) < 2 else 64)
 
     def elements(self, sizes: Iterable[Size]) -> int:
         """The number of elements of a value of these sizes."""

@@ -16,6 +16,7 @@ from passes.choose import choose
 from passes.cost import CostModel
 from passes.graphs import shape, where
 from passes.layout import Layout
+from passes.relayout import on_dims
 from passes.rules.base import Facts
 from passes.units import Factor, components
 
@@ -26,7 +27,7 @@ __all__ = ["Decision", "deal", "decide"]
 class Decision:
     """The plan's core: each split weight's layout, and for the others why they stay whole.
 
-    ``stored`` maps ``get_attr`` targets to layouts on the weight's own dims longer than one.
+    ``stored`` maps ``get_attr`` targets to layouts on the weight's dims.
     """
 
     stored: dict[str, Layout] = field(default_factory=dict)
@@ -129,7 +130,7 @@ def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: Cost
     gains: dict[int, float] = defaultdict(float)
 
     for sizes, labels in facts.work.values():
-        for c in {classes.of(each) for each in labels}:
+        for c in {c for each in labels for c in classes.behind(each)}:
             gains[c] += 2 * cost.elements(sizes) * share
     for node, labels in facts.pending.items():
         for c in {classes.of(each) for each in labels}:
@@ -141,7 +142,8 @@ def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: Cost
     for node in graph.nodes:
         if node.op == "get_attr" and node.meta.get("grad") and node in facts.values:
             for factor in facts.values[node].factors:
-                gains[classes.of(factor.labels)] += cost.per_parameter * cost.elements(shape(node)) * share
+                for c in classes.behind(factor.labels):
+                    gains[c] += cost.per_parameter * cost.elements(shape(node)) * share
     return gains
 
 
@@ -161,7 +163,7 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
     banned: dict[int, str] = {}
     while True:
         classes = _Classes(facts)
-        gains = _gains(graph, facts, classes, tp, cost or CostModel())
+        gains = _gains(graph, facts, classes, tp, cost or CostModel.of(graph))
         able = {
             c: gains.get(c, 0.0)
             for c, families in classes.families.items()
@@ -243,7 +245,7 @@ def _decision(
         for factor in facts.values[node].factors:
             split.update(factor_shards(factor, ranks, tp) or {})
         if split and all(s.covers for s in split.values()):
-            decision.stored[name] = Layout.of(split)
+            decision.stored[name] = on_dims(Layout.of(split), facts.values[node].axes)
         else:
             decision.reasons[name] = _reason(node, facts, classes, gains, chosen, banned, culprits, tp)
     return decision

@@ -38,8 +38,10 @@ def _inline_no_grad(graph: fx.Graph, node: fx.Node) -> None:
                 results = fx.map_arg(inner.args[0], lambda n: copies[n])
             elif inner.op != "placeholder":
                 copies[inner] = graph.node_copy(inner, lambda n: copies[n])
-                if inner.op == "get_attr":
-                    setattr(graph.owning_module, inner.target, getattr(region, inner.target))
+                if inner.op == "get_attr":  # a region within: regions name theirs alike, so under a name of its own
+                    name = f"{region_ref.target}_{inner.target}"
+                    setattr(graph.owning_module, name, getattr(region, inner.target))
+                    copies[inner].target = name
         if not enabled:
             results = [graph.call_function(torch.ops.aten.detach.default, (r,)) if is_tensor(r) else r for r in results]
             for result in results:

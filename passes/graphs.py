@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.axes import Size, shape_of
 
-__all__ = ["is_tensor", "module_path", "op_name", "shape", "source_line", "where"]
+__all__ = ["is_random", "is_tensor", "module_path", "op_name", "shape", "source_line", "where"]
 
 
 def op_name(node: fx.Node) -> str:
@@ -31,6 +31,17 @@ def is_tensor(node: Any) -> bool:
 def shape(node: fx.Node) -> tuple[Size, ...]:
     """The global sizes of a tensor node's dims."""
     return shape_of(node.meta["val"])
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers, itself or in a region that it runs (marked by capture)."""
+    target = node.target
+    seeded = isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    if seeded:  # attention is tagged so for its dropout
+        names = [a.name for a in target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        seeded = "dropout_p" not in names or bool(given.get("dropout_p", 0.0))
+    return seeded or bool(node.meta.get("random"))
 
 
 def module_path(node: fx.Node) -> str:

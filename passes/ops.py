@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from passes import fabric
 from passes.layout import IndexSet, Shards
@@ -143,6 +144,7 @@ class _AllReduce(torch.autograd.Function):
         return group.all_reduce(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
 
@@ -159,6 +161,7 @@ class _Enter(torch.autograd.Function):
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         present = [g for g in grads if g is not None]
         if len(present) == 1:
@@ -186,6 +189,7 @@ class _EnterOverlapping(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         grad, group = grads[0], ctx.group
         whole = grad.new_zeros(_global_shape(grad.shape, ctx.places))
@@ -249,6 +253,7 @@ class _AllGather(torch.autograd.Function):
         return whole
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         rank = ctx.group.rank
         mine = _take(grads[0], ctx.places, rank)
@@ -306,7 +311,8 @@ def take(x: torch.Tensor, dim: int, positions: Sequence[int]) -> torch.Tensor:
 
 def random_same(op: Callable[..., torch.Tensor], x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A random op on whole values: all ranks draw the same numbers."""
-    device = x.device if isinstance(x, torch.Tensor) else torch.device(kwargs.get("device") or "cpu")
+    tensor = next((a for a in (x, *args) if isinstance(a, torch.Tensor)), None)
+    device = tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
     with fabric.current().random(True, device):
         return op(x, *args, **kwargs)
 
@@ -358,6 +364,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (log_sum - every[:, 2].sum(0)).masked_fill(ignored, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, log_sum, local, here, ignored = ctx.saved_tensors
         grad = (logits - log_sum.unsqueeze(-1)).exp_()

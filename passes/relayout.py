@@ -12,7 +12,19 @@ import numpy as np
 from passes.axes import Axes, Size
 from passes.layout import IndexSet, Layout, Shards
 
-__all__ = ["flattened", "relayout", "unflattened"]
+__all__ = ["flattened", "on_dims", "on_virtual", "relayout", "unflattened"]
+
+
+def on_dims(layout: Layout, axes: Axes) -> Layout:
+    """A weight's layout on its virtual dims, stated on its dims (a dim of size one is no virtual dim)."""
+    dims = [d for d, sizes in enumerate(axes) for _ in sizes]
+    return Layout.of({dims[v]: s for v, s in layout.shards})
+
+
+def on_virtual(layout: Layout, axes: Axes) -> Layout:
+    """A weight's layout on its dims, stated on its virtual dims."""
+    virtual = {d: v for v, d in enumerate(d for d, sizes in enumerate(axes) for _ in sizes)}
+    return Layout.of({virtual[d]: s for d, s in layout.shards})
 
 
 def flattened(sizes: Sequence[Size], shards: Sequence[Shards | None], tp: int) -> Shards | None:

@@ -25,9 +25,9 @@ from torch import fx
 
 from passes import ops
 from passes.axes import Axes, common_refinement
-from passes.graphs import is_tensor, module_path, op_name, source_line
+from passes.graphs import is_random, is_tensor, module_path, op_name, source_line
 from passes.layout import WHOLE, Layout, Shards
-from passes.relayout import flattened, relayout
+from passes.relayout import flattened, on_virtual, relayout
 from passes.rules import rule_of
 from passes.rules.base import Alignment, Facts, Key
 from passes.units import Value
@@ -239,7 +239,7 @@ class Sharder:
             if is_tensor(operand) and operand in self.states and not self.states[operand].layout.whole:
                 self.gathered.append((operand, op_name(node)))
         target, args, kwargs = node.target, self.rest(node.args), self.rest(dict(node.kwargs))
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        if is_random(node):
             target, args = ops.random_same, (target, *args)
         new = self.graph.create_node(node.op, target, args, kwargs, _readable(node))
         self._describe(new, node, "whole", WHOLE, self.facts.values.get(node))
@@ -403,6 +403,7 @@ class Sharder:
             if node.op in ("placeholder", "get_attr"):
                 new = self.graph.node_copy(node)
                 layout = self.stored.get(node.target, WHOLE) if node.op == "get_attr" else WHOLE
+                layout = on_virtual(layout, self.value(node).axes) if not layout.whole else WHOLE
                 self._describe(new, node, "whole" if layout.whole else "split", layout, self.facts.values.get(node))
                 self.states[node] = State(new, layout)
             elif node.op == "output":

@@ -26,6 +26,8 @@ def _is_identity(node: fx.Node) -> bool:
     if was.dtype != now.dtype or was.device != now.device or shape(source) != shape(node):
         return False
     name = op_name(node)
+    if source.op in ("placeholder", "get_attr") and any(u.op == "output" for u in node.users):
+        return False  # a copy of what the caller holds must stay a copy
     if name.endswith("dropout"):
         _, p, train = node.args
         return not train or p == 0

@@ -41,13 +41,14 @@ class Attention(Rule):
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         operands, letters, out = self._operands(node)
         values = [facts.values[n] for n in operands]
-        repeats: Size | None = Size(1)
+        repeats = Size(1)
         if node.kwargs.get("enable_gqa"):  # give keys and values the factor that query heads have inside theirs
             heads, shared = shape(operands[0])[-3], shape(operands[1])[-3]
-            repeats = heads.over(shared)
-            if repeats is None or not heads.static or not shared.static:
+            each = heads.over(shared)
+            if each is None or not heads.static or not shared.static:
                 return self._opaque(node, operands, facts)
-            values[1:3] = [self._grouped(v, shared, repeats, facts) for v in values[1:3]]
+            repeats = each
+            values[1:3] = [self._grouped(v, shared, each, facts) for v in values[1:3]]
         found = align(values, letters, out, facts.units)
         if found is None:
             return self._opaque(node, operands, facts)

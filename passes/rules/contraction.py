@@ -21,16 +21,16 @@ from passes.units import Factor, Value
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["Contraction", "contract"]
+__all__ = ["MOVES", "Contraction", "contract"]
 
 aten = torch.ops.aten
-_MOVES = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.reshape", "aten.to", "aten.slice",
+MOVES = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.reshape", "aten.to", "aten.slice",
           "aten.unsqueeze", "aten.squeeze"}  # fmt: skip
 
 
 def is_weight(node: fx.Node) -> bool:
     """Whether a value is a parameter, or only a view or part of one."""
-    while op_name(node) in _MOVES:
+    while op_name(node) in MOVES:
         node = node.args[0]
     return node.op == "get_attr" and bool(node.meta.get("grad"))
 

@@ -50,7 +50,7 @@ class Embedding(Rule):
             sharder.emit(node, node.target, (local, sharder.whole(ids), *rest), layout=layout)
             return
         split: Any = held.dims.get(rows[0]) if len(rows) == 1 and len(held.shards) == 1 else None
-        if split is None or not split.owned.covers or any(len(s.runs) != 1 for s in split.owned.ranks):
+        if any(rest[1:]) or split is None or not split.owned.covers or any(len(s.runs) != 1 for s in split.owned.ranks):
             sharder.copy(node)
             return
         local = sharder.local(weight, Layout.of({rows[0]: split.owned}))

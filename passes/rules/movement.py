@@ -301,7 +301,8 @@ class Join(Move):
 
         Each with an axis for the joined dim, and whether they vary on it.
         """
-        place, found = values[0].offset(dim), {}
+        place = values[0].offset(dim)
+        found: dict[tuple[int, ...], list[tuple[np.ndarray, bool]]] = {}
         for value in values:
             inside = value.virtual(dim)
             for factor in value.factors:

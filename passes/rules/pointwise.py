@@ -37,6 +37,8 @@ class Pointwise(Rule):
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        if node.target in (aten.type_as.default, aten.to.other):  # the other one gives its dtype only
+            operands = operands[:1]
         out = shape(node)
         values = [facts.values[n] for n in operands]
         letters = broadcast_letters([len(v.axes) for v in values], len(out))

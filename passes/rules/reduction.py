@@ -25,7 +25,7 @@ def dims_of(node: fx.Node, position: int = 1) -> list[int]:
     """The dims that a reduction is over; all of them where it names none."""
     rank = len(shape(node.args[0]))
     dims = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
-    if dims is None or dims == []:
+    if dims is None or dims == [] or isinstance(dims, bool):  # ``var(unbiased)`` names no dims
         return list(range(rank))
     return [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if rank else []
 
@@ -81,7 +81,7 @@ class Reduction(Rule):
         value, dims = sharder.value(source), self.dims(node)
         have = sharder.layout(source)
         inside = {v for d in dims for v in value.virtual(d)}
-        if not layout.whole and not any(v in inside for v, _ in have.shards):
+        if not (layout.whole or have.whole or any(v in inside for v, _ in have.shards)):
             self.emit_split(node, sharder.local(source, have), sharder, layout)
         elif self.sums and layout.whole and not have.whole and all(v in inside for v, _ in have.shards):
             owned = sharder.owned(have, value.axes)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
@@ -21,6 +22,7 @@ from autotp.simulate import Simulation
 from passes import Layout, Shards
 
 CLOSE = 1e-10
+torch.set_num_threads(1)  # the ranks are threads already
 COLLECTIVES = ("all_reduce", "all_gather", "vocab_parallel_cross_entropy")
 MOVES = ("enter", "enter_overlapping", "narrow")
 
@@ -53,9 +55,14 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
+_CAPTURED: WeakKeyDictionary[nn.Module, Captured] = WeakKeyDictionary()
+
+
 def captured_of(model: nn.Module, *inputs: torch.Tensor) -> Captured:
-    """One capture of a model, as :mod:`autotp` makes it."""
-    return capture(model, inputs, {})
+    """A model's capture, as :mod:`autotp` makes it; made once, for tests call a model in one way only."""
+    if model not in _CAPTURED:
+        _CAPTURED[model] = capture(model, inputs, {})
+    return _CAPTURED[model]
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 from passes import IndexSet, Layout, Shards
 from tests.passes.harness import check, randn
-from tests.passes.test_rules import OPAQUE, POINTWISE, REDUCTIONS, VIEWS, Between
+from tests.passes.test_rules import OPAQUE, POINTWISE, REDUCTIONS, VIEWS, Attention, Language, between, ids
 
 OPS = {**VIEWS, **POINTWISE, **REDUCTIONS, **OPAQUE}
 
@@ -37,7 +38,7 @@ def some_shards(size: int, tp: int, rng: random.Random) -> Shards | None:
     return Shards(size, tuple(IndexSet.of(sorted(s)) for s in held))
 
 
-def some_plan(model: nn.Module, tp: int, rng: random.Random) -> Mapping[str, Layout]:
+def some_plan(model: nn.Module, rng: random.Random, tp: int) -> Mapping[str, Layout]:
     """Each parameter whole, or split along one dim by random sets, some of them the same sets."""
     known: dict[int, Shards] = {}
     plan = {}
@@ -57,7 +58,26 @@ def some_plan(model: nn.Module, tp: int, rng: random.Random) -> Mapping[str, Lay
 
 @pytest.mark.parametrize("name", OPS)
 def test_any_plan(name: str) -> None:
-    model = Between(OPS[name], 60)
-    for seed in range(4):
-        rng = random.Random(f"{name} {seed}")
-        check(model, randn(2, 3, 64), tps=(2 + seed % 3,), stored=lambda tp: some_plan(model, tp, rng))
+    model = between(OPS[name])
+    check(model, randn(2, 3, 64), tps=(2, 3, 4), stored=partial(some_plan, model, random.Random(name)))
+
+
+@pytest.mark.parametrize("by", ["gqa", "expand", "hand"])
+def test_any_plan_of_attention(by: str) -> None:
+    model = Attention(8, 8 if by == "hand" else 2, 12, by=by, norm=True)
+    check(model, randn(2, 3, 64), tps=(2, 3, 4) * 3, stored=partial(some_plan, model, random.Random(by)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_any_plan_of_a_vocabulary(tied: bool) -> None:
+    model = Language(61, tied=tied)
+    check(model, ids(61), ids(61, -100), tps=(2, 3, 4) * 2, stored=partial(some_plan, model, random.Random(tied)))
+
+
+def test_heads_of_which_only_some_weights_are_split() -> None:
+    """Key-value heads must then be fetched for, or dealt to, the heads that they serve."""
+    model = Attention(8, 2, 12)
+    (program,) = check(model, randn(2, 3, 64), tps=(4,))
+    for parts in ("qo", "q", "qko", "kv"):
+        stored = {name: layout for name, layout in program.stored.items() if name[0] in parts}
+        check(model, randn(2, 3, 64), tps=(4,), stored=lambda tp, stored=stored: stored)

@@ -8,6 +8,7 @@ falls back to whole values fails by its collectives even though its numbers are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -101,9 +102,15 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@cache
+def between(op: Callable[[Tensor], Tensor]) -> Between:
+    """The one model for an op, which other tests use too."""
+    return Between(op, 60)
+
+
 @pytest.mark.parametrize("name", VIEWS)
 def test_movement(name: str) -> None:
-    check(Between(VIEWS[name], 60), randn(B, S, D), split=PAIR, collectives=ONE, moves={"enter": 1})
+    check(between(VIEWS[name]), randn(B, S, D), split=PAIR, collectives=ONE, moves={"enter": 1})
 
 
 POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -123,7 +130,7 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise(name: str) -> None:
-    check(Between(POINTWISE[name], 60), randn(B, S, D), split=PAIR, collectives=ONE, moves={"enter": 1})
+    check(between(POINTWISE[name]), randn(B, S, D), split=PAIR, collectives=ONE, moves={"enter": 1})
 
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -143,7 +150,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_reductions_inside_a_unit(name: str) -> None:
-    check(Between(REDUCTIONS[name], 60), randn(B, S, D), split=PAIR, collectives=ONE, moves={"enter": 1})
+    check(between(REDUCTIONS[name]), randn(B, S, D), split=PAIR, collectives=ONE, moves={"enter": 1})
 
 
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -202,7 +209,7 @@ OPAQUE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", OPAQUE)
 def test_an_op_without_a_rule_is_right_all_the_same(name: str) -> None:
-    check(Between(OPAQUE[name], 60), randn(B, S, D), tps=(2, 3))
+    check(between(OPAQUE[name]), randn(B, S, D), tps=(2, 3))
 
 
 # Products ------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Golden texts: what each pass does to small graphs, before and after, written for people to read.
 
-``tests/golden/<pass>/<case>.txt`` holds each text; ``tests/test_golden.py`` compares, and
-``python -m tests.regenerate`` writes them anew.
+``golden/<pass>/<case>.txt`` holds each text; ``test_golden.py`` compares, and
+``python -m tests.passes.regenerate`` writes them anew.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from passes.shard import PerRank
 
 HERE = Path(__file__).parent / "golden"
 CASES: dict[str, Callable[[], str]] = {}
-"""The texts by path below ``tests/golden``, without ``.txt``."""
+"""The texts by path below ``golden``, without ``.txt``."""
 
 
 def case(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
@@ -85,7 +85,7 @@ def before_and_after(graph: fx.Graph, change: Callable[[fx.Graph], object]) -> s
 
 def raw(model: nn.Module, *inputs: Tensor) -> fx.Graph:
     """What torch.export gives, before any pass."""
-    shapes = {"x": {d: torch.export.Dim.AUTO for d in range(inputs[0].dim() - 1)}}
+    shapes = {"x": dict.fromkeys(range(inputs[0].dim() - 1), torch.export.Dim.AUTO)}
     exported = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.kind.name == "PARAMETER"}
     graph = exported.graph_module.graph
@@ -258,7 +258,7 @@ def propagate_text(model: nn.Module) -> str:
 
 @case("propagate/mlp")
 def propagate_mlp() -> str:
-    """A neuron's row of ``up``, its bias and its column of ``down`` are one unit; so is each input or output feature."""
+    """A neuron's row of ``up``, its bias and its column of ``down`` are one unit; so is each input feature."""
     return propagate_text(mlp())
 
 

@@ -1,0 +1,20 @@
+"""Write the golden texts anew: ``python -m tests.passes.regenerate``. Read the diff before you commit it."""
+
+from __future__ import annotations
+
+from tests.passes.golden_cases import CASES, HERE
+
+
+def main() -> None:
+    """Write every text, and remove those without a case."""
+    for old in HERE.rglob("*.txt"):
+        if str(old.relative_to(HERE).with_suffix("")) not in CASES:
+            old.unlink()
+    for name, text in CASES.items():
+        path = HERE / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text())
+
+
+if __name__ == "__main__":
+    main()
