@@ -111,9 +111,10 @@ def _fits(loaded: Loaded, dtype: torch.dtype) -> None:
     count = sum(p.numel() for p in loaded.model.parameters())
     need = count * dtype.itemsize * 5  # the copy, its shards, and both sets of gradients
     if need > _memory():
+        name = str(dtype).removeprefix("torch.")
         raise BadModelError(
-            f"verifying {count:,} parameters in {str(dtype).removeprefix('torch.')} takes about {need / 1e9:.0f} GB "
-            f"and this machine has {_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
+            f"verifying {count:,} parameters in {name} takes about {need / 1e9:.0f} GB and this machine has "
+            f"{_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
         )
 
 
