@@ -207,7 +207,14 @@ def _elements(value: Any) -> tuple[int, int]:
 
 def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
     found = []
+    needed: dict[fx.Node, bool] = {}  # whether the captured call needs a gradient of a value
     for node in graph.nodes:
+        if node.op == "placeholder":
+            needed[node] = node.meta["global"].requires_grad
+        elif node.op == "get_attr":
+            needed[node] = bool(node.meta.get("grad"))
+        else:
+            needed[node] = bool(node.meta.get("grad")) and any(needed[n] for n in node.all_input_nodes)
         if node.op != "call_function":
             continue
         module = node.meta.get("module", "")
@@ -219,8 +226,8 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
             found.append(Collective("all_gather", "forward", node.name, module, 3 * rows * tp, itemsize, node.args[-1]))
         elif node.target in (ops.enter, ops.enter_overlapping):
             entered = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
-            if all(v.op == "placeholder" and not v.meta["global"].requires_grad for v in entered):
-                continue  # an input that needs no gradient: nothing to reduce
+            if not any(needed[v] for v in entered):
+                continue  # made of inputs that need no gradient: nothing to reduce
             sizes = []
             for value in entered:
                 elements, itemsize = _elements(value.meta["global"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 import autotp
 from autotp.plan import block_of
@@ -27,6 +28,9 @@ those outside of blocks: the embedding's forward; the head's or the pooler's bac
 @pytest.mark.parametrize(("name", "least", "outside"), [(n, *counts) for n, counts in BLOCKS.items()])
 def test_reductions_per_block(name: str, least: int, outside: int) -> None:
     model, kwargs = make(name)
+    for value in kwargs.values():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value.requires_grad_(True)  # else the first block owes its input no gradient
     with Float64():
         plan = autotp.plan(model, 2, example_inputs=kwargs)
     hidden = 60 if name == "encoder" else 48 if name in ("gpt2", "bert") else 64
@@ -68,5 +72,7 @@ def test_tutorial_network() -> None:
     assert [(c.kind, c.when, c.elements) for c in plan.collectives if c.when == "forward"] == [
         ("all_reduce", "forward", 8 * 32 * 1024)
     ] * 2
-    assert plan.count("backward") == 2
+    assert plan.count("backward") == 1, "the input needs no gradient"
     assert plan.share_split == 1.0
+    kwargs["input"].requires_grad_(True)
+    assert autotp.plan(model, 4, example_inputs=kwargs).count("backward") == 2

@@ -59,13 +59,13 @@ def some_plan(model: nn.Module, rng: random.Random, tp: int) -> Mapping[str, Lay
 @pytest.mark.parametrize("name", OPS)
 def test_any_plan(name: str) -> None:
     model = between(OPS[name])
-    check(model, randn(2, 3, 64), tps=(2, 3, 4), stored=partial(some_plan, model, random.Random(name)))
+    check(model, randn(2, 3, 64), tps=(3, 4), stored=partial(some_plan, model, random.Random(name)))
 
 
 @pytest.mark.parametrize("by", ["gqa", "expand", "hand"])
 def test_any_plan_of_attention(by: str) -> None:
     model = Attention(8, 8 if by == "hand" else 2, 12, by=by, norm=True)
-    check(model, randn(2, 3, 64), tps=(2, 3, 4) * 3, stored=partial(some_plan, model, random.Random(by)))
+    check(model, randn(2, 3, 64), tps=(2, 3, 4) * 2, stored=partial(some_plan, model, random.Random(by)))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -26,15 +26,15 @@ def cast(y: Tensor) -> Tensor:
 
 
 def view_before(y: Tensor) -> Tensor:
-    y = y.tanh()
+    y = y * 1
     view = y.unflatten(-1, (12, -1))
     y.add_(1)
     return view.flatten(-2)
 
 
 def chained(y: Tensor) -> Tensor:
-    y = y.tanh()
-    y.add_(1).mul_(y)
+    y = y * 1
+    y.add_(1).mul_(2)
     y += 2
     return y.masked_fill_(y > 3, 0.5)
 

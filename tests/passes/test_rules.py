@@ -67,7 +67,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "unflatten and flatten": lambda y: heads(y).flatten(-2),
     "flatten batch": lambda y: y.flatten(0, 1).tanh().unflatten(0, y.shape[:2]),
     "batch into heads": lambda y: (
-        heads(y).transpose(1, 2).flatten(0, 1).tanh().unflatten(0, (B, 12)).transpose(1, 2).flatten(-2)
+        heads(y).transpose(1, 2).flatten(0, 1).tanh().unflatten(0, (y.shape[0], 12)).transpose(1, 2).flatten(-2)
     ),
     "unsqueeze and squeeze": lambda y: y.unsqueeze(1).tanh().squeeze(1),
     "squeeze of nothing": lambda y: heads(y, 4).squeeze(-2).flatten(-2).squeeze(),
