@@ -36,10 +36,6 @@ class Programs:
         self._parameters = list(model.parameters())
         self.last: Rewritten | None = None
 
-    def refresh(self) -> None:
-        """Look at the model's modules and parameters anew, after they have been exchanged."""
-        self._modules, self._parameters = list(self.model.modules()), list(self.model.parameters())
-
     def structure(self, leaves: list[Any], spec: Any) -> Any:
         """The key of a call."""
         described = tuple(

@@ -184,13 +184,10 @@ def parallelize(
         for name, parameter in model.named_parameters():
             shards = shards_of(stored, name)
             if shards:
-                if parameter.grad is not None:
-                    grad = local_part(parameter.grad, shards, place.rank).clone()
-                    parameter.grad = None
-                    parameter.data = local_part(parameter.data, shards, place.rank).clone()
-                    parameter.grad = grad
-                else:
-                    parameter.data = local_part(parameter.data, shards, place.rank).clone()
+                grad, parameter.grad = parameter.grad, None
+                parameter.data = local_part(parameter.data, shards, place.rank).clone()
+                if grad is not None:
+                    parameter.grad = local_part(grad, shards, place.rank).clone()
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
     runtime = _Runtime(model, place, programs, seed)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from passes import Layout, Shards
+from passes import Layout, Shards, ops
 
 __all__ = ["joined", "local_part", "shards_of"]
 
@@ -20,8 +20,7 @@ def shards_of(stored: Mapping[str, Layout], name: str) -> dict[int, Shards]:
 def local_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
     """The part of a whole tensor that ``rank`` holds (a view where its indices are one run)."""
     for dim, s in shards.items():
-        parts = [whole.narrow(dim, a, b - a) for a, b in s.ranks[rank].runs]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        whole = ops.narrow(whole, dim, s.ranks[rank].runs)
     return whole
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from autotp.calls import Programs
 from autotp.capture import Dense, tied_names
 from autotp.errors import check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.rewrite import Rewritten
-from autotp.shards import local_part, shards_of
+from autotp.shards import joined, local_part, shards_of
 from passes import fabric
 
-__all__ = ["Simulation", "lockstep", "simulate"]
+__all__ = ["Recorder", "Simulation", "lockstep", "simulate"]
 
 
 class _Meeting:
@@ -65,6 +65,7 @@ class _World:
         self.tp = tp
         self.meetings: dict[Any, _Meeting] = {}
         self.lock = threading.Lock()
+        self.broken = False
         seed = torch.initial_seed()
         self.streams = {
             (rank, same): torch.Generator().manual_seed(seed % 2**62 + (0 if same else 1 + rank)).get_state()
@@ -74,12 +75,20 @@ class _World:
 
     def meeting(self, key: Any, size: int) -> _Meeting:
         with self.lock:
+            if self.broken:  # a rank has failed: nobody would come
+                raise threading.BrokenBarrierError
             return self.meetings.setdefault(key, _Meeting(size))
 
     def abort(self) -> None:
         with self.lock:
+            self.broken = True
             for meeting in self.meetings.values():
                 meeting.barrier.abort()
+
+    def mend(self) -> None:
+        """Make the world fit for another run, after one in which a rank failed."""
+        self.meetings.clear()
+        self.broken = False
 
 
 class _ThreadFabric:
@@ -130,9 +139,36 @@ def lockstep(tp: int, world: _World, work: Callable[[int], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     if errors:
-        world.meetings.clear()
+        world.mend()
         raise min(errors, key=lambda e: e[0])[1]
     return results
+
+
+class Recorder(fx.Interpreter):
+    """Runs one rank's graph, on given weights if there are some, and keeps what is whole on all ranks.
+
+    Attributes:
+        seen: each hidden value that should be the same on every rank, by node name.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None = None, record: bool = True
+    ) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self.weights, self.record = weights or {}, record
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The weight given under this name, or else the graph's own."""
+        return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, and keep its value if it is a whole one."""
+        value = super().run_node(n)
+        whole = n.op == "call_function" and n.meta.get("type") in ("I", "R")
+        if self.record and whole and isinstance(value, torch.Tensor):
+            self.seen[n.name] = value.detach()
+        return value
 
 
 class _AllRanks(torch.autograd.Function):
@@ -144,11 +180,12 @@ class _AllRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, simulation: Simulation, rewritten: Rewritten, count: int, *tensors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, simulation: Simulation, rewritten: Rewritten, tracking: bool, count: int, *tensors: torch.Tensor
+    ) -> Any:
         weights, inputs = tensors[:count], tensors[count:]
-        needs = [t.requires_grad for t in tensors]
+        needs = [tracking and t.requires_grad for t in tensors]
         names = simulation.names
-        tracking = any(needs)
 
         def work(rank: int) -> Any:
             local = {}
@@ -169,7 +206,6 @@ class _AllRanks(torch.autograd.Function):
 
         ran = lockstep(simulation.tp, simulation.world, work)
         ctx.simulation, ctx.rewritten, ctx.ran, ctx.needs, ctx.count = simulation, rewritten, ran, needs, count
-        ctx.shapes = [t.shape for t in tensors]
         simulation.compare([results for _, results in ran])
         first = tuple(r.detach() for r in ran[0][1])
         ctx.mark_non_differentiable(*[d for d, r in zip(first, ran[0][1], strict=True) if not r.requires_grad])
@@ -191,25 +227,16 @@ class _AllRanks(torch.autograd.Function):
             return [next(each) if x.requires_grad else None for x in leaves]
 
         by_rank = lockstep(simulation.tp, simulation.world, work)
-        out: list[Any] = [None, None, None]
-        for i, shape in enumerate(ctx.shapes):
+        out: list[Any] = [None, None, None, None]
+        for i, need in enumerate(ctx.needs):
             parts = [each[i] for each in by_rank]
-            if not ctx.needs[i] or parts[0] is None:
+            if not need or parts[0] is None:
                 out.append(None)
                 continue
             name = simulation.names[i] if i < ctx.count else ""
             places = shards_of(rewritten.stored, name)
-            whole = parts[0].new_zeros(shape)
-            for rank in reversed(range(simulation.tp)):
-                index: list[Any] = [slice(None)] * len(shape)
-                for dim, shards in places.items():
-                    index[dim] = torch.as_tensor(shards.ranks[rank].indices)
-                if len(places) <= 1:
-                    whole[tuple(index)] = parts[rank]
-                else:
-                    raise AssertionError("a weight split along two dims")
             simulation.compare_replicas(name, places, parts)
-            out.append(whole)
+            out.append(joined(parts, places))
         return tuple(out)
 
 
@@ -241,33 +268,15 @@ class Simulation(nn.Module):
         self.divergence, self.diverging = 0.0, ""
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         flat = [weights[n] for n in self.names]
-        if torch.is_grad_enabled():
-            results = _AllRanks.apply(self, rewritten, len(flat), *flat, *tensors)
-        else:
-            with torch.no_grad():
-                results = _AllRanks.apply(self, rewritten, len(flat), *flat, *tensors)
+        results = _AllRanks.apply(self, rewritten, torch.is_grad_enabled(), len(flat), *flat, *tensors)
         return rewritten.unflatten(results)
 
     def run(self, rewritten: Rewritten, rank: int, weights: dict[str, torch.Tensor], inputs: list[torch.Tensor]) -> Any:
         """One rank's program on its weights."""
-        program = self.programs.graph(rewritten, rank)
-        seen: dict[str, torch.Tensor] = {}
-        simulation = self
-
-        class Interpreter(torch.fx.Interpreter):
-            def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-                name = simulation.aliases.get(target)
-                return weights[name] if name is not None else super().get_attr(target, args, kwargs)
-
-            def run_node(self, n: torch.fx.Node) -> Any:
-                value = super().run_node(n)
-                whole = n.op == "call_function" and n.meta.get("type") in ("I", "R")
-                if simulation.record and whole and isinstance(value, torch.Tensor):
-                    seen[n.name] = value.detach()
-                return value
-
-        results = Interpreter(program, garbage_collect_values=True).run(*inputs)
-        self._seen[rank] = seen
+        own = {alias: weights[name] for alias, name in self.aliases.items()}
+        recorder = Recorder(self.programs.graph(rewritten, rank), own, self.record)
+        results = recorder.run(*inputs)
+        self._seen[rank] = recorder.seen
         return tuple(results)
 
     def compare(self, results: list[tuple[torch.Tensor, ...]]) -> None:

@@ -39,7 +39,7 @@ class CostModel:
         """The model for a graph: some 4096 tokens, whether batch and sequence are both symbolic or one is."""
         shapes = [shape(n) for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
         symbols = {x for sizes in shapes for size in sizes for x in size.symbols}
-        return CostModel(extent=max(2, round(4096 ** (1 / max(len(symbols), 1)))) if len(symbols) < 2 else 64)
+        return CostModel(extent=64 if len(symbols) > 1 else 4096)
 
     def elements(self, sizes: Iterable[Size]) -> int:
         """The number of elements of a value of these sizes."""

@@ -21,6 +21,7 @@ from torch import fx
 
 from passes import ops
 from passes.axes import shape_of
+from passes.cost import CostModel
 from passes.fabric import replica_group
 from passes.layout import Shards
 from passes.shard import GROUP
@@ -29,19 +30,12 @@ __all__ = ["enter"]
 
 _START = 1 << 16
 """What starting one reduction costs, in elements: a large value prefers few reductions to few bytes."""
-_EXTENT = 64
-"""The extent assumed for a symbolic dim."""
 
 
 def elements(node: fx.Node) -> int:
-    """The size of a node's (global) value, symbolic dims counted as ``_EXTENT``."""
+    """The size of a node's (global) value, symbolic dims counted as the cost model does."""
     value = node.meta.get("global")
-    if not isinstance(value, torch.Tensor):
-        return 1
-    total = 1
-    for size in shape_of(value):
-        total *= size.number * _EXTENT ** len(size.symbols)
-    return total
+    return CostModel().elements(shape_of(value)) if isinstance(value, torch.Tensor) else 1
 
 
 def _is_whole(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ The result is one graph for all ranks in which a constant that differs between r
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -257,33 +258,31 @@ class Sharder:
             sizes: the captured arguments, for dims ``first``, ``first + 1``, ...
             first: the dim that the first argument is for.
         """
-        value, dims = self.value(node), self.layout(node).dims
         found = []
         for dim, size in enumerate(sizes, start=first):
-            split = [(value.sizes[v], dims[v]) for v in value.virtual(dim) if v in dims]
+            whole, local = self._split_of(node, dim, self.layout(node))
             size = self.rest(size)
-            if not split or (isinstance(size, int) and size == -1):
+            if whole == 1 or (isinstance(size, int) and size == -1):
                 found.append(size)
-                continue
-            whole = int(np.prod([s.number for s, _ in split]))
-            local = [int(np.prod([len(s.ranks[r]) for _, s in split])) for r in range(self.tp)]
-            if isinstance(size, int):
+            elif isinstance(size, int):
                 found.append(PerRank.of([size // whole * n for n in local]))
             else:
                 each = self.size(operator.floordiv, size, whole)
                 found.append(self.size(operator.mul, each, PerRank.of(local)))
         return found
 
+    def _split_of(self, node: fx.Node, dim: int, layout: Layout) -> tuple[int, list[int]]:
+        """The size of the split factors of a dim, and the size that each rank holds of them; 1 if it is whole."""
+        shards = [layout.dims[v] for v in self.value(node).virtual(dim) if v in layout.dims]
+        return math.prod(s.size for s in shards), [math.prod(s.counts[r] for s in shards) for r in range(self.tp)]
+
     def extent(self, node: fx.Node, dim: int) -> fx.Node:
         """The size of a dim of the whole value, from that of the part at hand."""
-        state, value = self.states[node], self.value(node)
-        dims = state.layout.dims
-        split = [(value.sizes[v], dims[v]) for v in value.virtual(dim) if v in dims]
+        state = self.states[node]
+        whole, local = self._split_of(node, dim, state.layout)
         size = self.size(aten.sym_size.int, state.node, dim)
-        if split:
-            whole = int(np.prod([s.number for s, _ in split]))
-            counts = [int(np.prod([len(s.ranks[r]) for _, s in split])) for r in range(self.tp)]
-            size = self.size(operator.floordiv, size, PerRank.of(counts))
+        if whole > 1:
+            size = self.size(operator.floordiv, size, PerRank.of(local))
             size = self.size(operator.mul, size, whole)
         return size
 

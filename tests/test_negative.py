@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import fx, nn
 
-from autotp.calls import Programs
-from autotp.capture import Captured, Dense, capture
+from autotp.capture import Captured, capture
 from autotp.rewrite import rewrite
 from autotp.simulate import Simulation
 from autotp.verify import Float64, Report, compare
 from passes import ops
 from passes.shard import PerRank
+from tests import breakages
 from tests.models import make
+from tests.passes.harness import OneProgram
 
 
 @functools.cache
@@ -32,12 +31,11 @@ def _captured(name: str) -> tuple[nn.Module, dict[str, Any], Captured]:
 def _broken(name: str, tp: int, damage: Callable[[fx.Graph], None]) -> Report | Exception:
     """Compare with the dense model after ``damage`` to a graph rewritten anew."""
     model, kwargs, captured = _captured(name)
-    with Float64(), mock.patch("autotp.calls.capture", return_value=captured):
-        programs = Programs(model, tp, Dense.of(model))
-        program, _ = programs.find((), kwargs)
-        damage(program.graph)
+    program = rewrite(captured, tp)
+    damage(program.graph)
+    with Float64():
         try:
-            return compare(model, Simulation(model, tp, programs, record=True), (), kwargs)
+            return compare(model, Simulation(model, tp, OneProgram(model, program), record=True), (), kwargs)
         except (RuntimeError, AssertionError) as error:  # shapes no longer fit
             return error
 
@@ -54,15 +52,7 @@ def _collectives(name: str, tp: int) -> list[str]:
 
 def _strip(node_name: str) -> Callable[[fx.Graph], None]:
     def damage(graph: fx.Graph) -> None:
-        node = next(n for n in graph.nodes if n.name == node_name)
-        if isinstance(node.args[0], tuple):  # several values entering together
-            for user in list(node.users):
-                assert user.target is operator.getitem
-                user.replace_all_uses_with(node.args[0][user.args[1]])
-                graph.erase_node(user)
-        else:
-            node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+        breakages.strip(graph, next(n for n in graph.nodes if n.name == node_name))
 
     return damage
 
@@ -119,16 +109,13 @@ def test_ranks_that_draw_their_own_dropout_on_whole_values_are_found() -> None:
     with Float64():
         model, kwargs = make("encoder")
         model.train()
-        programs = Programs(model, 2, Dense.of(model))
-        program, _ = programs.find((), kwargs)
-        simulation = Simulation(model, 2, programs, record=True)
+        program = rewrite(capture(model, (), kwargs), 2)
+        simulation = Simulation(model, 2, OneProgram(model, program), record=True)
         simulation(**kwargs)
         assert simulation.divergence == 0.0
         for node in program.graph.nodes:
             if node.target is ops.random_same:
                 node.target = ops.random_per_rank
-        broken = Programs(model, 2, Dense.of(model))
-        broken._by_structure = programs._by_structure
-        simulation = Simulation(model, 2, broken, record=True)
+        simulation = Simulation(model, 2, OneProgram(model, program), record=True)
         simulation(**kwargs)
         assert simulation.divergence > 0.0

@@ -17,7 +17,9 @@ import torch.multiprocessing as mp
 from torch.utils import _pytree as pytree
 
 import autotp
+from autotp.simulate import Recorder
 from autotp.verify import Float64, relative_error
+from passes import fabric
 from tests.models import make
 
 
@@ -86,22 +88,12 @@ def backward(values: list[torch.Tensor]) -> None:
 
 def hidden_values(model: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Every value of this rank's program that should be whole on all ranks."""
-    from passes import fabric
-
-    found: dict[str, torch.Tensor] = {}
     runtime = model.__dict__["_autotp"]
     program, tensors = runtime.programs.find((), kwargs)
-
-    class Interpreter(torch.fx.Interpreter):
-        def run_node(self, n: Any) -> Any:
-            value = super().run_node(n)
-            if n.meta.get("type") in ("I", "R") and isinstance(value, torch.Tensor) and n.op == "call_function":
-                found[n.name] = value.detach().clone()
-            return value
-
+    recorder = Recorder(runtime.programs.graph(program, runtime.mesh.rank))
     with fabric.use(runtime.fabric), torch.no_grad():
-        Interpreter(runtime.programs.graph(program, runtime.mesh.rank)).run(*tensors)
-    return found
+        recorder.run(*tensors)
+    return recorder.seen
 
 
 def correctness(rank: int, world: int, names: list[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from autotp.capture import Captured
 from autotp.rewrite import Rewritten, rewrite
 from passes import ops
 from passes.shard import PerRank
+from tests import breakages
 from tests.passes.harness import Results, captured_of, randn, run, scrambled, simulation
 from tests.passes.test_rules import Attention, Between
 
@@ -60,14 +61,7 @@ def strip(target: Callable[..., object], which: int) -> Callable[[fx.Graph], Non
     """Take the nth call of an op out."""
 
     def breakage(graph: fx.Graph) -> None:
-        node = [n for n in graph.nodes if n.target is target][which]
-        if isinstance(node.args[0], tuple):  # values that enter together
-            for user in list(node.users):
-                user.replace_all_uses_with(node.args[0][user.args[1]])
-                graph.erase_node(user)
-        else:
-            node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+        breakages.strip(graph, [n for n in graph.nodes if n.target is target][which])
 
     return breakage
 
