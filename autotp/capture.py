@@ -263,7 +263,7 @@ def _prepare(captured: Captured) -> list[fx.Node]:
     differentiable(captured.graph, captured.parameters)
     while simplify(captured.graph):
         pass
-    canonicalize(captured.graph)
+    canonicalize(captured.graph, captured.constants)
     differentiable(captured.graph, captured.parameters)
     return left
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.capture import Captured
 from autotp.text import graph_text
-from passes import Layout, assign, decide, enter, localize, propagate, shard
+from passes import Layout, Minimum, assign, decide, enter, localize, minimum, propagate, shard
 
 __all__ = ["RankGraph", "Rewritten", "rewrite"]
 
@@ -28,6 +28,7 @@ class Rewritten:
         reasons: why each other weight stays whole.
         gathered: the split values that some op needs whole, with that op's name.
         tp: the number of ranks.
+        minimum: what cannot do without a collective, in the captured graph.
     """
 
     captured: Captured
@@ -36,6 +37,7 @@ class Rewritten:
     reasons: Mapping[str, str]
     gathered: list[tuple[fx.Node, str]]
     tp: int
+    minimum: Minimum
 
     def unflatten(self, results: tuple[torch.Tensor, ...]) -> Any:
         """The model's own output structure from the graph's results."""
@@ -92,7 +94,8 @@ def rewrite(captured: Captured, tp: int, stored: Mapping[str, Layout] | None = N
         decision = decide(captured.graph, facts, tp)
         stored, reasons = decision.stored, decision.reasons
     layouts = assign(captured.graph, facts, stored, tp)
+    fewest = minimum(captured.graph, facts, layouts, stored)
     sharder = shard(captured.graph, facts, layouts, dict(stored), tp)
     sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     enter(sharder.graph)
-    return Rewritten(captured, sharder.graph, stored, reasons, sharder.gathered, tp)
+    return Rewritten(captured, sharder.graph, stored, reasons, sharder.gathered, tp, fewest)

@@ -13,6 +13,7 @@ In the order in which they run:
 ``shard``          the rewritten graph for all ranks, with its collectives
 ``enter``          where whole values enter computation on shards, for complete gradients
 ``localize``       one rank's graph
+``minimum``        the fewest collectives the layouts leave possible, to hold the result against
 =================  ==================================================================================
 """
 
@@ -24,6 +25,7 @@ from passes.enter import enter
 from passes.functionalize import functionalize
 from passes.layout import IndexSet, Layout, Shards
 from passes.localize import localize
+from passes.minimum import Minimum, minimum
 from passes.propagate import propagate
 from passes.shard import shard
 from passes.simplify import simplify
@@ -32,6 +34,7 @@ __all__ = [
     "Decision",
     "IndexSet",
     "Layout",
+    "Minimum",
     "Shards",
     "assign",
     "canonicalize",
@@ -40,6 +43,7 @@ __all__ = [
     "enter",
     "functionalize",
     "localize",
+    "minimum",
     "propagate",
     "shard",
     "simplify",

@@ -81,7 +81,11 @@ def _of_expression(expression: sympy.Expr) -> Size:
 def size_of(size: int | torch.SymInt) -> Size:
     """The :class:`Size` of one entry of a shape."""
     if isinstance(size, torch.SymInt):
-        return _of_expression(size.node.expr)
+        found = _of_expression(size.node.expr)
+        if not all(x.isidentifier() for x in found.symbols):  # such as max(1, s), of s that is two at least
+            bounds = size.node.shape_env.bound_sympy(size.node.expr)
+            return Size(int(bounds.lower)) if bounds.lower == bounds.upper else found
+        return found
     return Size(int(size))
 
 

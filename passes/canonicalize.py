@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ __all__ = ["canonicalize"]
 _SPLITS = {"aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind", "aten.unsafe_chunk", "aten.unsafe_split",
            "aten.tensor_split"}  # fmt: skip
 aten = torch.ops.aten
+_ZEROED = {aten.empty.memory_format: aten.zeros.default, aten.new_empty.default: aten.new_zeros.default,
+           aten.empty_like.default: aten.zeros_like.default}  # fmt: skip
+"""Memory that nobody has written to: ranks would hold different leftovers in what should be equal."""
 
 
 def _dim_of(node: fx.Node) -> int:
@@ -101,13 +105,76 @@ def _as_copies(node: fx.Node) -> bool:
     return True
 
 
-def canonicalize(graph: fx.Graph) -> int:
-    """Spell ``chunk``, ``split``, ``tensor_split`` and ``unbind`` as slices and selects, ``stack`` as
-    ``cat``, ``repeat`` and ``repeat_interleave`` as expands, and ``view`` as ``reshape`` (a rank's part
-    need not be contiguous where the whole was).
+def _as_parts(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> bool:
+    """Replace indexing of one dim by a constant vector (``x[:, [0, 2]]``) by slices, joined."""
+    source, indices = node.args
+    used = [(dim, n) for dim, n in enumerate(indices) if n is not None]
+    if len(used) != 1 or str(used[0][1].target) not in constants:
+        return False
+    dim, picked = used[0][0], constants[str(used[0][1].target)]
+    if picked.dim() != 1 or picked.is_floating_point() or picked.dtype is torch.bool or not 0 < len(picked) <= 64:
+        return False
+    size = source.meta["val"].shape[dim]
+    if not isinstance(size, int):
+        return False
+    parts = []
+    with node.graph.inserting_before(node):
+        for i in picked.tolist():
+            start = i % size
+            parts.append(node.graph.call_function(aten.slice.Tensor, (source, dim, start, start + 1)))
+            parts[-1].meta = {**node.meta, "val": source.meta["val"].narrow(dim, start, 1)}
+    if len(parts) == 1:
+        node.replace_all_uses_with(parts[0])
+        node.graph.erase_node(node)
+    else:
+        node.target, node.args = aten.cat.default, (parts, dim)
+    return True
+
+
+def _sizes_of(node: fx.Node) -> list[Any]:
+    """The sizes of a value, symbolic ones as calls on it, put in after it."""
+    sizes, graph = list(node.meta["val"].shape), node.graph
+    with graph.inserting_after(node):
+        for dim, size in enumerate(sizes):
+            if not isinstance(size, int):
+                sizes[dim] = graph.call_function(aten.sym_size.int, (node, dim))
+                sizes[dim].meta = {**node.meta, "val": size}
+    return sizes
+
+
+def _as_values(node: fx.Node) -> bool:
+    """Replace ``copy`` (what functionalization leaves of ``copy_``) by the copied values, in its shape and dtype."""
+    into, source, graph = node.args[0], node.args[1], node.graph
+    value, new = node.meta["val"], source
+    with graph.inserting_before(node):
+        if source.meta["val"].dtype != value.dtype:
+            new = graph.call_function(aten.to.dtype, (source, value.dtype))
+            new.meta = {**node.meta, "val": source.meta["val"].to(value.dtype)}
+        if source.meta["val"].shape != value.shape:
+            new = graph.call_function(aten.expand.default, (new, _sizes_of(into)))
+            new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return True
+
+
+def _with_sizes(node: fx.Node) -> bool:
+    """Replace ``view_as`` and ``expand_as`` by ``reshape`` and ``expand`` to the other's sizes."""
+    source, other = node.args
+    node.target = aten.expand.default if op_name(node) == "aten.expand_as" else aten.reshape.default
+    node.args = (source, _sizes_of(other))
+    return True
+
+
+def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None = None) -> int:
+    """One spelling for several: ``chunk``, ``split``, ``tensor_split``, ``unbind`` and indexing by a constant
+    vector as slices and selects, ``stack`` as ``cat``, ``repeat`` and ``repeat_interleave`` as expands,
+    ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes, empty memory as zeros, and ``view`` as
+    ``reshape`` (a rank's part need not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
+        constants: the tensors that its code made, by ``get_attr`` target.
 
     Returns:
         How many nodes were respelled.
@@ -118,8 +185,18 @@ def canonicalize(graph: fx.Graph) -> int:
             count += _as_slices(node)
         elif op_name(node) in ("aten.repeat", "aten.repeat_interleave") and is_tensor(node.args[0]):
             count += _as_copies(node)
+        elif node.target is aten.index.Tensor and constants:
+            count += _as_parts(node, constants)
         elif op_name(node) == "aten.stack":
             count += _as_cat(node)
+        elif node.target in _ZEROED:
+            node.target = _ZEROED[node.target]
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+            count += 1
+        elif op_name(node) == "aten.copy":
+            count += _as_values(node)
+        elif op_name(node) in ("aten.view_as", "aten.reshape_as", "aten.expand_as"):
+            count += _with_sizes(node)
         elif op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:
             node.target = aten.reshape.default
             count += 1

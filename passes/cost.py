@@ -27,19 +27,29 @@ class CostModel:
         per_collective: what starting a collective costs.
         per_parameter: what holding one parameter costs, beside computing with it.
         extent: the extent assumed for a symbolic dim (batch, sequence).
+        scale: how many times more tokens than those of the captured inputs to reckon with.
     """
 
     per_element: float = 32.0
     per_collective: float = 1e6
     per_parameter: float = 1024.0
     extent: int = 64
+    scale: float = 1.0
 
     @staticmethod
     def of(graph: fx.Graph) -> CostModel:
-        """The model for a graph: some 4096 tokens, whether batch and sequence are both symbolic or one is."""
-        shapes = [shape(n) for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
-        symbols = {x for sizes in shapes for size in sizes for x in size.symbols}
-        return CostModel(extent=64 if len(symbols) > 1 else 4096)
+        """The model for a graph: some 4096 tokens, whether batch and sequence are both symbolic, or one, or neither."""
+        inputs = [n for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
+        symbols = {x for n in inputs for size in shape(n) for x in size.symbols}
+        if symbols:
+            return CostModel(extent=64 if len(symbols) > 1 else 4096)
+        tokens = [shape(n)[:-1] if n.meta["val"].is_floating_point() else shape(n) for n in inputs]
+        most = max((CostModel().elements(sizes) for sizes in tokens), default=1)
+        return CostModel(scale=max(1.0, 4096 / max(most, 1)))
+
+    def activation(self, sizes: Iterable[Size]) -> float:
+        """The number of elements of an activation of these sizes, at the number of tokens reckoned with."""
+        return self.elements(sizes) * self.scale
 
     def elements(self, sizes: Iterable[Size]) -> int:
         """The number of elements of a value of these sizes."""

@@ -131,14 +131,14 @@ def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: Cost
 
     for sizes, labels in facts.work.values():
         for c in {c for each in labels for c in classes.behind(each)}:
-            gains[c] += 2 * cost.elements(sizes) * share
+            gains[c] += 2 * cost.activation(sizes) * share
     for node, labels in facts.pending.items():
         for c in {classes.of(each) for each in labels}:
-            gains[c] -= cost.per_collective + 2 * cost.per_element * cost.elements(shape(node))
+            gains[c] -= cost.per_collective + 2 * cost.per_element * cost.activation(shape(node))
     for node in {n for each in facts.wanted_whole.values() for n in each}:
         if node.meta.get("grad") and node.op != "get_attr":
             for c in {classes.of(f.labels) for f in facts.values[node].factors}:
-                gains[c] -= cost.per_collective + cost.per_element * cost.elements(shape(node))
+                gains[c] -= cost.per_collective + cost.per_element * cost.activation(shape(node))
     for node in graph.nodes:
         if node.op == "get_attr" and node.meta.get("grad") and node in facts.values:
             for factor in facts.values[node].factors:
@@ -164,10 +164,11 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
     while True:
         classes = _Classes(facts)
         gains = _gains(graph, facts, classes, tp, cost or CostModel.of(graph))
+        weighty = {c for n in weights for f in facts.values[n].factors for c in classes.behind(f.labels)}
         able = {
             c: gains.get(c, 0.0)
             for c, families in classes.families.items()
-            if gains.get(c, 0.0) > 0 and any(f.size >= tp for f in families) and c not in banned
+            if c in weighty and gains.get(c, 0.0) > 0 and any(f.size >= tp for f in families) and c not in banned
         }
         conflicts = nx.Graph()
         conflicts.add_nodes_from((c, {"weight": gain}) for c, gain in able.items())

@@ -23,6 +23,7 @@ from passes import ops
 from passes.axes import shape_of
 from passes.cost import CostModel
 from passes.fabric import replica_group
+from passes.graphs import ends
 from passes.layout import Shards
 from passes.shard import GROUP
 
@@ -50,7 +51,12 @@ def _on_shards(node: fx.Node) -> bool:
 
 
 def _replicas(graph: fx.Graph) -> None:
-    """Let parameters that several ranks hold in part or whole enter over just those ranks."""
+    """Let parameters that several ranks hold in part or whole enter over just those ranks.
+
+    Those that end in the same sum (keys' and values' weights, biases and norms of one attention) enter together.
+    """
+    end = ends(graph, lambda n: n.meta.get("state") == "split", lambda n: n.meta.get("state") == "pending")
+    together: dict[tuple[str, fx.Node, object], list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.op != "get_attr" or not node.meta["grad"] or node.meta["state"] != "split":
             continue
@@ -58,21 +64,45 @@ def _replicas(graph: fx.Graph) -> None:
         if all(s.disjoint for _, s in layout.shards) or len(layout.shards) != 1:
             continue
         ((v, shards),) = layout.shards
-        dim = [d for d, sizes in enumerate(node.meta["axes"]) for _ in sizes][v]
         assert isinstance(shards, Shards)
+        if shards.replicas is not None:
+            name = replica_group(GROUP, shards.replicas)
+            together.setdefault((name, end[node], _dtype(node)), []).append(node)
+            continue
+        dim = [d for d, sizes in enumerate(node.meta["axes"]) for _ in sizes][v]
+        places = ((dim, tuple(s.runs for s in shards.ranks)),)
         users = list(node.users)
         with graph.inserting_after(node):
-            if shards.replicas is not None:
-                name = replica_group(GROUP, shards.replicas)
-                new = graph.create_node("call_function", ops.enter, (node, name), name=f"{node.name}_enter")
-            else:
-                places = ((dim, tuple(s.runs for s in shards.ranks)),)
-                new = graph.create_node(
-                    "call_function", ops.enter_overlapping, (node, places, GROUP), name=f"{node.name}_enter"
-                )
+            args = (node, places, GROUP)
+            new = graph.create_node("call_function", ops.enter_overlapping, args, name=f"{node.name}_enter")
         new.meta = dict(node.meta)
         for user in users:
             user.replace_input_with(node, new)
+    for (name, _, _), group in together.items():
+        users_of = {n: list(n.users) for n in group}
+        for node, new in _enter_together(graph, group, name).items():
+            new.meta = dict(node.meta)
+            for user in users_of[node]:
+                user.replace_input_with(node, new)
+
+
+def _enter_together(graph: fx.Graph, group: list[fx.Node], name: str) -> dict[fx.Node, fx.Node]:
+    """Insert one ``enter`` for all of ``group`` after the last of them; what stands for each behind it."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    with graph.inserting_after(max(group, key=order.__getitem__)):
+        if len(group) == 1:
+            (node,) = group
+            return {node: graph.create_node("call_function", ops.enter, (node, name), name=f"{node.name}_enter")}
+        pack = graph.create_node(
+            "call_function", ops.enter, (tuple(group), name), name=f"{group[0].name}_enter_together"
+        )
+    pack.meta = {**group[0].meta, "together": [n.name for n in group], "global": None}
+    entered, last = {}, pack
+    for i, n in enumerate(group):
+        with graph.inserting_after(last):
+            last = graph.create_node("call_function", operator.getitem, (pack, i), name=f"{n.name}_enter")
+        entered[n] = last
+    return entered
 
 
 def _several(node: fx.Node) -> bool:
@@ -108,7 +138,7 @@ def _cheapest_cut(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
     for node in wanted:
         flow.add_edge((node, 1), sink)
     for node in seen:
-        start = 0 if node.op == "get_attr" and node.meta["global"].dim() == 1 else _START  # a vector rides along
+        start = 0 if node.op == "get_attr" else _START  # a weight rides along with an activation
         capacity = {} if _several(node) else {"capacity": elements(node) + start}
         flow.add_edge((node, 0), (node, 1), **capacity)
         inputs = _made_of(node)
@@ -163,23 +193,9 @@ def enter(graph: fx.Graph) -> int:
     _replicas(graph)
     cut, inside = _cheapest_cut(graph)
     groups = _together(graph, cut, inside)
-    order = {n: i for i, n in enumerate(graph.nodes)}
     for group in groups:
         users = {n: [u for u in n.users if _on_shards(u) or u in inside] for n in group}
-        with graph.inserting_after(max(group, key=order.__getitem__)):
-            if len(group) == 1:
-                name = f"{group[0].name}_enter"
-                entered = {group[0]: graph.create_node("call_function", ops.enter, (group[0], GROUP), name=name)}
-            else:
-                name = f"{group[0].name}_enter_together"
-                pack = graph.create_node("call_function", ops.enter, (tuple(group), GROUP), name=name)
-                pack.meta = {**group[0].meta, "state": "whole", "together": [n.name for n in group]}
-                pack.meta["global"] = None
-                entered, last = {}, pack
-                for i, n in enumerate(group):
-                    with graph.inserting_after(last):
-                        last = graph.create_node("call_function", operator.getitem, (pack, i), name=f"{n.name}_enter")
-                    entered[n] = last
+        entered = _enter_together(graph, group, GROUP)
         for n, new in entered.items():
             new.meta = {**n.meta, "type": "R", "module": group[0].meta["module"]}
             for user in users[n]:

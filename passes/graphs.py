@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,24 @@ def is_tensor(node: Any) -> bool:
 def shape(node: fx.Node) -> tuple[Size, ...]:
     """The global sizes of a tensor node's dims."""
     return shape_of(node.meta["val"])
+
+
+def levels(graph: fx.Graph, steps: Callable[[fx.Node], bool]) -> dict[fx.Node, int]:
+    """Per node, the most nodes for which ``steps`` holds on a way to it, itself included."""
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        found[node] = max((found[n] for n in node.all_input_nodes), default=0) + steps(node)
+    return found
+
+
+def ends(graph: fx.Graph, through: Callable[[fx.Node], bool], at: Callable[[fx.Node], bool]) -> dict[fx.Node, fx.Node]:
+    """Per node, the last node with ``at`` that is reached from it by way of nodes with ``through``; itself for none."""
+    found: dict[fx.Node, fx.Node] = {}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in reversed(graph.nodes):
+        reached = [found[u] if through(u) and not at(u) else u for u in node.users if at(u) or through(u)]
+        found[node] = max((n for n in reached if at(n)), key=order.__getitem__, default=node)
+    return found
 
 
 def is_random(node: fx.Node) -> bool:

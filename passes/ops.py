@@ -46,6 +46,7 @@ __all__ = [
     "row_parallel_einsum",
     "row_parallel_linear",
     "row_parallel_matmul",
+    "settle",
     "take",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
@@ -180,6 +181,23 @@ def enter(x: torch.Tensor | tuple[torch.Tensor, ...], group: str) -> Any:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         tensors = _Enter.apply(fabric.current().group(group), *tensors)
     return tensors if isinstance(x, tuple) else tensors[0]
+
+
+class _Settle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: fabric.Communicator) -> torch.Tensor:
+        ctx.first = group.rank == 0
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] if ctx.first else torch.zeros_like(grads[0]), None
+
+
+def settle(x: torch.Tensor, group: str) -> torch.Tensor:
+    """V -> I, of shards that each are the whole: the one gradient of the result goes to one of them."""
+    return _Settle.apply(x, fabric.current().group(group))
 
 
 class _EnterOverlapping(torch.autograd.Function):

@@ -12,6 +12,20 @@ from passes.rules.base import Facts
 __all__ = ["propagate"]
 
 
+def _keep_together(node: fx.Node, facts: Facts) -> None:
+    """Unite what an input holds along batch and sequence, where a capture fixed their sizes.
+
+    Those are all dims of integers, all but the features of a vector or sequence of vectors, and else the
+    first (caches hold heads).
+    """
+    value = facts.values[node]
+    rank = len(value.axes)
+    leading = rank if not node.meta["val"].is_floating_point() else rank - 1 if rank <= 3 else 1
+    for factor in value.factors:
+        if factor.dims[0] < value.offset(leading):
+            facts.mix(node, factor)
+
+
 def propagate(graph: fx.Graph) -> Facts:
     """Label every static index of every value and unite what the ops tie together.
 
@@ -26,6 +40,8 @@ def propagate(graph: fx.Graph) -> Facts:
         if node.op in ("placeholder", "get_attr"):
             if is_tensor(node):
                 facts.values[node] = facts.units.labelled(shape(node))
+                if node.op == "placeholder":
+                    _keep_together(node, facts)
             continue
         if node.op == "output":
             facts.opaque(node, [n for n in node.all_input_nodes if is_tensor(n)])

@@ -195,9 +195,10 @@ class Sharder:
         layout: Layout = WHOLE,
         pending: bool = False,
         addend: fx.Node | None = None,
+        varying: bool = False,
     ) -> None:
-        """Add the call that stands for ``node``."""
-        state = "pending" if pending else "whole" if layout.whole else "split"
+        """Add the call that stands for ``node``; ``varying`` if it is whole but made of shards."""
+        state = "pending" if pending else "whole" if layout.whole and not varying else "split"
         new = self.call(target, args, kwargs, state=state, layout=layout, value=self.facts.values.get(node))
         self.stand(node, new, layout=layout, pending=pending, addend=addend)
 
@@ -382,6 +383,8 @@ class Sharder:
         return self.whole(node) if is_tensor(node) else self.states[node].node
 
     def _describe(self, new: fx.Node, origin: fx.Node, state: str, layout: Layout, value: Value | None) -> None:
+        if state == "whole" and any(_varies(n) for n in new.all_input_nodes):
+            state = "split"  # made of shards that hold all of it: equal on all ranks, but its gradient is in parts
         new.meta = {
             "origin": origin.name,
             "module": module_path(origin),
@@ -394,6 +397,16 @@ class Sharder:
         }
         if "nn_module_stack" in origin.meta:
             new.meta["nn_module_stack"] = origin.meta["nn_module_stack"]
+
+    def _settled(self, node: fx.Node) -> fx.Node:
+        """A value as the caller gets it: whole, and its gradient too."""
+        plain = self._plain(node)
+        if not _varies(plain):
+            return plain
+        settled = self.graph.call_function(ops.settle, (plain, self.group))
+        self._describe(settled, node, "split", WHOLE, self.facts.values.get(node))
+        settled.meta["state"] = "whole"
+        return settled
 
     def run(self) -> fx.Graph:
         """Rewrite the whole graph."""
@@ -409,13 +422,18 @@ class Sharder:
                 for operand in node.all_input_nodes:
                     if operand in self.states and not self.states[operand].layout.whole:
                         self.gathered.append((operand, "output"))
-                out = self.graph.output(fx.map_arg(node.args[0], self._plain))
+                out = self.graph.output(fx.map_arg(node.args[0], self._settled))
                 out.meta = {"state": "whole", "origin": "output"}
             elif op_name(node) == "aten.sym_size" and is_tensor(node.args[0]):
                 self.states[node] = State(self.extent(*node.args))
             else:
                 rule_of(node).shard(node, self)
         return self.graph
+
+
+def _varies(node: fx.Node) -> bool:
+    """Whether a rewritten value is whole on every rank and its gradient is the sum of the ranks'."""
+    return node.meta.get("state") == "split" and node.meta["layout"].whole
 
 
 def _readable(node: fx.Node) -> str:

@@ -34,10 +34,13 @@ class CrossEntropy(Rule):
         logits = facts.values[node.args[0]]
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
         classes = set(logits.virtual(1)) if self._plain(node) else set()
+        rows = [f for f in logits.factors if not classes & set(f.dims)]
         apart = [f for f in logits.factors if set(f.dims) <= classes]
-        if len(apart) != len(logits.factors) or not classes:
+        if len(rows) + len(apart) != len(logits.factors) or not classes:
             facts.opaque(node, operands)
         else:
+            for factor in rows:
+                facts.mix(node, factor)
             facts.opaque(node, operands[1:])
             facts.alignments[node] = sorted(classes)
         return facts.units.labelled(shape(node))

@@ -118,7 +118,7 @@ class Permute(Move):
         return Value(tuple(value.axes[d] for d in order), tuple(factors))
 
 
-@register("aten.expand", "aten.expand_as", "aten.broadcast_to")
+@register("aten.expand", "aten.broadcast_to")
 class Expand(Move):
     """Copies along a dim of size one or a new one: ``"... 1 -> ... g"``; the source serves every copy."""
 
@@ -134,8 +134,9 @@ class Expand(Move):
             size = result.sizes[v]
             if not size.static:
                 continue
-            if len(factors) == 1:
-                factors = [self._copied(factors[0], v, size.number, facts)]
+            beside = [f for f in factors if v - 1 in f.dims] or [f for f in factors if v + 1 in f.dims]
+            if v and (beside := beside or factors[: len(factors) == 1]):  # copies of a head; along dim 0, of a batch
+                factors = [self._copied(f, v, size.number, facts) if f is beside[0] else f for f in factors]
             else:
                 factors.append(Factor((v,), facts.units.fresh([size.number])))
         return Value(result.axes, tuple(factors))
@@ -152,9 +153,6 @@ class Expand(Move):
     def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
         layout, source = sharder.layout(node), node.args[0]
         value, before = sharder.value(node), sharder.value(source)
-        if op_name(node) == "aten.expand_as":
-            sharder.copy(node)
-            return
         shift = len(value.axes) - len(before.axes)
         kept = {}
         for dim in range(len(before.axes)):
@@ -224,6 +222,24 @@ class Part(Move):
                 factors.append(Factor(moved, labels))
         return Value(value.axes[:dim] + remains + value.axes[dim + 1 :], tuple(factors))
 
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        if node in sharder.facts.alignments and sharder.layout(node).whole and self._held_by_all(node, sharder):
+            self.shard_split(node, sharder)
+        else:
+            super().shard(node, sharder)
+
+    @staticmethod
+    def _held_by_all(node: fx.Node, sharder: Sharder) -> bool:
+        """Whether every rank's part of a split input has all of what is taken (the one key of multi-query)."""
+        axes, dim, what = sharder.facts.alignments[node]
+        have = sharder.layout(node.args[0])
+        merged = sharder.relayout(have, sharder.value(node.args[0]).axes, axes) if not have.whole else None
+        if merged is None or len(merged.shards) != 1 or merged.shards[0][0] != Value(axes).offset(dim):
+            return False
+        split = merged.shards[0][1]
+        picked = np.arange(split.size)[what]
+        return bool(picked.size) and all(np.isin(picked, held.indices).all() for held in split.ranks)
+
     def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
         source, layout = node.args[0], sharder.layout(node)
         have = sharder.layout(source)
@@ -248,11 +264,11 @@ class Part(Move):
         local = sharder.local(source, have)
         if op_name(node) == "aten.select":
             index = sharder.per_rank([int(p[0]) for p in positions])
-            sharder.emit(node, aten.select.int, (local, dim, index), layout=layout)
+            sharder.emit(node, aten.select.int, (local, dim, index), layout=layout, varying=layout.whole)
         elif all((np.diff(p) == 1).all() for p in positions):
             start = sharder.per_rank([int(p[0]) for p in positions])
             stop = sharder.per_rank([int(p[-1]) + 1 for p in positions])
-            sharder.emit(node, aten.slice.Tensor, (local, dim, start, stop), layout=layout)
+            sharder.emit(node, aten.slice.Tensor, (local, dim, start, stop), layout=layout, varying=layout.whole)
         else:
             sharder.emit_take(node, local, dim, positions, layout)
 
@@ -283,7 +299,8 @@ class Join(Move):
             at = sum(v < place for v in key)
             labels = [x for x, _ in labelled]
             taken = {v for f in factors for v in f.dims}
-            complete = static and len(labelled) == len(values) and (not key or any(varies for _, varies in labelled))
+            apart = not key or any(varies for _, varies in labelled) or all(n == 1 for n in sizes)
+            complete = static and len(labelled) == len(values) and apart
             if complete and not taken & {place, *key}:
                 spread = [np.broadcast_to(x, (*x.shape[:at], n, *x.shape[at + 1 :])) for x, n in zip(labels, sizes)]
                 factors.append(Factor(tuple(sorted((*key, place))), np.concatenate(spread, axis=at)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +88,9 @@ class Reduction(Rule):
             owned = sharder.owned(have, value.axes)
             if owned is not None:
                 self.emit_sum(node, sharder.local(source, owned), sharder)
+            elif len(have.shards) == 1 and (replicas := have.shards[0][1].replicas) is not None:
+                first = {group[0] for group in replicas}  # one of those that hold the same counts it
+                self.emit_sum(node, sharder.local(source, have), sharder, [int(r in first) for r in range(sharder.tp)])
             else:
                 sharder.copy(node)
         else:
@@ -97,8 +101,8 @@ class Reduction(Rule):
         sharder.emit(node, node.target, (local, *sharder.rest(node.args[1:])), sharder.rest(dict(node.kwargs)),
                      layout=layout)  # fmt: skip
 
-    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder) -> None:
-        """Emit the rank's share of a sum."""
+    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder, times: Sequence[int] | None = None) -> None:
+        """Emit the rank's share of a sum, ``times[rank]`` times."""
         raise NotImplementedError
 
 
@@ -108,11 +112,13 @@ class Sum(Reduction):
 
     sums = True
 
-    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder) -> None:
+    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder, times: Sequence[int] | None = None) -> None:
         dims, keep = self.dims(node), self.keeps(node)
         kwargs = {"dtype": node.kwargs["dtype"]} if node.kwargs.get("dtype") is not None else {}
         value = sharder.value(node)
         total = sharder.call(aten.sum.dim_IntList, (local, dims, keep), kwargs, state="pending", value=value)
+        if times is not None:
+            total = sharder.call(aten.mul.Tensor, (total, sharder.per_rank(times)), state="pending", value=value)
         if op_name(node) == "aten.mean":
             source = node.args[0]
             sizes = {d: source.meta["val"].shape[d] for d in dims}

@@ -1,0 +1,1 @@
+"""The zoo: every text architecture of transformers, small, dense against autotp."""
