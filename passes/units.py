@@ -34,12 +34,12 @@ def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     parent = np.arange(count, dtype=np.int64)
     while a.size:
-        ra, rb = parent[a], parent[b]
-        differ = ra != rb
-        a, b, ra, rb = a[differ], b[differ], ra[differ], rb[differ]
-        np.minimum.at(parent, np.maximum(ra, rb), np.minimum(ra, rb))
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
         while not np.array_equal(grand := parent[parent], parent):
             parent = grand
+        a, b = parent[a], parent[b]  # only edges between roots are left
+        differ = a != b
+        a, b = a[differ], b[differ]
     return parent
 
 
