@@ -18,7 +18,7 @@ from passes.graphs import shape, where
 from passes.layout import Layout
 from passes.relayout import on_dims
 from passes.rules.base import Facts
-from passes.units import Factor, components
+from passes.units import Factor, components, services_of
 
 __all__ = ["Decision", "deal", "decide"]
 
@@ -117,10 +117,7 @@ class _Classes:
     def groups(self, family: np.ndarray) -> np.ndarray:
         """For each unit of a family a number that units served by the same sources share, where those
         sources do not serve the whole family."""
-        starts, stops = np.searchsorted(self.users, family), np.searchsorted(self.users, family, side="right")
-        counts = stops - starts
-        unit = np.repeat(np.arange(family.size), counts)  # per service, the place of its user in the family
-        service = np.arange(unit.size) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+        unit, service = services_of(self.users, family)
         _, source, serves = np.unique(self.sources[service], return_inverse=True, return_counts=True)
         some = serves[source] < family.size
         found = np.zeros(family.size, dtype=np.uint64)
