@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
@@ -237,7 +238,8 @@ def _export(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.
         outputs = _Outputs()
         flat = _Flat(model, leaves, spec, outputs, repeats)
         try:
-            exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
+            with _use_lazy_graph_module(True):  # torch's passes each make a graph's code anew, and none runs it
+                exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
         except Exception as error:

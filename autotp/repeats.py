@@ -236,9 +236,7 @@ class Repeats(TorchFunctionMode):
             raise _UnknownError
         return slot.proxy.node
 
-    def _kept(
-        self, nodes: list[fx.Node], tensors: list[torch.Tensor], inputs: list[fx.Node], result: Any
-    ) -> _Call:
+    def _kept(self, nodes: list[fx.Node], tensors: list[torch.Tensor], inputs: list[fx.Node], result: Any) -> _Call:
         """What torch made of a call.
 
         Raises:
@@ -255,7 +253,8 @@ class Repeats(TorchFunctionMode):
                 raise _UnknownError
         if not made or len(set(inputs)) != len(inputs):
             raise _UnknownError
-        moved = {i: n for i, (t, was) in enumerate(zip(tensors, inputs, strict=True)) if (n := self._node(t)) is not was}
+        now = [self._node(t) for t in tensors]
+        moved = {i: n for i, (n, was) in enumerate(zip(now, inputs, strict=True)) if n is not was}
         kind = type(result) if type(result) in (tuple, list) else None
         results: list[Any] = []
         for each in result if kind else (result,):

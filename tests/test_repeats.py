@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,7 +75,10 @@ def both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[nn.Module, tu
     return found, _Watched.made[0]
 
 
-@pytest.mark.parametrize(("name", "train"), [*[(name, False) for name in CASES], ("encoder", True), ("bert", True)])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [(name, False) for name in CASES if name not in ("tutorial", "neox")] + [("encoder", True), ("bert", True)],
+)
 def test_models(name: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def case() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         model, kwargs = make(name)
@@ -83,7 +86,7 @@ def test_models(name: str, train: bool, monkeypatch: pytest.MonkeyPatch) -> None
 
     (copied, alone), mode = both(monkeypatch, case)
     assert copied == alone
-    assert mode.copied > 0 or name == "tutorial"  # in which nothing repeats
+    assert mode.copied > 0
     assert not mode.misled
 
 
@@ -235,7 +238,7 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "a region without gradients": lambda: Stack(_without_gradient),
     "constants": lambda: Stack(_constants),
     "numbers that are equal but not the same": lambda: Stack(_zeros),
-    "several results": lambda: Stack(lambda layer, x: x.sort(-1).values + x.chunk(2, 1)[0].max() + x.split(2, 2)[1][0, 0, 0]),
+    "several results": lambda: Stack(lambda layer, x: x.sort(-1).values + x.chunk(2, 1)[0].max() + x.split(2, 2)[1].sum()),
     "a cast to what it is": lambda: Stack(lambda layer, x: x.to(torch.float32) * x),
     "sizes computed": lambda: Stack(lambda layer, x: x + x.new_ones(x.shape[1] * 2, 8)[: x.shape[1]] * x.shape[0]),
     "modules called again": lambda: Stack(lambda layer, x: layer.norm(layer.norm(x))),
@@ -271,11 +274,10 @@ def test_a_failure_of_the_copies_is_no_failure_of_the_capture(monkeypatch: pytes
 
 
 @pytest.fixture
-def blind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """With copies that do not look at numbers."""
     described = repeats._described
     monkeypatch.setattr(repeats, "_described", lambda x, t: float if isinstance(x, float) else described(x, t))
-    yield
 
 
 def test_the_comparison_sees_a_wrong_copy(blind: None, monkeypatch: pytest.MonkeyPatch) -> None:
