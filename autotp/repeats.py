@@ -101,7 +101,7 @@ def _described(x: Any, tensors: list[torch.Tensor]) -> Hashable:
 
 def _settings() -> Hashable:
     """The settings of torch that functions depend on."""
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda", "xpu", "mps")]
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *autocast)
 
 
@@ -167,7 +167,7 @@ class Repeats(TorchFunctionMode):
         super().__init__()
         self.copied, self.misled = 0, False
         self._calls: dict[Hashable, _Call | None] = {}
-        self._pass: set[Any] = set()  # functions that add no nodes, such as a tensor's shape
+        self._pass: set[Any] = set()  # functions that make a value but no nodes, such as a tensor's shape
         self._traces: dict[Place, str | None] = {}
         self._views: set[fx.Node] = set()
 
@@ -198,15 +198,19 @@ class Repeats(TorchFunctionMode):
             nodes = []
             while (last := last.next).op != "root":
                 nodes.append(last)
-            if not nodes and not isinstance(result, torch.Tensor):
+            if not nodes and result is not None and not isinstance(result, torch.Tensor):
                 self._pass.add(func)
-            self.misled |= any(_changes(n) and not self._views.isdisjoint(_views(n.args[0])) for n in nodes)
+            self.misled |= any(_changes(n) and self._misleads(n.args[0]) for n in nodes)
             if key is not None and key not in self._calls:
                 try:
                     self._calls[key] = self._kept(nodes, tensors, inputs, result)
                 except _UnknownError:
                     self._calls[key] = None
         return result
+
+    def _misleads(self, changed: Any) -> bool:
+        """Whether an op in place on a value may reach a copied view, or what it views."""
+        return not isinstance(changed, fx.Node) or not self._views.isdisjoint(_views(changed))
 
     def _is_ours(self) -> bool:
         """Whether it is the model's own graph that is being traced, and nothing else looks on."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import autotp
 from autotp import capture as capturing
@@ -217,6 +218,29 @@ def _zeros(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     return x * (1 if layer.index % 2 else True) + (0.0 if layer.index > 1 else -0.0)
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * 2
+
+
+def _checkpointed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return checkpoint(lambda y: torch.sin(y) * layer.scale, x, use_reentrant=False)
+
+
+def _mapped(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(lambda y: y * y.sum() * layer.scale)(x)
+
+
+def _cast(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=layer.index > 1):
+        return layer.up(x)[..., :8].float()
+
+
 TRAPS: dict[str, Callable[[], nn.Module]] = {
     "equal layers": lambda: Stack(),
     "a scalar that differs": lambda: Stack(lambda layer, x: x * layer.scale),
@@ -241,6 +265,10 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "several results": lambda: Stack(lambda layer, x: x.sort(-1).values + x.chunk(2, 1)[0].max() * x.amax()),
     "a cast to what it is": lambda: Stack(lambda layer, x: x.to(torch.float32) * x),
     "sizes computed": lambda: Stack(lambda layer, x: x + x.new_ones(x.shape[1] * 2, 8)[: x.shape[1]] * x.shape[0]),
+    "an autograd function": lambda: Stack(lambda layer, x: Doubled.apply(x)),
+    "checkpoints": lambda: Stack(_checkpointed),
+    "vmap": lambda: Stack(_mapped),
+    "autocast in some layers": lambda: Stack(_cast),
     "modules called again": lambda: Stack(lambda layer, x: layer.norm(layer.norm(x))),
 }  # fmt: skip
 
