@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from autotp.errors import CaptureError
 from autotp.inputs import device_of
+from autotp.repeats import Repeats
 from passes import canonicalize, differentiable, functionalize, simplify
 from passes.graphs import is_random, is_tensor, where
 
@@ -109,16 +111,19 @@ class _Outputs:
 class _Flat(nn.Module):
     """A model behind a signature of tensors only, so that nothing else has to be exportable."""
 
-    def __init__(self, model: nn.Module, leaves: list[Any], spec: Any, outputs: _Outputs) -> None:
+    def __init__(
+        self, model: nn.Module, leaves: list[Any], spec: Any, outputs: _Outputs, repeats: Repeats | None
+    ) -> None:
         super().__init__()
         self.model = model
-        self._leaves, self._spec, self._outputs = leaves, spec, outputs
+        self._leaves, self._spec, self._outputs, self._repeats = leaves, spec, outputs, repeats
 
     def forward(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         given = iter(tensors)
         leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
+        with self._repeats or contextlib.nullcontext():
+            result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
         outputs, self._outputs.spec = pytree.tree_flatten(result)
         results: list[torch.Tensor] = []
         self._outputs.leaves = []
@@ -209,18 +214,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     ]
     floating = iter([x for x in leaves if isinstance(x, torch.Tensor)])
     tensors = [t.requires_grad_(next(floating).requires_grad) if t.is_floating_point() else t for t in tensors]
-    outputs, tied = _Outputs(), tied_names(model)
-    flat = _Flat(model, leaves, spec, outputs)
-    shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
+    tied = tied_names(model)
     with _own_forward(model), _quiet(), torch.enable_grad():
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
         with stateless._reparametrize_module(model, stand_ins):
-            try:
-                exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
-            except CaptureError:
-                raise
-            except Exception as error:
-                raise CaptureError(_explain(model, error)) from error
+            exported, outputs = _export(model, leaves, spec, tensors)
     captured = _flat_graph(exported, outputs, tied)
     if left := _prepare(captured):
         with _quiet():
@@ -228,6 +226,34 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         if left := _prepare(captured):
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
     return captured
+
+
+def _export(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.Tensor]) -> tuple[Any, _Outputs]:
+    """torch's export of a call, and how its outputs go together.
+
+    What repeats is copied; where that fails, or may mislead, torch does all of it alone.
+    """
+    shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
+    for repeats in (Repeats(), None):
+        outputs = _Outputs()
+        flat = _Flat(model, leaves, spec, outputs, repeats)
+        try:
+            with _use_lazy_graph_module(True):  # torch's passes each make a graph's code anew, and none runs it
+                exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            if repeats is None or _is_data_dependent(error):
+                raise CaptureError(_explain(model, error)) from error
+        else:
+            if repeats is None or not repeats.misled:
+                break
+    return exported, outputs
+
+
+def _is_data_dependent(error: Exception) -> bool:
+    """Whether the model's Python asked for the values in a tensor."""
+    return "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -238,7 +264,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
         f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and ours not in f.filename
     ]
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    if "data-dependent" in str(error).lower() or "DataDependent" in said:
+    if _is_data_dependent(error):
         return (
             f"{type(model).__name__} cannot be captured as one graph: its Python{place} depends on the values in a "
             f"tensor (an `if x.any():`, an `.item()`): {said}\n"

@@ -11,7 +11,7 @@ from torch import fx
 from passes.layout import WHOLE, IndexSet, Layout, Shards
 from passes.relayout import on_virtual
 from passes.rules.base import Facts
-from passes.units import Factor
+from passes.units import Factor, services_of
 
 __all__ = ["assign", "factor_shards", "spread_to_sources"]
 
@@ -21,15 +21,16 @@ def spread_to_sources(ranks: np.ndarray, users: np.ndarray, sources: np.ndarray)
 
     Args:
         ranks: per unit, a bit for each rank that holds it.
-        users: with ``sources``, the pairs of which the second serves the first.
+        users: with ``sources``, the pairs of which the second serves the first; ascending.
         sources: see ``users``.
     """
     ranks = ranks.copy()
-    while users.size:
-        before = ranks.copy()
-        np.bitwise_or.at(ranks, sources, ranks[users])
-        if np.array_equal(before, ranks):
-            break
+    changed = np.unique(users)
+    while changed.size:
+        _, service = services_of(users, changed)
+        service = service[ranks[users[service]] & ~ranks[sources[service]] != 0]
+        np.bitwise_or.at(ranks, sources[service], ranks[users[service]])
+        changed = np.unique(sources[service])
     return ranks
 
 

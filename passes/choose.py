@@ -19,7 +19,7 @@ def choose(conflicts: nx.Graph) -> set[Hashable]:
     graph = conflicts.subgraph([n for n, d in conflicts.nodes(data=True) if d["weight"] > 0])
     chosen: set[Hashable] = set()
     for component in nx.connected_components(graph):
-        chosen |= _best(graph.subgraph(component))[1]
+        chosen |= _best(graph.subgraph(component).copy())[1]
     return chosen
 
 
@@ -27,12 +27,12 @@ def _best(graph: nx.Graph) -> tuple[float, set[Hashable]]:
     if graph.number_of_nodes() == 0:
         return 0.0, set()
     if not nx.is_connected(graph):
-        parts = [_best(graph.subgraph(c)) for c in nx.connected_components(graph)]
+        parts = [_best(graph.subgraph(c).copy()) for c in nx.connected_components(graph)]
         return sum(w for w, _ in parts), set().union(*(s for _, s in parts))
     node = max(graph, key=lambda n: (graph.degree(n), graph.nodes[n]["weight"]))
     weight = graph.nodes[node]["weight"]
     around = set(graph[node])
-    without = graph.subgraph(set(graph) - {node})
+    without = graph.subgraph(set(graph) - {node}).copy()
     if weight >= sum(graph.nodes[n]["weight"] for n in around):
         rest = _best(without.subgraph(set(without) - around))
         return rest[0] + weight, rest[1] | {node}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from passes.graphs import shape, where
 from passes.layout import Layout
 from passes.relayout import on_dims
 from passes.rules.base import Facts
-from passes.units import Factor, components
+from passes.units import Factor, components, services_of
 
 __all__ = ["Decision", "deal", "decide"]
 
@@ -39,13 +39,14 @@ def deal(count: int, ranks: int) -> list[int]:
     return [count // ranks + (r < count % ranks) for r in range(ranks)]
 
 
-def _owners(units: np.ndarray, groups: Sequence[int], tp: int) -> np.ndarray:
+def _owners(units: np.ndarray, groups: np.ndarray, tp: int) -> np.ndarray:
     """The rank of each unit: contiguous, even, and on group boundaries where there are groups.
 
     With at least as many groups as ranks each rank gets whole groups; with fewer, each group gets some
     ranks, who share its units. Groups keep a key-value head's query heads together.
     """
-    sizes = [list(groups).count(g) for g in dict.fromkeys(groups)]
+    _, first, group, counts = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    sizes = counts[np.argsort(first)].tolist()
     if len(sizes) == len(units) or len(sizes) == 1:
         per_rank = deal(len(units), tp)
     elif len(sizes) >= tp:
@@ -58,8 +59,7 @@ def _owners(units: np.ndarray, groups: Sequence[int], tp: int) -> np.ndarray:
         else:
             per_rank = [k for n, s in zip(sizes, shares, strict=True) for k in deal(n, s)]
     owners = np.empty(len(units), dtype=np.int64)
-    first = {g: i for i, g in reversed(list(enumerate(groups)))}
-    owners[np.argsort([first[g] for g in groups], kind="stable")] = np.repeat(np.arange(tp), per_rank)
+    owners[np.argsort(first[group], kind="stable")] = np.repeat(np.arange(tp), per_rank)
     return owners
 
 
@@ -114,14 +114,16 @@ class _Classes:
         found = {own} | (nx.descendants(self.user_classes, own) if own in self.user_classes else set())
         return {c for c in found if c in self.families}
 
-    def groups(self, family: np.ndarray) -> list[int]:
+    def groups(self, family: np.ndarray) -> np.ndarray:
         """For each unit of a family a number that units served by the same sources share, where those
         sources do not serve the whole family."""
-        starts, stops = np.searchsorted(self.users, family), np.searchsorted(self.users, family, side="right")
-        served_by = [self.sources[a:b] for a, b in zip(starts, stops, strict=True)]
-        sources, counts = np.unique(np.concatenate(served_by), return_counts=True)
-        some = set(sources[counts < family.size].tolist())
-        return [hash(tuple(x for x in each.tolist() if x in some)) for each in served_by]
+        unit, service = services_of(self.users, family)
+        _, source, serves = np.unique(self.sources[service], return_inverse=True, return_counts=True)
+        some = serves[source] < family.size
+        found = np.zeros(family.size, dtype=np.uint64)
+        marks = np.random.default_rng(0).integers(1, 2**63, serves.size, dtype=np.uint64)
+        np.add.at(found, unit[some], marks[source[some]])
+        return found
 
 
 def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: CostModel) -> dict[int, float]:

@@ -6,6 +6,7 @@ A view regroups factors (see :mod:`passes.axes`); what a rank holds stays the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -60,6 +61,7 @@ def unflattened(shards: Shards, sizes: Sequence[Size], tp: int) -> list[Shards |
     ]
 
 
+@lru_cache(maxsize=4096)  # layers that repeat ask the same
 def relayout(layout: Layout, axes: Axes, other: Axes, tp: int) -> Layout | None:
     """The same layout stated on other factors of the same dims; None where it cannot be."""
     if axes == other or layout.whole:

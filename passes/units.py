@@ -23,7 +23,7 @@ import numpy as np
 
 from passes.axes import Axes, Dim, Size, trivial_axes
 
-__all__ = ["Factor", "Units", "Value", "components"]
+__all__ = ["Factor", "Units", "Value", "components", "services_of"]
 
 
 def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -34,13 +34,26 @@ def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     parent = np.arange(count, dtype=np.int64)
     while a.size:
-        ra, rb = parent[a], parent[b]
-        differ = ra != rb
-        a, b, ra, rb = a[differ], b[differ], ra[differ], rb[differ]
-        np.minimum.at(parent, np.maximum(ra, rb), np.minimum(ra, rb))
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
         while not np.array_equal(grand := parent[parent], parent):
             parent = grand
+        a, b = parent[a], parent[b]  # only edges between roots are left
+        differ = a != b
+        a, b = a[differ], b[differ]
     return parent
+
+
+def services_of(users: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The services whose user is one of ``units``: per service the user's place among them, and its own index.
+
+    Args:
+        users: the user of each service, ascending (see :meth:`Units.services`).
+        units: distinct units.
+    """
+    starts, stops = np.searchsorted(users, units), np.searchsorted(users, units, side="right")
+    counts = stops - starts
+    place = np.repeat(np.arange(units.size), counts)
+    return place, np.arange(place.size) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +219,7 @@ class Units:
         return components(self.count, *pairs)
 
     def services(self, roots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct ``(user unit, source unit)`` pairs, as two arrays."""
+        """The distinct ``(user unit, source unit)`` pairs, as two arrays; users ascending."""
         if not self._served:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         users = roots[np.concatenate([u for u, _ in self._served])]

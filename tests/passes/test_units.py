@@ -71,7 +71,7 @@ def test_services_are_between_units() -> None:
 @given(st.lists(st.integers(0, 7), min_size=COUNT, max_size=COUNT), pairs)
 def test_spread_to_sources_is_a_closure(bits: list[int], serves: list[tuple[int, int]]) -> None:
     ranks = np.array(bits)
-    users, sources = (np.array([e[i] for e in serves], dtype=np.int64) for i in (0, 1))
+    users, sources = (np.array([e[i] for e in sorted(serves)], dtype=np.int64) for i in (0, 1))
     graph = nx.DiGraph(serves)
     graph.add_nodes_from(range(COUNT))
     expected = [int(np.bitwise_or.reduce([bits[n], *(bits[u] for u in nx.ancestors(graph, n))])) for n in range(COUNT)]
