@@ -159,11 +159,11 @@ def compare(
         own_args, own_kwargs = pytree.tree_unflatten(fresh, spec)
         outputs = _outputs(run(*own_args, **own_kwargs))
         _backward(outputs)
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.numel()}
         runs.append(({n: v.detach() for n, v in outputs.items()}, gradients))
     model.zero_grad(set_to_none=True)
     (dense, dense_grads), (found, found_grads) = runs
-    largest = max((float(g.abs().max()) for g in dense_grads.values()), default=0.0)
+    largest = max((float(g.abs().max()) for g in dense_grads.values() if g.numel()), default=0.0)
     floor = 1e-6 * largest
     nothing = torch.empty(0)
     return Report(

@@ -16,9 +16,9 @@ __all__ = ["canonicalize"]
 _SPLITS = {"aten.chunk", "aten.split", "aten.split_with_sizes", "aten.unbind", "aten.unsafe_chunk", "aten.unsafe_split",
            "aten.tensor_split"}  # fmt: skip
 aten = torch.ops.aten
-_ZEROED = {aten.empty.memory_format: aten.zeros.default, aten.new_empty.default: aten.new_zeros.default,
-           aten.empty_like.default: aten.zeros_like.default}  # fmt: skip
-"""Memory that nobody has written to: ranks would hold different leftovers in what should be equal."""
+_MADE = {"aten.empty": aten.zeros.default, "aten.new_empty": aten.zeros.default, "aten.new_zeros": aten.zeros.default,
+         "aten.new_ones": aten.ones.default, "aten.new_full": aten.full.default}  # fmt: skip
+"""What makes a tensor of given sizes; memory that nobody has written to is zeroed, for ranks hold other leftovers."""
 
 
 def _dim_of(node: fx.Node) -> int:
@@ -105,6 +105,72 @@ def _as_copies(node: fx.Node) -> bool:
     return True
 
 
+def _as_made(node: fx.Node) -> bool:
+    """Replace ``x.new_zeros(sizes)`` and its like by ``zeros(sizes)``, which does not read ``x``; empty by zeros."""
+    value, args = node.meta["val"], node.args[op_name(node) != "aten.empty" :]
+    node.target, node.args = _MADE[op_name(node)], args
+    node.kwargs = {"dtype": value.dtype, "device": value.device}
+    return True
+
+
+def _as_joined(node: fx.Node) -> bool:
+    """Replace a tensor of which a part of one dim is written anew by what is left of it joined with that part."""
+    base: fx.Node = node.args[0]
+    part: fx.Node = node.args[1]
+    value, written, graph = node.meta["val"], part.meta["val"], node.graph
+    dim = (node.args[2] if len(node.args) > 2 else 0) % value.dim()
+    size, bounds = value.shape[dim], node.args[3:]
+    if not isinstance(size, int) or node.kwargs or any(isinstance(b, fx.Node) for b in bounds):
+        return False
+    selected = op_name(node) == "aten.select_scatter"
+    if selected:
+        start, stop, step = bounds[0] % size, bounds[0] % size + 1, 1
+    else:
+        start, stop, step = slice(*bounds).indices(size) if bounds else (0, size, 1)
+    if step != 1 or stop <= start:
+        return False
+    with graph.inserting_before(node):
+        if selected:
+            part = graph.call_function(aten.unsqueeze.default, (part, dim))
+            part.meta = {**node.meta, "val": written.unsqueeze(dim)}
+
+        def kept(first: int, last: int) -> list[fx.Node]:
+            if first == last:
+                return []
+            left = graph.call_function(aten.slice.Tensor, (base, dim, first, last))
+            left.meta = {**node.meta, "val": base.meta["val"].narrow(dim, first, last - first)}
+            return [left]
+
+        parts = [*kept(0, start), part, *kept(stop, size)]
+    node.target, node.args = aten.cat.default, (parts, dim)
+    return True
+
+
+def _of_joined(node: fx.Node) -> bool:
+    """Replace a slice of a ``cat`` by the one part that it lies in, or a slice of that."""
+    source = node.args[0]
+    if op_name(source) != "aten.cat" or any(isinstance(a, fx.Node) for a in node.args[1:]):
+        return False
+    rank = node.meta["val"].dim()
+    dim = (node.args[1] if len(node.args) > 1 else 0) % rank
+    along = (source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)) % rank
+    sizes = [p.meta["val"].shape[along] for p in source.args[0]]
+    if dim != along or not all(isinstance(n, int) for n in sizes):
+        return False
+    start, stop, step = slice(*node.args[2:]).indices(sum(sizes)) if len(node.args) > 2 else (0, sum(sizes), 1)
+    first = 0
+    for part, size in zip(source.args[0], sizes, strict=True):
+        if step == 1 and first <= start < stop <= first + size:
+            if stop - start < size:
+                node.args = (part, dim, start - first, stop - first)
+            else:
+                node.replace_all_uses_with(part)
+                node.graph.erase_node(node)
+            return True
+        first += size
+    return False
+
+
 def _as_parts(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> bool:
     """Replace indexing of one dim by a constant vector (``x[:, [0, 2]]``) by slices, joined."""
     source, indices = node.args
@@ -168,9 +234,10 @@ def _with_sizes(node: fx.Node) -> bool:
 
 def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None = None) -> int:
     """One spelling for several: ``chunk``, ``split``, ``tensor_split``, ``unbind`` and indexing by a constant
-    vector as slices and selects, ``stack`` as ``cat``, ``repeat`` and ``repeat_interleave`` as expands,
-    ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes, empty memory as zeros, and ``view`` as
-    ``reshape`` (a rank's part need not be contiguous where the whole was).
+    vector as slices and selects, ``stack`` and writing to a slice as ``cat``, ``repeat`` and
+    ``repeat_interleave`` as expands, ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes,
+    ``new_zeros`` as ``zeros``, empty memory as zeros, and ``view`` as ``reshape`` (a rank's part need not be
+    contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
@@ -189,10 +256,15 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
             count += _as_parts(node, constants)
         elif op_name(node) == "aten.stack":
             count += _as_cat(node)
-        elif node.target in _ZEROED:
-            node.target = _ZEROED[node.target]
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+        elif op_name(node) in _MADE and (node.target is aten.empty.memory_format or op_name(node) != "aten.empty"):
+            count += _as_made(node)
+        elif op_name(node) == "aten.empty_like":
+            node.target = aten.zeros_like.default
             count += 1
+        elif node.target is aten.slice.Tensor:
+            count += _of_joined(node)
+        elif op_name(node) in ("aten.slice_scatter", "aten.select_scatter"):
+            count += _as_joined(node)
         elif op_name(node) == "aten.copy":
             count += _as_values(node)
         elif op_name(node) in ("aten.view_as", "aten.reshape_as", "aten.expand_as"):
@@ -200,4 +272,5 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
         elif op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:
             node.target = aten.reshape.default
             count += 1
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return count

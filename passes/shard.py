@@ -111,6 +111,10 @@ class Sharder:
         Where those are too coarse to say it they are refined. None where even so it cannot be said.
         """
         axes, names = alignment.operands[index]
+        axes = tuple(
+            a if len(a) != 1 or len(b) != 1 or a[0].static or b[0].static else b  # one size in other words
+            for a, b in zip(axes, self.value(operand).axes, strict=True)
+        )
         layout = Layout.of({v: keys[k] for v, k in enumerate(names) if k in keys})
         found = relayout(layout, axes, self.value(operand).axes, self.tp)
         if found is None and self._refine(operand, axes):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from passes.axes import Axes, Size, trivial_axes, view_axes
+from passes.axes import Axes, Size, product, trivial_axes, view_axes
 from passes.graphs import is_tensor, op_name, shape
 from passes.layout import IndexSet, Layout, Shards
 from passes.rules.base import Facts, Rule, register
@@ -70,9 +70,24 @@ class Regroup(Move):
             value = self._merged(value, facts)
             found = view_axes(value.axes, out)
         if found is None:
-            return None
+            return self._beside(value, out)
         refined, axes = found
         return Value(axes, value.refined(refined).factors)
+
+    @staticmethod
+    def _beside(value: Value, out: tuple[Size, ...]) -> Value | None:
+        """The value where the dims that a view mixes up carry no labels (sequences): first and last dims remain."""
+        was = [product(dim) for dim in value.axes]
+        first = next((i for i, (a, b) in enumerate(zip(was, out)) if a != b), 0)
+        rest = zip(reversed(was[first:]), reversed(out[first:]))
+        last = next((i for i, (a, b) in enumerate(rest) if a != b), 0)
+        mixed = range(value.offset(first), value.offset(len(was) - last))
+        if any(set(mixed) & set(f.dims) for f in value.factors):
+            return None
+        axes = value.axes[:first] + trivial_axes(out[first : len(out) - last]) + value.axes[len(was) - last :]
+        shift = sum(len(dim) for dim in axes) - len(value.sizes)
+        factors = [Factor(tuple(v + shift if v >= mixed.stop else v for v in f.dims), f.labels) for f in value.factors]
+        return Value(axes, tuple(factors))
 
     @staticmethod
     def _merged(value: Value, facts: Facts) -> Value:
@@ -271,6 +286,23 @@ class Part(Move):
             sharder.emit(node, aten.slice.Tensor, (local, dim, start, stop), layout=layout, varying=layout.whole)
         else:
             sharder.emit_take(node, local, dim, positions, layout)
+
+
+@register("aten.index_select")
+class Pick(Move):
+    """Indices of one whole dim, in any order: ``x[..., indices]``."""
+
+    def moved(self, node: fx.Node, facts: Facts) -> Value | None:
+        value, out = facts.values[node.args[0]], shape(node)
+        if not value.axes:
+            return None
+        dim = node.args[1] % len(out)
+        inside, axes = value.virtual(dim), trivial_axes(out)[dim]
+        if any(set(f.dims) & set(inside) for f in value.factors):
+            return None
+        shift = len(axes) - len(inside)
+        factors = [Factor(tuple(v + shift if v >= inside.stop else v for v in f.dims), f.labels) for f in value.factors]
+        return Value(value.axes[:dim] + (axes,) + value.axes[dim + 1 :], tuple(factors))
 
 
 @register("aten.cat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,9 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
             _run(model, inputs)
         except TypeError:
             del inputs["use_cache"]
+    if "encoder_hidden_states" in takes and _attends_across(model):
+        width = getattr(model.config, "hidden_size", None) or model.config.d_model
+        inputs["encoder_hidden_states"] = torch.randn(2, 9, width, dtype=torch.float64)
     if "labels" in takes:
         labelled = {**inputs, "labels": inputs.get("decoder_input_ids", inputs["input_ids"]).clone()}
         try:
@@ -85,6 +89,11 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
             return inputs
         return labelled
     return inputs
+
+
+def _attends_across(model: nn.Module) -> bool:
+    """Whether a decoder has weights that only the states of an encoder would use."""
+    return any(re.search(r"encoder_attn|crossattention|cross_attn", name) for name, _ in model.named_modules())
 
 
 def _run(model: nn.Module, inputs: dict[str, Any]) -> None:

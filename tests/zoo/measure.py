@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 import traceback
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+import transformers
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
 from autotp.capture import Dense, capture
 from autotp.errors import AutoTPError
-from autotp.plan import Plan, plan_of
+from autotp.plan import Plan, block_of, plan_of
 from autotp.rewrite import rewrite
 from autotp.simulate import Simulation
 from autotp.verify import Float64, compare
+from passes.graphs import module_path, op_name
 from tests.passes.harness import OneProgram
-from tests.zoo.architectures import Architecture
+from tests.zoo.architectures import Architecture, architectures
 from tests.zoo.small import VOCABULARY
 
 TPS = (2, 3, 4, 8)
 TOLERANCE = 1e-9
+LIMIT = 300.0
+"""Seconds for one architecture."""
+ROUTES = {"aten.topk", "aten.sort", "aten._grouped_mm", "aten.argsort"}
+RECURS = {"aten.conv1d", "aten.cumsum", "aten.logcumsumexp", "aten.fft_fft", "aten.fft_fftn", "aten.fft_rfft"}
 
 
 @dataclass
 class At:
-    """What was found at one number of ranks."""
+    """What was found at one number of ranks.
+
+    Attributes:
+        ok: whether outputs, loss, every gradient agree and ranks agree to the bit.
+        error: what is wrong otherwise.
+        share: of the elements of the layers' matrices that the call uses, those split, key-value replicas aside.
+        vocabulary: whether embedding and head are split over the vocabulary.
+        forward: collectives of a forward.
+        backward: collectives of a backward.
+        minimum: the fewest that the layouts leave possible, forward and backward.
+        per_layer: collectives a layer, forward and backward.
+        whole: the matrices that stay whole, and why.
+    """
 
     ok: bool
     error: str = ""
@@ -34,8 +58,14 @@ class At:
     forward: int = 0
     backward: int = 0
     minimum: tuple[int, int] = (0, 0)
+    per_layer: tuple[float, float] = (0.0, 0.0)
     whole: list[str] = field(default_factory=list)
-    gathered: list[str] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        """Whether this is all that is asked of a dense architecture."""
+        fewest = self.forward <= self.minimum[0] and self.backward <= self.minimum[1]
+        return self.ok and self.share >= 0.99 and self.vocabulary and fewest
 
 
 @dataclass
@@ -44,20 +74,31 @@ class Row:
 
     Attributes:
         name: ``kind/type``.
+        kind: ``dense``, ``mixture of experts`` (routes by values), ``recurrent`` (scans, convolutions, transforms),
+            ``not run`` (not even dense).
         dense_error: why the dense model itself does not run here, if it does not.
-        capture_error: why autotp does not run it, if it does not.
+        capture_error: why autotp does not run it whole, if it does not.
         at: what was found, by number of ranks.
         seconds: how long it took.
     """
 
     name: str
+    kind: str = "not run"
     dense_error: str = ""
     capture_error: str = ""
     at: dict[str, At] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
+        """The row as plain data."""
         return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Row:
+        """The row that :meth:`to_json` wrote."""
+        at = {tp: At(**{**each, "minimum": tuple(each["minimum"]), "per_layer": tuple(each["per_layer"])})
+              for tp, each in data["at"].items()}  # fmt: skip
+        return Row(**{**data, "at": at})
 
 
 def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
@@ -66,7 +107,8 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
     try:
         with Float64():
             model, inputs = architecture.build()
-            model(**inputs)
+            values = [v for v in tree_leaves(model(**inputs)) if isinstance(v, torch.Tensor) and v.requires_grad]
+            torch.autograd.backward([v.sum() for v in values])
     except Exception as error:
         row.dense_error = _said(error)
         return row
@@ -74,8 +116,9 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
         try:
             captured = capture(model, (), inputs)
         except AutoTPError as error:
-            row.capture_error = str(error)
+            row.kind, row.capture_error = "dense", " ".join(str(error).split())[:300]
             return row
+        row.kind = _kind(captured.graph)
         for tp in tps:
             try:
                 program = rewrite(captured, tp)
@@ -83,8 +126,8 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
                 simulation = Simulation(model, tp, OneProgram(model, program), record=True)
                 report = compare(model, simulation, (), inputs, TOLERANCE)
                 row.at[str(tp)] = at = _of_plan(plan)
-                at.ok = report.ok
                 at.minimum = (len(program.minimum.forward), len(program.minimum.backward))
+                at.ok = report.ok
                 if not at.ok:
                     name, worst = report.worst_gradient
                     at.error = (
@@ -97,22 +140,58 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
     return row
 
 
+def measure_named(name: str) -> dict[str, Any]:
+    """The row of an architecture by name, as plain data, in a worker process and within ``LIMIT``."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {LIMIT:g} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try:
+        (architecture,) = (a for a in architectures() if str(a) == name)
+        return measure(architecture).to_json()
+    except Exception as error:
+        return Row(name, "dense", capture_error=_said(error)).to_json()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _kind(graph: fx.Graph) -> str:
+    """What an architecture is, by what its layers compute with gradients."""
+    names = {op_name(n) for n in graph.nodes if _layer(module_path(n)) and any(
+        i.meta.get("grad") for i in n.all_input_nodes)}  # fmt: skip
+    return "mixture of experts" if names & ROUTES else "recurrent" if names & RECURS else "dense"
+
+
+def _layer(path: str) -> str:
+    """The repeated block that a module path lies in, with its number; nothing outside of layers."""
+    found = re.match(r"(.*?\.\d+)(\.|$)", path)
+    return found[1] if found else ""
+
+
 def _said(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{frame.filename.split('/')[-1]}:{frame.lineno}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({place})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({place})"
 
 
 def _of_plan(plan: Plan) -> At:
-    layers = [w for w in plan.weights if len(w.shape) > 1 and re.search(r"\.\d+\.", w.name)]
-    words = [w for w in plan.weights if len(w.shape) == 2 and VOCABULARY in w.shape]
+    used = [w for w in plan.weights if len(w.shape) > 1 and w.why != "not used in the captured call"]
+    layers = [w for w in used if _layer(w.name) and not w.why.startswith("needed by every rank")]
+    words = [w for w in used if len(w.shape) == 2 and VOCABULARY in w.shape]
     total = sum(w.elements for w in layers)
+    blocks = {_layer(w.name) for w in layers}
+    inside = [c.when for c in plan.collectives if _layer(c.module)]
     return At(
         True,
-        share=sum(w.elements for w in layers if w.shards) / total if total else 1.0,
+        share=round(sum(w.elements for w in layers if w.shards) / total, 4) if total else 1.0,
         vocabulary=all(w.shards and w.shape[next(iter(w.shards))] == VOCABULARY for w in words),
         forward=plan.count("forward"),
         backward=plan.count("backward"),
-        whole=[f"{w.name} {w.shape}: {w.why}" for w in layers + words if not w.shards],
-        gathered=list(plan.gathered),
+        per_layer=tuple(round(inside.count(when) / max(len(blocks), 1), 2) for when in ("forward", "backward")),
+        whole=sorted({f"{block_of(w.name)} {w.shape}: {w.why}" for w in layers + words if not w.shards}),
     )

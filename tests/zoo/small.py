@@ -16,7 +16,7 @@ _RULES: list[tuple[str, int]] = [
     (r"(vocab_size|.*_vocab_size|vocab_size_per_layer_input)", VOCABULARY),
     (r"(num_(hidden_|decoder_|encoder_|neck_hidden_)?layers|n_layers?|(en|de)coder_layers|num_blocks|depth)", 2),
     (r"(hidden_size|d_model|n_embd|dim|emb_dim|embedding_size|embedding_dim|word_embed_proj_dim|d_embed)", HIDDEN),
-    (r"(attention_hidden_size|encoder_hidden_size|cross_attention_hidden_size|pooler_hidden_size|projection_dim)", HIDDEN),
+    (r"((attention|encoder|cross_attention|pooler)_hidden_size|projection_dim)", HIDDEN),
     (r"((num_|(en|de)coder_)?(swa_)?attention_heads|num_attention_heads|num_heads|n_heads?)", HEADS),
     (r"(swa_num_attention_heads|num_(en|de)coder_attention_heads)", HEADS),
     (r"(num_key_value_heads|swa_num_key_value_heads|num_kv_heads|num_global_key_value_heads)", KV_HEADS),
@@ -51,21 +51,41 @@ _RULES: list[tuple[str, int]] = [
 ]
 """(pattern of a whole field name, size)"""
 
+_ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
+          "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM}  # fmt: skip
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": None},
+    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"], "rope_parameters": {
+        k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")}},
+    "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_v2": {"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots3_note": {"num_key_value_heads": HEADS},
+    "dots3_note_text": {"num_key_value_heads": HEADS},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": HEADS},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"num_hidden_layers": 2, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 48], "axial_pos_shape": [4, 3]},
+    "neomme": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+                       "indexer_compress_ratio": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [4, 3]},
     "xmod": {"default_language": "en_XX"},
+    "zamba": _ZAMBA,
+    "zamba2": _ZAMBA,
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 """What an architecture needs to be built small, by model type."""
+
+
+_LATENT = {"num_key_value_heads": HEADS}
+"""With latent attention there are as many keys as queries."""
 
 
 def _field(name: str, value: Any, latent: bool) -> Any:
@@ -76,8 +96,8 @@ def _field(name: str, value: Any, latent: bool) -> Any:
         return None
     if name.endswith(("_token_id", "_token_index", "_index")):
         return value % 97 if value and value > 96 else value
-    if latent and name == "num_key_value_heads":  # latent attention has as many as query heads
-        return HEADS
+    if latent and name in _LATENT:
+        return _LATENT[name]
     size = next((size for pattern, size in _RULES if re.fullmatch(pattern, name)), value)
     return value if value == 0 else size
 
@@ -95,6 +115,8 @@ def _smaller(config: Any) -> dict[str, Any]:
             changed[name] = [v % 97 for v in value]
         elif (small := _field(name, value, "kv_lora_rank" in fields)) != value:
             changed[name] = small
+    if "kv_lora_rank" in fields and fields.get("head_dim") == fields["qk_rope_head_dim"]:
+        changed["head_dim"] = changed["qk_rope_head_dim"]
     for kinds in ("layer_types", "layers_block_type"):  # as many layers as there are kinds
         if fields.get(kinds) and kinds not in config.attribute_map:
             each = list(dict.fromkeys(fields[kinds]))
@@ -107,7 +129,7 @@ def small_config(cls: type, kind: str = "") -> Any:
     """A small config of a class, with the overrides of its model type."""
     base = cls()
     changed = _smaller(base) | OVERRIDES.get(base.model_type, {})
-    if "is_decoder" in vars(base):
+    if hasattr(base, "is_decoder"):
         changed["is_decoder"] = kind == "causal"
     config = cls(**changed)
     config._experts_implementation = "batched_mm"  # the grouped kernels take no float64, the loop depends on data

@@ -1,0 +1,59 @@
+"""Run the zoo: ``python -m tests.zoo [--write] [--check] [--processes N] [NAME ...]``.
+
+Each architecture is one row (:mod:`tests.zoo.measure`); progress is printed as rows come in. ``--write``
+records the rows and writes ``docs/coverage.md``; ``--check`` exits 1 if a row is worse than recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from typing import Any
+
+
+def _line(row: Any) -> str:
+    if row.dense_error or row.capture_error:
+        return f"{row.name}: {row.dense_error or row.capture_error}"[:200]
+    each = [
+        f"{tp}: {'ok' if at.ok else at.error} {at.share:.3f}{'' if at.vocabulary else ' (vocabulary whole)'} "
+        f"{at.forward}+{at.backward} (min {at.minimum[0]}+{at.minimum[1]})"
+        for tp, at in row.at.items()
+    ]
+    return f"{row.name} [{row.kind}] " + ", ".join(each)
+
+
+def main() -> int:
+    """Run, print, record, compare."""
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="kind/type, or a part of it; all by default")
+    parser.add_argument("--write", action="store_true", help="record the rows and write docs/coverage.md")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a row is worse than recorded")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+
+    from tests.zoo.architectures import architectures
+    from tests.zoo.measure import Row, measure_named
+    from tests.zoo.table import ROWS, load, save, worse
+
+    names = [str(a) for a in architectures() if not args.names or any(part in str(a) for part in args.names)]
+    recorded = load() if ROWS.exists() else {}
+    names.sort(key=lambda n: -recorded[n].seconds if n in recorded else 0.0)  # long ones first
+    rows, failures, start = [], [], time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=20) as pool:
+        for data in pool.imap_unordered(measure_named, names):
+            row = Row.from_json(data)
+            rows.append(row)
+            print(f"[{len(rows)}/{len(names)}, {time.monotonic() - start:.0f} s] {_line(row)}", flush=True)
+            if args.check and row.name in recorded:
+                failures += worse(recorded[row.name], row)
+    if args.write:
+        save({**{r.name: r for r in recorded.values()}, **{r.name: r for r in rows}}.values())
+    for failure in failures:
+        print(f"WORSE {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
