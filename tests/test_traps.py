@@ -107,14 +107,14 @@ def test_hooks_and_forwards_of_the_models_own() -> None:
 def test_a_submodule_that_holds_shards_refuses_to_be_called() -> None:
     from autotp.calls import Programs
     from autotp.capture import Dense
-    from autotp.parallel import _Runtime
     from autotp.process import Mesh
+    from autotp.runtime import Runtime
 
     model = SmallGPT()
     ids = torch.zeros(2, 8, dtype=torch.long)
     programs = Programs(model, 2, Dense.of(model))
     programs.find((ids,), {})
-    _Runtime(model, Mesh(0, 2, None), programs, 0).guard(model)
+    Runtime(model, Mesh(0, 2, None), programs, 0).guard(model)
     with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's share"):
         model.wte(ids)
     model.ln_f(torch.zeros(2, 64))  # whole, and so callable

@@ -1,0 +1,88 @@
+"""admission: models that were modified in a way that a graph would silently leave out are refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from autotp.errors import AutoTPError
+from autotp.watch import HOOKS, check_global_hooks
+
+__all__ = ["admit"]
+
+_RECORDERS = "transformers.utils.output_capturing"
+"""transformers' own recorders of hidden states do nothing but while its forward runs, at capture too."""
+
+
+def admit(model: nn.Module) -> None:
+    """Refuse a model of which a graph would not compute what its Python does.
+
+    Adapters, parametrizations and whatever else is modules, tensors and functions of them is captured as any
+    other model. Hooks run at capture only, wrappers and compiled code are no Python to capture, and packed
+    or distributed weights cannot be cut; the hooks of the model itself run around the graph, as ever.
+
+    Raises:
+        AutoTPError: it names the module or parameter and what to do. Nothing has been changed.
+    """
+    check_global_hooks()
+    for name, module in model.named_modules():
+        where = f"{name} ({type(module).__name__})" if name else f"this {type(module).__name__}"
+        _check_class(where, module)
+        if name:
+            _check_hooks(where, module)
+        for attribute, value in module.__dict__.items():
+            if isinstance(value, torch.ScriptObject):
+                raise AutoTPError(
+                    f"{where} keeps weights packed in {attribute}: quantized kernels cannot be split. Parallelize the "
+                    "model as it was before it was converted"
+                )
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            _check_tensor(f"{kind} {name}", tensor)
+
+
+def _check_class(where: str, module: nn.Module) -> None:
+    if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+        raise AutoTPError(
+            f"{where} is compiled by torch.compile: autotp captures the model's own Python. Pass the model as it was "
+            "before (torch.compile(model) keeps it as ._orig_mod)"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise AutoTPError(f"{where} is a TorchScript module, not Python that autotp could capture: pass the original")
+    if isinstance(module, (DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
+        raise AutoTPError(f"{where} wraps a module for data parallelism: pass the module inside it")
+
+
+def _check_hooks(where: str, module: nn.Module) -> None:
+    for kind, what in HOOKS.items():
+        for hook in module.__dict__[kind].values():
+            if getattr(hook, "__module__", "") != _RECORDERS:
+                raise AutoTPError(
+                    f"{where} has {what}, {getattr(hook, '__qualname__', type(hook).__name__)}: it would run when the "
+                    "model is captured and never again. Remove it (a weight_norm of torch.nn.utils: use the one of "
+                    "torch.nn.utils.parametrizations), put what it does into forward, or hook the model itself"
+                )
+
+
+def _check_tensor(where: str, tensor: torch.Tensor) -> None:
+    kind: Any = type(tensor)
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        raise AutoTPError(f"{where} has no shape yet: run the model once, so that its lazy modules are made")
+    if isinstance(tensor, DTensor):
+        raise AutoTPError(f"{where} is a DTensor, split already: pass the model as it was before")
+    if kind not in (torch.Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout is not torch.strided:
+        raise AutoTPError(
+            f"{where} is a {kind.__name__} of {tensor.dtype} ({tensor.layout}), which may hold anything: autotp splits "
+            "plain dense tensors. Dequantize first, or pass the model as it was before it was quantized"
+        )
+    if isinstance(tensor, nn.Parameter) and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
+        raise AutoTPError(
+            f"{where} has a hook on its gradient, which would see this rank's share only: if it may, register it after "
+            "parallelize"
+        )

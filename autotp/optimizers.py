@@ -1,0 +1,57 @@
+"""optimizers: what an optimizer remembers of dense parameters is cut, and what it cannot do to shards refused."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from autotp.errors import AutoTPError
+from autotp.loading import dense_shape
+from autotp.registry import living
+from autotp.shards import local_part
+
+__all__ = ["check_steps"]
+
+_WHOLE = tuple(getattr(torch.optim, n) for n in ("Adafactor", "LBFGS", "Muon") if hasattr(torch.optim, n))
+"""torch's optimizers whose step on an element depends on the parameter's other elements."""
+
+_seen: weakref.WeakKeyDictionary[Optimizer, tuple[Any, int]] = weakref.WeakKeyDictionary()
+_hooked: list[Any] = []
+
+
+def check_steps() -> None:
+    """Look at every optimizer before its first step after a ``parallelize`` or a ``load_state_dict``.
+
+    State of the dense shape, from steps taken before or from a checkpoint, is cut to the rank's share.
+    """
+    if not _hooked:
+        _hooked.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    models = living()
+    seen = _seen.get(optimizer)
+    if seen is not None and seen[0] is optimizer.state and seen[1] == len(models):
+        return
+    split = {id(p): (name, shards, model.mesh.rank) for model in models for name, p, shards in model.placed() if shards}
+    for parameter in [p for group in optimizer.param_groups for p in group["params"] if id(p) in split]:
+        name, shards, rank = split[id(parameter)]
+        if isinstance(optimizer, _WHOLE):
+            raise AutoTPError(
+                f"{type(optimizer).__name__} needs the whole of {name} for a step on any of it, and this rank holds a "
+                "share: use an optimizer that works element by element (SGD, Adam, AdamW, ...)"
+            )
+        state = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape == parameter.shape:
+                continue
+            if tuple(value.shape) != dense_shape(parameter.shape, shards):
+                raise AutoTPError(
+                    f"{type(optimizer).__name__} keeps a {key} of shape {tuple(value.shape)} for {name}, of which this "
+                    f"rank holds {tuple(parameter.shape)}: make the optimizer after autotp.parallelize"
+                )
+            state[key] = local_part(value, shards, rank).clone()
+    _seen[optimizer] = optimizer.state, len(models)
