@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autotp.admission import admit
 from autotp.calls import Programs
 from autotp.capture import Dense, tied_names
 from autotp.errors import PlanError, check_tp
@@ -320,6 +321,7 @@ def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None
         >>> print(autotp.plan(model, tp=4))
     """
     check_tp(tp)
+    admit(model)
     args, kwargs = example_call(model, example_inputs)
     dense = Dense.of(model)
     programs = Programs(model, tp, dense)

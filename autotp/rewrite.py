@@ -53,23 +53,16 @@ class Rewritten:
 
 
 class RankGraph(fx.GraphModule):
-    """The program of one rank: an fx graph over the model's own parameters.
+    """The program of one rank: an fx graph over the model's own parameters, buffers and modules.
 
+    It has the very dicts that the model keeps them in, so that it sees what is assigned to the model later.
     ``print`` it to read it: each line is commented with the value's type and layout.
     """
 
     def __init__(self, rewritten: Rewritten, rank: int, model: nn.Module) -> None:
         super().__init__(nn.Module(), fx.Graph())
-        for name, child in model.named_children():
-            self.add_module(name, child)
-        for name, tensor in rewritten.captured.constants.items():
-            self.register_buffer(name, tensor, persistent=False)
-        for name, region in rewritten.captured.regions.items():
-            self.add_module(name, region)
-        for name, parameter in model.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in model.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=False)
+        self.__dict__ |= {k: model.__dict__[k] for k in ("_modules", "_parameters", "_buffers")}
+        self.__dict__ |= rewritten.captured.constants | rewritten.captured.regions
         self.rank, self.tp = rank, rewritten.tp
         self.graph = localize(rewritten.graph, rank)
 

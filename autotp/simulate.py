@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autotp.admission import admit
 from autotp.calls import Programs
 from autotp.capture import Dense, tied_names
 from autotp.errors import check_tp
@@ -320,6 +321,7 @@ def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None,
         >>> parallel(input_ids=ids).logits  # as model(input_ids=ids).logits
     """
     check_tp(tp)
+    admit(model)
     args, kwargs = example_call(model, example_inputs)
     programs = Programs(model, tp, Dense.of(model))
     programs.find(args, kwargs)

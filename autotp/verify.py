@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from autotp.admission import admit
 from autotp.calls import Programs
 from autotp.capture import Dense, flatten_call
 from autotp.errors import AutoTPError, check_tp
@@ -76,7 +77,8 @@ class Report:
         model: the model's class.
         tp: the number of ranks.
         outputs: relative error of each output.
-        gradients: relative error of each parameter's gradient, by name.
+        gradients: relative error of the gradient of each parameter, by name, and of each input that
+            requires one (``input 0``, in flattened order).
         loss: the dense model's and the parallel loss, where the model computes one.
         divergence: the largest difference between ranks of a value that is whole on all of them.
         diverging: the first such value.
@@ -137,6 +139,10 @@ def _backward(outputs: Mapping[str, torch.Tensor], seed: int = 0) -> None:
     torch.autograd.backward(roots, weights)
 
 
+def _fresh(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return x.detach().to(dtype or x.dtype, copy=True).requires_grad_(x.requires_grad)
+
+
 def compare(
     model: nn.Module, parallel: Simulation, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float = 1e-10
 ) -> Report:
@@ -155,11 +161,13 @@ def compare(
     runs = []
     for run in (model, parallel):
         model.zero_grad(set_to_none=True)
-        fresh = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(fresh, spec)
         outputs = _outputs(run(*own_args, **own_kwargs))
         _backward(outputs)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
+        gradients |= {n: x.grad for n, x in inputs.items() if x.grad is not None}
         runs.append(({n: v.detach() for n, v in outputs.items()}, gradients))
     model.zero_grad(set_to_none=True)
     (dense, dense_grads), (found, found_grads) = runs
@@ -219,10 +227,11 @@ def verify(
         raise AutoTPError(f"{meta} is on the meta device: verify compares numbers, so the model needs weights")
     if "_autotp" in model.__dict__:
         raise AutoTPError("verify takes the dense model, before autotp.parallelize")
+    admit(model)
     dense = copy.deepcopy(model).to(dtype).eval()
     args, kwargs = example_call(dense, example_inputs)
     args, kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
+        torch.Tensor, lambda t: _fresh(t, dtype) if t.is_floating_point() else t, (args, kwargs)
     )
     mode = Float64() if dtype is torch.float64 else torch.enable_grad()
     with torch.enable_grad(), mode:

@@ -1,0 +1,236 @@
+"""Work on real processes for what lies outside the graph: norms, agreement, loading, changes, optimizers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+
+import autotp
+from autotp.verify import relative_error
+from tests.models import MLP, SmallGPT, TutorialAttention
+from tests.workers import backward, outputs
+
+Result = dict[str, Any]
+
+
+def raised(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def apart(dense: nn.Module, model: nn.Module, **kwargs: Any) -> float:
+    """The largest relative error of an output."""
+    pairs = zip(outputs(dense(**kwargs)), outputs(model(**kwargs)), strict=True)
+    return max(relative_error(a, b) for a, b in pairs)
+
+
+def gradients_apart(dense: nn.Module, model: nn.Module) -> float:
+    found = autotp.full_gradients(model)
+    largest = max(float(p.grad.abs().max()) for p in dense.parameters() if p.grad is not None)
+    return max(
+        relative_error(p.grad, found[n], 1e-6 * largest) for n, p in dense.named_parameters() if p.grad is not None
+    )
+
+
+def same(value: torch.Tensor) -> bool:
+    """Whether a tensor has the same bits on all ranks."""
+    every = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, value.detach().contiguous())
+    return all(torch.equal(value, other) for other in every)
+
+
+class Grouped(nn.Module):
+    """Attention of 6 query heads on fewer key-value heads, and a head over a vocabulary."""
+
+    def __init__(self, kv: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kv = kv
+        self.embed = nn.Embedding(101, 48)
+        self.q, self.k, self.v = nn.Linear(48, 48), nn.Linear(48, 8 * kv), nn.Linear(48, 8 * kv)
+        self.norm, self.out, self.head = nn.LayerNorm(48), nn.Linear(48, 48), nn.Linear(48, 101, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.embed(ids))
+        q = self.q(x).view(*x.shape[:2], 6, 8).transpose(1, 2)
+        k, v = (f(x).view(*x.shape[:2], self.kv, 8).transpose(1, 2) for f in (self.k, self.v))
+        k, v = (t.repeat_interleave(6 // self.kv, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.head(x + self.out(y))
+
+
+IDS = torch.arange(26).view(2, 13) % 7
+
+
+def _pairs(world: int) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Dense and parallel models, with gradients: key-value heads replicated, overlapping, and a tied head."""
+    for name, make_one in {
+        "replicated": lambda: Grouped(1).double(),
+        "overlapping": lambda: Grouped(3).double(),
+        "tied": lambda: SmallGPT(layers=1).double(),
+    }.items():
+        torch.manual_seed(0)
+        dense = make_one()
+        model = autotp.parallelize(copy.deepcopy(dense), world, example_inputs=(IDS,))
+        for m in (dense, model):
+            backward(outputs(m(IDS)))
+        yield name, dense, model
+
+
+def norms(rank: int, world: int) -> Result:
+    found: Result = {}
+    local_norm = torch.nn.utils.clip_grad._get_total_norm.__closure__  # torch's own, before any parallelize
+    assert local_norm is not None
+    torchs = local_norm[0].cell_contents
+    pairs = list(_pairs(world))
+    for name, dense, model in pairs:
+        errors, equal = {}, True
+        for power in (1.0, 2.0, 3.5, float("inf"), -1.0, "inf"):
+            for foreach in (None, True, False):
+                expected = torchs([p.grad for p in dense.parameters()], power, False, foreach)
+                total = get_total_norm([p.grad for p in model.parameters()], power, foreach=foreach)
+                errors[power, foreach] = relative_error(expected, total)
+                equal &= same(total)
+        found[f"{name}: errors"], found[f"{name}: same bits"] = errors, equal
+        found[f"{name}: dtype"] = total.dtype
+        shares = torchs([p.grad for p in model.parameters()], 2.0)
+        found[f"{name}: counting shards only"] = relative_error(errors_of(dense, torchs), shares)
+        detached = get_total_norm([p.grad.detach() for p in model.parameters()])
+        found[f"{name}: detached"] = relative_error(errors_of(dense, torchs), detached)
+        half = get_total_norm([p.grad for n, p in model.named_parameters() if "norm" in n or "k" in n])
+        expected = torchs([p.grad for n, p in dense.named_parameters() if "norm" in n or "k" in n])
+        found[f"{name}: some"] = relative_error(expected, half)
+        found[f"{name}: zero"] = raised(lambda m=model: get_total_norm([p.grad for p in m.parameters()], 0.0))
+
+    _, dense, model = pairs[0]
+    other_dense, other = pairs[1][1:]
+    torch.manual_seed(7)
+    extra = [nn.Linear(5, 5).double() for _ in range(2)]
+    for e in extra:
+        e.load_state_dict(extra[0].state_dict())
+        e(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
+    many = [*model.parameters(), *extra[0].parameters(), *other.parameters()]
+    expected = torchs([p.grad for p in (*dense.parameters(), *extra[1].parameters(), *other_dense.parameters())])
+    found["two models and another"] = relative_error(expected, get_total_norm([p.grad for p in many]))
+
+    total = clip_grad_norm_(model.parameters(), 0.5)
+    expected = clip_grad_norm_(dense.parameters(), 0.5)
+    found["clipped"] = relative_error(expected, total), gradients_apart(dense, model)
+    found["clipped to"] = float(get_total_norm([p.grad for p in model.parameters()]))
+    for m in (dense, model):
+        clip_grads_with_norm_(m.parameters(), 0.1, expected)
+        clip_grad_value_(m.parameters(), 1e-3)
+    found["values"] = gradients_apart(dense, model)
+    found["different max_norm"] = raised(lambda: clip_grad_norm_(model.parameters(), 1.0 + (rank == 1)))
+    weight = model.head.weight
+    if rank == 1:
+        weight.grad[0] = float("nan")
+    found["not finite"] = raised(lambda: clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True))
+    if rank == 1:
+        weight.grad = None
+    found["no gradient on rank 1"] = raised(lambda: clip_grad_norm_(model.parameters(), 1.0))
+    model.zero_grad()
+    found["no gradients"] = float(clip_grad_norm_(model.parameters(), 1.0))
+    plain = nn.Linear(3, 3)
+    plain(torch.ones(1, 3)).sum().backward()
+    found["other models"] = torch.equal(
+        clip_grad_norm_(plain.parameters(), 100.0 + rank), torchs([p.grad for p in plain.parameters()])
+    )
+    return found
+
+
+def errors_of(dense: nn.Module, torchs: Callable[..., torch.Tensor]) -> torch.Tensor:
+    return torchs([p.grad for p in dense.parameters()], 2.0)
+
+
+class Scaled(nn.Module):
+    """Dropout, a plain attribute, and buffers on the model itself and inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = TutorialAttention(64, 4), MLP(64, 128)
+        self.drop = nn.Dropout(0.25)
+        self.scale = 1.5
+        self.register_buffer("shift", torch.linspace(-1, 1, 64))
+        self.first.register_buffer("unused", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, flag: bool = False) -> torch.Tensor:
+        x = x + self.drop(self.first(x)) * self.scale + self.shift
+        return self.second(self.drop(x)) * (2 if flag else 1)
+
+
+def scaled(world: int, **options: Any) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    dense, model = Scaled().double().eval(), Scaled().double().eval()
+    x = torch.randn(3, 5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return dense, autotp.parallelize(model, world, example_inputs=(x,), **options), x
+
+
+def agreement(rank: int, world: int) -> Result:
+    found: Result = {}
+    odd = rank == world - 1
+    dense, model, x = scaled(world)
+    found["as before"] = apart(dense, model, x=x)
+    cases: dict[str, Callable[[], Any]] = {
+        "shape": lambda: model(x[: 2 if odd else 3]),
+        "dtype": lambda: model(x.float() if odd else x),
+        "structure": lambda: model(x, flag=True) if odd else model(x=x, flag=True),
+        "constant": lambda: model(x, flag=odd),
+        "input that needs a gradient": lambda: model(x.clone().requires_grad_(odd)),
+    }
+    for name, call in cases.items():
+        found[name] = raised(call)
+        found[f"{name}: after"] = apart(dense, model, x=x)
+
+    def changed(name: str, there: Callable[[], Any], back: Callable[[], Any]) -> None:
+        handle = there() if odd else None
+        found[name] = raised(lambda: model(x))
+        if odd:
+            back() if handle is None or not hasattr(handle, "remove") else handle.remove()
+        found[f"{name}: after"] = apart(dense, model, x=x)
+
+    changed("mode", model.train, model.eval)
+    changed("mode of a submodule", model.drop.train, model.drop.eval)
+    changed("gradients disabled", lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True))
+    weight = model.second[0].weight
+    changed("frozen", lambda: weight.requires_grad_(False), lambda: weight.requires_grad_(True))
+    changed("hook", lambda: model.drop.register_forward_hook(lambda *a: None), lambda: None)
+    changed("attribute", lambda: setattr(model, "scale", 9.0), lambda: setattr(model, "scale", 1.5))
+    found["other step"] = raised(lambda: autotp.full_state_dict(model) if odd else model(x))
+    wrong = {"down": x[..., :7]} if odd else {}
+    found["argument"] = raised(lambda: model(x, **wrong))
+    found["argument: after"] = apart(dense, model, x=x)
+
+    dense, careful, x = scaled(world, debug=True)
+    found["debug"] = apart(dense, careful, x=x)
+    found["debug: values"] = raised(lambda: careful(x + odd))
+    if odd:
+        with torch.no_grad():
+            careful.second[2].bias.add_(1)
+    found["debug: weights"] = raised(lambda: careful(x))
+
+    # Last, for these break process groups: each has its own.
+    for name in ("fewer calls", "no backward"):
+        group = dist.new_group(timeout=timedelta(seconds=4))
+        model, x = scaled(world, mesh=group, timeout=timedelta(seconds=4))[1:]
+        y = model(x)
+        dist.barrier()
+        if name == "fewer calls":
+            found[name] = "stayed away" if odd else raised(lambda: model(x))  # noqa: B023
+        else:
+            x.requires_grad_()
+            y = model(x)
+            found[name] = raised(lambda: model(x)) if odd else raised(lambda: y.sum().backward())  # noqa: B023
+        dist.monitored_barrier(timeout=timedelta(seconds=30))
+    return found
