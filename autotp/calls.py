@@ -151,7 +151,7 @@ class Programs:
 
     def _described(self, leaves: list[Any], spec: Any) -> dict[str, str]:
         """A call in words, for ranks that differ."""
-        found = {"structure of the inputs": str(spec)}
+        found = {"structure of the inputs": " ".join(str(spec).split())}
         for path, x in zip(_paths(leaves, spec), leaves, strict=True):
             grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
             found[path] = f"{tuple(x.shape)} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else repr(x)

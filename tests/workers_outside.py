@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_no
 
 import autotp
 from autotp.verify import relative_error
+from passes import fabric, ops
 from tests.models import MLP, SmallGPT, TutorialAttention
 from tests.workers import backward, outputs
 
@@ -233,4 +235,184 @@ def agreement(rank: int, world: int) -> Result:
             y = model(x)
             found[name] = raised(lambda: model(x)) if odd else raised(lambda: y.sum().backward())  # noqa: B023
         dist.monitored_barrier(timeout=timedelta(seconds=30))
+    return found
+
+
+def changes(rank: int, world: int) -> Result:
+    """One parallelized model, changed in one way after another; each against a dense one changed alike."""
+    found: Result = {}
+    dense, model, x = scaled(world)
+    other = Scaled().double().eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.25)
+
+    # State dicts: dense, local, wrong, partial, assigned, and as a part of something bigger.
+    state = other.state_dict()
+    model.load_state_dict(state)
+    found["dense state"] = apart(other, model, x=x)
+    local = {n: t.clone() for n, t in model.state_dict().items()}
+    model.load_state_dict(dense.state_dict())
+    found["and back"] = apart(dense, model, x=x)
+    model.load_state_dict(local)
+    found["local state"] = apart(other, model, x=x)
+    wrong = {**state, "second.0.weight": torch.zeros(77, 64)}
+    found["wrong state"] = raised(lambda: model.load_state_dict(wrong))
+    found["untouched"] = apart(other, model, x=x)
+    part = {n: t for n, t in dense.state_dict().items() if n.startswith("first")}
+    dense.load_state_dict({**state, **part})
+    found["missing keys"] = raised(lambda: model.load_state_dict(part))
+    model.load_state_dict(part, strict=False)
+    found["partial state"] = apart(dense, model, x=x)
+    outer = nn.ModuleDict({"inner": model})
+    outer.load_state_dict({f"inner.{n}": t for n, t in state.items()})
+    found["prefixed state"] = apart(other, model, x=x)
+    model.load_state_dict(dense.state_dict(), assign=True)
+    found["assigned state"] = apart(dense, model, x=x)
+    found["assigned shapes"] = [tuple(p.shape) for p in model.second.parameters()]
+    full = autotp.full_state_dict(model)
+    found["full state"] = all(torch.equal(full[n], t) for n, t in dense.state_dict().items())
+
+    # In place, dtypes, modes, frozen parameters.
+    for m in (dense, model):
+        with torch.no_grad():
+            for p in m.parameters():
+                p.mul_(0.5).add_(0.01)
+    found["in place"] = apart(dense, model, x=x)
+    for m in (dense, model):
+        m.float()
+    found["float"] = apart(dense, model, x=x.float())
+    for m in (dense, model):
+        m.double()
+    for frozen in (True, False):
+        for m in (dense, model):
+            m.first.requires_grad_(not frozen)
+            m.zero_grad()
+            m(x).sin().sum().backward()
+        missing = [n for n, p in model.named_parameters() if p.grad is None]
+        found[f"frozen {frozen}"] = (
+            gradients_apart(dense, model),
+            missing == [n for n, p in dense.named_parameters() if p.grad is None],
+        )
+    captures = model.__dict__["_autotp"].programs.captures
+    for m in (dense, model):
+        m.scale = -0.5
+    found["attribute"] = apart(dense, model, x=x), model.__dict__["_autotp"].programs.captures - captures
+    for m in (dense, model):
+        m.scale = 1.5
+        m.shift = m.shift.flip(0).clone()
+    found["buffer on the model"] = apart(dense, model, x=x)
+
+    # Replaced parameters and modules, hooks.
+    weight = model.second[0].weight
+    model.second[0].weight = nn.Parameter(weight.detach() * 2)
+    dense.second[0].weight = nn.Parameter(dense.second[0].weight.detach() * 2)
+    found["replaced parameter"] = apart(dense, model, x=x)
+    model.second[0].weight = nn.Parameter(torch.zeros(128, 64, dtype=torch.float64))
+    found["replaced by a dense one"] = raised(lambda: model(x)), raised(lambda: model(x))
+    model.second[0].weight = weight
+    model.second[1], gelu = nn.ReLU(), model.second[1]
+    found["replaced module"] = raised(lambda: model(x))
+    model.second[1] = gelu
+    model.second[1].forward = torch.relu
+    found["replaced forward"] = raised(lambda: model(x))
+    del model.second[1].forward
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(model.first, f"register_{kind}")(lambda *args: None)
+        found[kind] = raised(lambda: model(x))
+        handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    found["global hook"] = raised(lambda: model(x))
+    handle.remove()
+    model.extra = nn.Parameter(torch.zeros(3))
+    found["new parameter"] = raised(lambda: model(x))
+    del model.extra
+    found["an object"] = raised(lambda: model(x, flag=object()))
+    model.load_state_dict(dense.state_dict())
+    found["healed"] = apart(dense, model, x=x)
+    seen: list[Any] = []
+    for m in (dense, model):
+        m.zero_grad()
+        m.register_forward_hook(lambda module, args, output: output * 3)
+        m.register_full_backward_hook(lambda module, given, taken: seen.append(taken[0].sum().item()))
+        m(x).sin().sum().backward()
+    found["hooks of the model itself"] = gradients_apart(dense, model), abs(seen[0] - seen[1]) < 1e-9
+
+    # Copies.
+    dense, model, x = scaled(world)
+    ema = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    found["copy"] = apart(dense, ema, x=x), apart(dense, ema, x=x[:1])
+    ema(x).sum().backward()
+    dense(x).sum().backward()
+    found["gradients of a copy"] = gradients_apart(dense, ema), all(p.grad is None for p in model.parameters())
+    ema.load_state_dict(other.state_dict())
+    found["state of a copy"] = apart(other, ema, x=x)
+    found["part of a copy"] = raised(lambda: copy.deepcopy(model.second))
+    found["pickle"] = raised(lambda: pickle.dumps(model))
+    return found
+
+
+def training(rank: int, world: int) -> Result:
+    """Optimizers, and 20 steps with dropout, from a different seed on each rank."""
+    found: Result = {}
+    for name, make_optimizer in {
+        "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        "adam": lambda p: torch.optim.Adam(p, 1e-2, foreach=False),
+        "foreach": lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
+        "fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    }.items():
+        pairs = []
+        for _ in range(2):
+            m = Scaled().double().eval()
+            pairs.append((m, make_optimizer(m.parameters())))
+        x = torch.linspace(-1, 1, 3 * 5 * 64, dtype=torch.float64).view(3, 5, 64).sin()
+
+        def step(m: nn.Module, optimizer: Any, x: torch.Tensor = x) -> None:
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+
+        for m, optimizer in pairs:
+            step(m, optimizer)  # dense, both of them: the optimizers have state
+        (dense, _), (model, _) = pairs
+        autotp.parallelize(model, world, example_inputs=(x,))
+        for m, optimizer in pairs * 3:
+            step(m, optimizer)
+        full, state = autotp.full_state_dict(model), dense.state_dict()
+        found[name] = max(relative_error(state[n], full[n], 1e-3) for n in state)
+        pairs[1][1].load_state_dict(pairs[0][1].state_dict())  # a dense checkpoint
+        for m, optimizer in pairs:
+            step(m, optimizer)
+        full, state = autotp.full_state_dict(model), dense.state_dict()
+        found[f"{name}: loaded"] = max(relative_error(state[n], full[n], 1e-3) for n in state)
+    for kind in ("Adafactor", "Muon", "LBFGS"):
+        if hasattr(torch.optim, kind):
+            matrices = [p for p in model.parameters() if p.dim() == 2]
+            optimizer = getattr(torch.optim, kind)(matrices)
+            found[kind] = raised(lambda: optimizer.step(lambda: model(x).sum()))  # noqa: B023
+
+    torch.manual_seed(100 + rank)
+    with torch.inference_mode():
+        model = autotp.parallelize(Scaled().double(), world, example_inputs=(x,))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    runtime, whole, drops = model.__dict__["_autotp"], [], []
+    for i in range(20):
+        found["dropping"] = model.training
+        optimizer.zero_grad()
+        y = model(x)
+        y.square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1 * (i + 1))
+        optimizer.step()
+        whole.append(same(y))
+        drops.append(float(y.detach().sum()))
+    found["outputs agree"] = all(whole) and len(set(drops)) == 20
+    found["whole parameters agree"] = all(same(p.data) for _, p, shards in runtime.placed() if not shards)
+    found["shards differ"] = not same(model.second[0].weight.data)
+    with fabric.use(runtime.fabric):
+        own = ops.random_per_rank(torch.nn.functional.dropout, torch.ones(1000), 0.5)
+        shared = ops.random_same(torch.nn.functional.dropout, torch.ones(1000), 0.5)
+    found["own"], found["shared"] = same(own), same(shared)
     return found
