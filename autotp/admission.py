@@ -31,6 +31,9 @@ def admit(model: nn.Module) -> None:
         AutoTPError: it names the module or parameter and what to do. Nothing has been changed.
     """
     check_global_hooks()
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            _check_tensor(f"{kind} {name}", tensor)
     for name, module in model.named_modules():
         where = f"{name} ({type(module).__name__})" if name else f"this {type(module).__name__}"
         _check_class(where, module)
@@ -42,9 +45,6 @@ def admit(model: nn.Module) -> None:
                     f"{where} keeps weights packed in {attribute}: quantized kernels cannot be split. Parallelize the "
                     "model as it was before it was converted"
                 )
-    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-        for name, tensor in tensors:
-            _check_tensor(f"{kind} {name}", tensor)
 
 
 def _check_class(where: str, module: nn.Module) -> None:

@@ -110,3 +110,110 @@ class TestRanksThatDiffer:
         for result in agreement:
             assert result["no backward"].startswith("MismatchError: step")
             assert "did not come within 4 s" in result["no backward"]
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return _run(2, workers_outside.changes, tmp_path_factory)
+
+
+class TestChangesAfterParallelize:
+    @pytest.mark.parametrize(
+        "name",
+        ["dense state", "and back", "local state", "untouched", "partial state", "prefixed state", "assigned state",
+         "in place", "buffer on the model", "replaced parameter", "healed", "state of a copy"],
+    )  # fmt: skip
+    def test_the_graph_sees_it(self, changes: Ran, name: str) -> None:
+        assert all(result[name] < 1e-12 for result in changes)
+
+    def test_dtypes_attributes_and_frozen_parameters(self, changes: Ran) -> None:
+        for result in changes:
+            assert result["float"] < 1e-5
+            error, captures = result["attribute"]
+            assert error < 1e-12
+            assert captures == 1, "a changed attribute is captured anew"
+            for frozen in (True, False):
+                error, as_dense = result[f"frozen {frozen}"]
+                assert error < 1e-10
+                assert as_dense
+
+    def test_wrong_state_is_torchs_error_and_names_both_shapes(self, changes: Ran) -> None:
+        for result in changes:
+            wrong = result["wrong state"]
+            assert wrong.startswith("RuntimeError: Error(s) in loading state_dict for Scaled")
+            assert wrong.count("size mismatch") == 1
+            assert "dense model is torch.Size([128, 64]), this rank's share of it is torch.Size([64, 64])" in wrong
+            assert "Missing key(s)" in result["missing keys"]
+
+    def test_loading_keeps_shares(self, changes: Ran) -> None:
+        for result in changes:
+            assert result["assigned shapes"] == [(64, 64), (64,), (64, 64), (64,)]
+            assert result["full state"]
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("replaced module", "second.1 was replaced"),
+            ("replaced forward", "second.1 got or lost a forward of its own"),
+            ("forward_hook", "first got or lost a forward hook"),
+            ("forward_pre_hook", "first got or lost a forward pre-hook"),
+            ("full_backward_hook", "first got or lost a backward hook"),
+            ("full_backward_pre_hook", "first got or lost a backward pre-hook"),
+            ("global hook", "hooks are registered for all modules"),
+            ("new parameter", "parameter extra was added"),
+            ("an object", "a builtins.object, whose content autotp cannot see"),
+            ("part of a copy", "a part of a parallelized model cannot be copied"),
+            ("pickle", "save autotp.full_state_dict(model)"),
+        ],
+    )
+    def test_what_the_graph_cannot_follow_is_an_error(self, changes: Ran, name: str, said: str) -> None:
+        assert all(said in result[name] for result in changes)
+
+    def test_a_dense_parameter_in_a_shards_place_is_an_error_at_every_call(self, changes: Ran) -> None:
+        for result in changes:
+            assert all("has shape (128, 64), but this rank holds (64, 64)" in said for said in result[
+                "replaced by a dense one"
+            ])  # fmt: skip
+
+    def test_hooks_of_the_model_itself_run_around_the_graph(self, changes: Ran) -> None:
+        for result in changes:
+            error, same_gradients = result["hooks of the model itself"]
+            assert error < 1e-10
+            assert same_gradients
+
+    def test_a_copy_is_a_parallelized_model_of_its_own(self, changes: Ran) -> None:
+        for result in changes:
+            assert max(result["copy"]) < 1e-12
+            error, original_untouched = result["gradients of a copy"]
+            assert error < 1e-10
+            assert original_untouched
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return _run(2, workers_outside.training, tmp_path_factory)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("name", ["sgd", "adam", "foreach", "fused"])
+    def test_an_optimizer_that_has_stepped_goes_on_as_dense(self, training: Ran, name: str) -> None:
+        assert all(result[name] < 1e-9 for result in training)
+
+    @pytest.mark.parametrize("name", ["sgd", "adam", "foreach", "fused"])
+    def test_dense_checkpoints_of_optimizers_are_cut(self, training: Ran, name: str) -> None:
+        assert all(result[f"{name}: loaded"] < 1e-9 for result in training)
+
+    @pytest.mark.parametrize("name", ["Adafactor", "Muon", "LBFGS"])
+    def test_optimizers_that_need_whole_weights_are_refused(self, training: Ran, name: str) -> None:
+        for result in training:
+            assert f"{name} needs the whole of" in result.get(name, f"{name} needs the whole of")
+
+    def test_20_steps_with_dropout_from_different_seeds(self, training: Ran) -> None:
+        for result in training:
+            assert result["dropping"]
+            assert result["outputs agree"]
+            assert result["whole parameters agree"]
+            assert result["shards differ"], "negative control"
+
+    def test_whole_values_drop_the_same_and_shards_their_own(self, training: Ran) -> None:
+        assert all(result["shared"] and not result["own"] for result in training)
