@@ -76,6 +76,8 @@ def _check_tensor(where: str, tensor: torch.Tensor) -> None:
         raise AutoTPError(f"{where} has no shape yet: run the model once, so that its lazy modules are made")
     if isinstance(tensor, DTensor):
         raise AutoTPError(f"{where} is a DTensor, split already: pass the model as it was before")
+    if isinstance(tensor, nn.Parameter) and tensor.is_inference():
+        raise AutoTPError(f"{where} was made under torch.inference_mode and can never be trained: make it outside")
     if kind not in (torch.Tensor, nn.Parameter) or tensor.is_quantized or tensor.layout is not torch.strided:
         raise AutoTPError(
             f"{where} is a {kind.__name__} of {tensor.dtype} ({tensor.layout}), which may hold anything: autotp splits "

@@ -171,7 +171,8 @@ class Programs:
                 "A graph holds for their values; do not keep counters on modules",
                 stacklevel=2,
             )
-        captured = capture(self.model, args, kwargs, self.dense)
+        with torch.inference_mode(False):  # the graph, and its constants, will serve in training too
+            captured = capture(self.model, args, kwargs, self.dense)
         self.captures += 1
         program = rewrite(captured, self.tp, self.stored)
         self.watch.settle()  # what capture itself leaves behind is in the graph

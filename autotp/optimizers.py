@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from autotp.errors import AutoTPError
 from autotp.loading import dense_shape
-from autotp.registry import living
+from autotp.registry import latest, living
 from autotp.shards import local_part
 
 __all__ = ["check_steps"]
@@ -32,10 +32,10 @@ def check_steps() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    models = living()
     seen = _seen.get(optimizer)
-    if seen is not None and seen[0] is optimizer.state and seen[1] == len(models):
+    if seen is not None and seen[0] is optimizer.state and seen[1] == latest():
         return
+    models = living()
     split = {id(p): (name, shards, model.mesh.rank) for model in models for name, p, shards in model.placed() if shards}
     for parameter in [p for group in optimizer.param_groups for p in group["params"] if id(p) in split]:
         name, shards, rank = split[id(parameter)]
@@ -54,4 +54,4 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                     f"rank holds {tuple(parameter.shape)}: make the optimizer after autotp.parallelize"
                 )
             state[key] = local_part(value, shards, rank).clone()
-    _seen[optimizer] = optimizer.state, len(models)
+    _seen[optimizer] = optimizer.state, latest()

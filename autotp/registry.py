@@ -13,7 +13,7 @@ from autotp.agreement import Agreement
 from autotp.process import Mesh, ProcessFabric
 from passes import Shards
 
-__all__ = ["Sharded", "living", "register"]
+__all__ = ["Sharded", "latest", "living", "register"]
 
 
 class Sharded(Protocol):
@@ -40,3 +40,8 @@ def register(model: Sharded) -> None:
 def living() -> list[Sharded]:
     """The models in the order in which they were made, which is the same on every rank."""
     return [model for _, model in sorted(_models.items())]
+
+
+def latest() -> int:
+    """A number that grows with every model; -1 where none is alive."""
+    return max(_models, default=-1)

@@ -165,12 +165,10 @@ class Watch:
                 )
             if names[name] != self._ties[name]:
                 tied = name != self._ties[name]
-                other, were, now = (
-                    (self._ties[name], "one parameter", "two") if tied else (names[name], "two", "one parameter")
-                )
+                other, were, now = (self._ties[name], "one", "two") if tied else (names[name], "two", "one")
                 raise AutoTPError(
-                    f"{name} and {other} were {were} when the model was parallelized and are {now} now: assign "
-                    f"{'the same Parameter' if tied else 'each its own Parameter'}, or change this before parallelize"
+                    f"the parameters {name} and {other} were {were} when the model was parallelized and are {now} now: "
+                    f"assign {'the same Parameter' if tied else 'each its own Parameter'}, or change this before parallelize"
                 )
         for name, parameter in self.model.named_parameters():
             local = tuple(self._shape(name))

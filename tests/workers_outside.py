@@ -395,8 +395,11 @@ def training(rank: int, world: int) -> Result:
             found[kind] = raised(lambda: optimizer.step(lambda: model(x).sum()))  # noqa: B023
 
     torch.manual_seed(100 + rank)
+    model = Scaled().double()
     with torch.inference_mode():
-        model = autotp.parallelize(Scaled().double(), world, example_inputs=(x,))
+        autotp.parallelize(model, world, example_inputs=(x,))
+        model(x.clone(), flag=True)
+    model(x, flag=True).sum().backward()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     runtime, whole, drops = model.__dict__["_autotp"], [], []
     for i in range(20):
