@@ -43,6 +43,10 @@ def _constant(x: Any) -> tuple[type, str]:
     return type(x), repr(x)
 
 
+def _usable(x: torch.Tensor) -> torch.Tensor:
+    return x.clone() if x.is_inference() else x
+
+
 def _paths(leaves: list[Any], spec: Any) -> list[str]:
     """``args[0]``, ``kwargs['input_ids']``: what the caller calls each leaf."""
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -172,6 +176,7 @@ class Programs:
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # the graph, and its constants, will serve in training too
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _usable, (args, kwargs))
             captured = capture(self.model, args, kwargs, self.dense)
         self.captures += 1
         program = rewrite(captured, self.tp, self.stored)

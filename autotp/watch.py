@@ -168,7 +168,7 @@ class Watch:
                 other, were, now = (self._ties[name], "one", "two") if tied else (names[name], "two", "one")
                 raise AutoTPError(
                     f"the parameters {name} and {other} were {were} when the model was parallelized and are {now} now: "
-                    f"assign {'the same Parameter' if tied else 'each its own Parameter'}, or change this before parallelize"
+                    f"assign {'the same Parameter' if tied else 'each its own'}, or change this before parallelize"
                 )
         for name, parameter in self.model.named_parameters():
             local = tuple(self._shape(name))
