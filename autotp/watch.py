@@ -31,6 +31,8 @@ HOOKS = {
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
+_KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
+
 Place = tuple[str, str]
 
 
@@ -85,12 +87,12 @@ class Watch:
             self._check()
             self._scan()
             self._changes = self._differing()
-        dtypes = {f"{p.dtype} {p.device.type}" for p in self._parameters}
-        return f"{sorted(dtypes)} {sorted(self._changes.items()) if self._changes else ''}"
+        kinds = {f"{dtype} {device.type}" for dtype, device in set(map(_KIND, self._parameters))}
+        return f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
 
     def trainable(self) -> tuple[bool, ...]:
         """Which parameters need gradients: the graphs serve for all, but the ranks must agree."""
-        return tuple([p.requires_grad for p in self._parameters])
+        return tuple(map(_TRAINABLE, self._parameters))
 
     def changes(self) -> dict[Place, str]:
         """The plain attributes that are not as they were at first, by module and name, with their values."""
@@ -131,7 +133,7 @@ class Watch:
         except KeyError:
             return None
         held = list(map(id, chain.from_iterable(map(dict.values, self._full))))
-        sizes = [p.numel() for p in self._parameters]
+        sizes = list(map(torch.Tensor.numel, self._parameters))
         return list(map(len, self._dicts)), any(self._empty), held, values, sizes
 
     def _facts(self) -> dict[Place, Any]:

@@ -383,7 +383,7 @@ def training(rank: int, world: int) -> Result:
             step(m, optimizer)
         full, state = autotp.full_state_dict(model), dense.state_dict()
         found[name] = max(relative_error(state[n], full[n], 1e-3) for n in state)
-        pairs[1][1].load_state_dict(pairs[0][1].state_dict())  # a dense checkpoint
+        pairs[1][1].load_state_dict(copy.deepcopy(pairs[0][1].state_dict()))  # a dense checkpoint
         for m, optimizer in pairs:
             step(m, optimizer)
         full, state = autotp.full_state_dict(model), dense.state_dict()
