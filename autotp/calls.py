@@ -70,6 +70,7 @@ class Programs:
         rank: the rank whose shards the model's parameters are; None while they are whole.
         agreement: through which the ranks compare each call; None for one process.
         debug: whether they compare the values of inputs and of whole parameters, too.
+        steps: how many steps optimizers have taken.
     """
 
     def __init__(self, model: nn.Module, tp: int, dense: Dense, stored: Mapping[str, Layout] | None = None) -> None:
@@ -82,7 +83,7 @@ class Programs:
         self.last: Rewritten | None = None
         self.rank: int | None = None
         self.agreement: Agreement | None = None
-        self.debug = False
+        self.debug, self.steps = False, 0
 
     def shape(self, name: str) -> Sequence[int]:
         """The shape that a parameter has here."""
@@ -134,7 +135,8 @@ class Programs:
 
     def _agree(self, agreement: Agreement, key: Any, spec: Any, leaves: list[Any], error: Exception | None) -> None:
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        facts = (tuple([(x.shape, x.requires_grad) for x in tensors]), torch.is_grad_enabled(), self.watch.trainable())
+        shapes = tuple([(x.shape, x.requires_grad) for x in tensors])
+        facts = (shapes, torch.is_grad_enabled(), self.watch.trainable())
         fingerprint = 0
         if error is None:
             fingerprint = self._digests.get((key, facts), 0)
@@ -143,7 +145,7 @@ class Programs:
                     self._digests.clear()
                 fingerprint = self._digests[key, facts] = digest(repr((key, facts)))
         values = self._values(leaves, spec) if self.debug else {}
-        fingerprint = digest(f"{fingerprint} {values}") if values else fingerprint
+        fingerprint = digest(f"{fingerprint} {self.steps} {values}")
         agreement.check("call", fingerprint, lambda: self._described(leaves, spec) | values, error)
 
     def _values(self, leaves: list[Any], spec: Any) -> dict[str, str]:
@@ -160,6 +162,7 @@ class Programs:
             grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
             found[path] = f"{tuple(x.shape)} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else repr(x)
         found["gradients"] = "enabled" if torch.is_grad_enabled() else "disabled"
+        found["steps of optimizers"] = str(self.steps)
         found["autocast"] = str(torch.is_autocast_enabled())
         for name, module in self.model.named_modules():
             found[f"mode of {name or 'the model'}"] = "train" if module.training else "eval"

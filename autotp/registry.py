@@ -27,6 +27,10 @@ class Sharded(Protocol):
         """Each parameter once: its name, itself, its split dims."""
         ...
 
+    def stepped(self) -> None:
+        """An optimizer is about to take a step on the parameters."""
+        ...
+
 
 _models: weakref.WeakValueDictionary[int, Sharded] = weakref.WeakValueDictionary()
 _numbers = itertools.count()

@@ -93,6 +93,10 @@ class Runtime:
         for name, parameter in self.model.named_parameters():
             yield name, parameter, self.shards(name)
 
+    def stepped(self) -> None:
+        """Count an optimizer's step; ranks that have taken different numbers of steps are found at the next call."""
+        self.programs.steps += 1
+
     def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The full tensor of which each rank holds ``local`` under this name. Collective."""
         shards = self.shards(name)

@@ -75,6 +75,7 @@ DIFFERENCES = {
     "gradients disabled": "gradients: enabled on rank 0, disabled on rank 1",
     "frozen": "parameter second.0.weight: torch.float64, requires_grad on rank 0",
     "attribute": "scale: nothing on rank 0, 9.0 on rank 1",
+    "optimizer": "steps of optimizers: 0 on rank 0, 1 on rank 1",
     "other step": "what it does: call on rank 0, full_state_dict on rank 1",
     "debug: values": "values of args[0]:",
     "debug: weights": "values of parameter second.2.bias:",
@@ -97,6 +98,9 @@ class TestRanksThatDiffer:
         assert agreement[1]["hook"].startswith("AutoTPError: drop got or lost a forward hook")
         for result in agreement[:1]:
             assert "error: nothing on rank 0, AutoTPError: drop got or lost" in result["hook"]
+
+    def test_a_fused_optimizer_under_a_scaler_is_refused(self, agreement: Ran) -> None:
+        assert all("train in bfloat16" in result["scaler"] for result in agreement)
 
     def test_equal_calls_pass(self, agreement: Ran) -> None:
         assert all(result["as before"] < 1e-10 and result["debug"] < 1e-10 for result in agreement)

@@ -209,6 +209,15 @@ def agreement(rank: int, world: int) -> Result:
     changed("frozen", lambda: weight.requires_grad_(False), lambda: weight.requires_grad_(True))
     changed("hook", lambda: model.drop.register_forward_hook(lambda *a: None), lambda: None)
     changed("attribute", lambda: setattr(model, "scale", 9.0), lambda: setattr(model, "scale", 1.5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    if odd:
+        optimizer.step()
+    found["optimizer"] = raised(lambda: model(x))
+    if not odd:
+        optimizer.step()
+    found["optimizer: after"] = apart(dense, model, x=x)
+    optimizer.found_inf = torch.zeros(1)
+    found["scaler"] = raised(optimizer.step)
     found["other step"] = raised(lambda: autotp.full_state_dict(model) if odd else model(x))
     wrong = {"down": x[..., :7]} if odd else {}
     found["argument"] = raised(lambda: model(x, **wrong))
