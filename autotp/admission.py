@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from autotp.errors import AutoTPError
 from autotp.watch import HOOKS, check_global_hooks
 
-__all__ = ["admit"]
+__all__ = ["DTENSOR", "admit", "is_a"]
+
+DTENSOR = "torch.distributed.tensor.DTensor"
 
 _RECORDERS = "transformers.utils.output_capturing"
 """transformers' own recorders of hidden states do nothing but while its forward runs, at capture too."""
+
+
+def is_a(value: Any, path: str) -> bool:
+    """Whether a value is an instance of a class of torch, without importing its module: that takes seconds.
+
+    >>> is_a(model, "torch.distributed.fsdp.FullyShardedDataParallel")
+    """
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found is not None and isinstance(value, found)
 
 
 def admit(model: nn.Module) -> None:
@@ -48,14 +58,15 @@ def admit(model: nn.Module) -> None:
 
 
 def _check_class(where: str, module: nn.Module) -> None:
-    if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+    if is_a(module, "torch._dynamo.eval_frame.OptimizedModule") or module._compiled_call_impl is not None:
         raise AutoTPError(
             f"{where} is compiled by torch.compile: autotp captures the model's own Python. Pass the model as it was "
             "before (torch.compile(model) keeps it as ._orig_mod)"
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise AutoTPError(f"{where} is a TorchScript module, not Python that autotp could capture: pass the original")
-    if isinstance(module, (DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
+    fsdp = is_a(module, "torch.distributed.fsdp.FullyShardedDataParallel")
+    if fsdp or isinstance(module, (DataParallel, DistributedDataParallel)):
         raise AutoTPError(f"{where} wraps a module for data parallelism: pass the module inside it")
 
 
@@ -74,7 +85,7 @@ def _check_tensor(where: str, tensor: torch.Tensor) -> None:
     kind: Any = type(tensor)
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise AutoTPError(f"{where} has no shape yet: run the model once, so that its lazy modules are made")
-    if isinstance(tensor, DTensor):
+    if is_a(tensor, DTENSOR):
         raise AutoTPError(f"{where} is a DTensor, split already: pass the model as it was before")
     if isinstance(tensor, nn.Parameter) and tensor.is_inference():
         raise AutoTPError(f"{where} was made under torch.inference_mode and can never be trained: make it outside")

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad
 
+from autotp.admission import DTENSOR, is_a
 from autotp.agreement import digest
 from autotp.errors import AutoTPError
 from autotp.registry import Sharded, living
@@ -98,7 +98,7 @@ def _total_norm(
     every = _by_model(given)
     if not every:
         return torchs(given, norm_type, error_if_nonfinite, foreach)
-    if any(isinstance(t, DTensor) for t in given):
+    if any(is_a(t, DTENSOR) for t in given):
         raise AutoTPError("one norm over DTensors and a parallelized model's shards: take a norm of each, and combine")
     if power == 0:
         raise AutoTPError("norm_type=0 counts tensors, and a shard is not one: use autotp.full_gradients")
@@ -124,7 +124,7 @@ def _total_norm(
 
 def _memory(t: torch.Tensor) -> Any:
     """What ``p.grad`` and ``p.grad.detach()`` have in common."""
-    plain = t.layout is torch.strided and not isinstance(t, DTensor) and t.numel()
+    plain = t.layout is torch.strided and not is_a(t, DTENSOR) and t.numel()
     return (t.data_ptr(), t.shape) if plain else id(t)
 
 

@@ -217,3 +217,21 @@ def test_ties_that_are_cut_or_made_afterwards_are_an_error() -> None:
         model(ids)
     model.head.weight = model.wte.weight
     model(ids)
+
+
+def test_wrapped_for_data_parallelism_or_distributed_already(tmp_path: Any) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = {
+            "DistributedDataParallel wraps a module": nn.parallel.DistributedDataParallel(mlp()),
+            "parameter 0.weight is a DTensor": fully_shard(mlp(), mesh=init_device_mesh("cpu", (1,))),
+        }
+        for said, model in wrapped.items():
+            with pytest.raises(autotp.AutoTPError, match=said):
+                autotp.parallelize(model, 1, example_inputs=(X,))
+    finally:
+        dist.destroy_process_group()
