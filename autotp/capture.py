@@ -21,6 +21,7 @@ from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from autotp.backward import OwnBackward, refuse_backward_hooks, refuse_own_backward
 from autotp.errors import CaptureError
 from autotp.inputs import device_of
 from passes import canonicalize, differentiable, functionalize, simplify
@@ -134,6 +135,7 @@ class _Flat(nn.Module):
                     "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
                     "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
                 )
+        refuse_own_backward(results, [*self.model.parameters(), *tensors])
         return tuple(results)
 
 
@@ -209,6 +211,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     ]
     floating = iter([x for x in leaves if isinstance(x, torch.Tensor)])
     tensors = [t.requires_grad_(next(floating).requires_grad) if t.is_floating_point() else t for t in tensors]
+    refuse_backward_hooks(model)
     outputs, tied = _Outputs(), tied_names(model)
     flat = _Flat(model, leaves, spec, outputs)
     shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
@@ -216,11 +219,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
         with stateless._reparametrize_module(model, stand_ins):
             try:
-                exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
+                with OwnBackward():
+                    exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
             except CaptureError:
                 raise
             except Exception as error:
-                raise CaptureError(_explain(model, error)) from error
+                raise _explained(model, error) from error
     captured = _flat_graph(exported, outputs, tied)
     if left := _prepare(captured):
         with _quiet():
@@ -230,23 +234,28 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     return captured
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
+def _explained(model: nn.Module, error: Exception) -> CaptureError:
     lines = [x for x in str(error).splitlines() if x.strip()]
     said = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     ours = os.path.dirname(__file__)
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and ours not in f.filename
     ]
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    at = f" at {place}" if place else ""
     if "data-dependent" in str(error).lower() or "DataDependent" in said:
-        return (
-            f"{type(model).__name__} cannot be captured as one graph: its Python{place} depends on the values in a "
+        return CaptureError(
+            f"{type(model).__name__} cannot be captured as one graph: its Python{at} depends on the values in a "
             f"tensor (an `if x.any():`, an `.item()`): {said}\n"
-            "Move that out of forward, or use torch.where or torch.cond."
+            "Move that out of forward, or use torch.where or torch.cond.",
+            place=place,
+            reason="Python that depends on the values in a tensor",
         )
-    return (
-        f"{type(model).__name__} cannot be captured as one graph: torch.export met an error{place}: {said}\n"
-        "Check that the model runs on these inputs as it is; if it does, the error chained below says what to change."
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured as one graph: torch.export met an error{at}: {said}\n"
+        "Check that the model runs on these inputs as it is; if it does, the error chained below says what to change.",
+        place=place,
+        reason=said,
     )
 
 

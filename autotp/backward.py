@@ -1,0 +1,105 @@
+"""What a model's own code says about its backward, which a captured graph would lose without a word.
+
+torch.export records what runs forward; gradients are then those of the recorded ops. An
+``autograd.Function`` with a backward of its own, a hook on a hidden tensor or on a submodule's
+gradients, or gradients taken inside forward would be gone. Each is refused by name here, so that what
+holds it stays the Python that it is (see :mod:`autotp.parts`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from autotp.errors import CaptureError
+
+__all__ = ["OwnBackward", "refuse_backward_hooks", "refuse_own_backward"]
+
+_REFUSED = {
+    torch.Tensor.register_hook: "registers a hook on a tensor's gradient",
+    torch.Tensor.register_post_accumulate_grad_hook: "registers a hook on a tensor's gradient",
+    torch.Tensor.backward: "runs a backward of its own",
+    torch.autograd.grad: "takes gradients of its own",
+    torch.autograd.backward: "runs a backward of its own",
+}
+
+_KEPT = ("torch._library.", "torch._higher_order_ops.")
+"""Where torch defines the Functions of ops that a graph holds as they are, derivative and all."""
+
+
+def _caller() -> str:
+    """``path:line`` of the innermost frame outside torch and this file."""
+    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+class OwnBackward(TorchFunctionMode):
+    """A mode in which code that reaches into its own backward raises a CaptureError."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse hooks and gradients; anything else as it is."""
+        if func in _REFUSED:
+            raise CaptureError(
+                f"the model's Python at {_caller()} {_REFUSED[func]}, which a captured graph would lose",
+                place=_caller(),
+                reason=_REFUSED[func],
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def refuse_backward_hooks(model: nn.Module) -> None:
+    """Raise if a submodule has backward hooks; the module's own run around what is captured.
+
+    Raises:
+        CaptureError: it names the submodule.
+    """
+    for name, module in model.named_modules():
+        if name and (module._backward_hooks or module._backward_pre_hooks):
+            reason = f"{name} has a backward hook"
+            raise CaptureError(f"{reason}, which a captured graph would lose", reason=reason)
+
+
+def refuse_own_backward(results: Iterable[torch.Tensor], leaves: Iterable[torch.Tensor]) -> None:
+    """Raise if results, traced with gradients on, depend on a derivative or a parameter that a graph cannot hold.
+
+    Args:
+        results: what the model returned.
+        leaves: the model's parameters and inputs.
+
+    Raises:
+        CaptureError: it names the ``autograd.Function``, or the shape of the tensor.
+    """
+    known = {id(x) for x in leaves}
+    pending: list[Any] = [r.grad_fn for r in results if r.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        function = getattr(type(node), "_forward_cls", None)
+        if isinstance(node, BackwardCFunction) and not str(getattr(function, "__module__", "")).startswith(_KEPT):
+            place = _defined(function)
+            reason = f"autograd.Function {getattr(function, '__name__', node.name())} has a backward of its own"
+            said = f"{reason}{f' ({place})' if place else ''}, which a captured graph would lose"
+            raise CaptureError(said, place=place, reason=reason)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            reason = f"uses a tensor of shape {tuple(variable.shape)} that requires a gradient and is no parameter of it"
+            raise CaptureError(f"the model {reason}: register it as one", reason=reason)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                pending.append(following)
+
+
+def _defined(function: Any) -> str:
+    """``path:line`` where a class is defined, where that can be found."""
+    try:
+        return f"{inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
+    except (OSError, TypeError):
+        return ""
