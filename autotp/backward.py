@@ -84,12 +84,12 @@ def refuse_own_backward(results: Iterable[torch.Tensor], leaves: Iterable[torch.
         function = getattr(type(node), "_forward_cls", None)
         if isinstance(node, BackwardCFunction) and not str(getattr(function, "__module__", "")).startswith(_KEPT):
             place = _defined(function)
-            reason = f"autograd.Function {getattr(function, '__name__', node.name())} has a backward of its own"
+            reason = f"autograd.Function {getattr(function, '__name__', type(node).__name__)} has a backward of its own"
             said = f"{reason}{f' ({place})' if place else ''}, which a captured graph would lose"
             raise CaptureError(said, place=place, reason=reason)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
-            reason = f"uses a tensor of shape {tuple(variable.shape)} that requires a gradient and is no parameter of it"
+            reason = f"uses a tensor {tuple(variable.shape)} that requires a gradient and is no parameter of it"
             raise CaptureError(f"the model {reason}: register it as one", reason=reason)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

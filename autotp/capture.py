@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from autotp.inputs import device_of
 from passes import canonicalize, differentiable, functionalize, simplify
 from passes.graphs import is_random, is_tensor, where
 
-__all__ = ["Captured", "Dense", "capture", "flatten_call", "tied_names"]
+__all__ = ["Captured", "Dense", "capture", "capturing", "flatten_call", "tied_names"]
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -64,6 +65,8 @@ class Captured:
             ``(input, dim)`` of each of its arguments.
         static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
         equal: ``(input, dim, input, dim)`` for the input dims that must be equal.
+        refills: whether forward puts other tensors into a container among its inputs (a cache), which the
+            graph does not.
     """
 
     graph: fx.Graph
@@ -75,6 +78,15 @@ class Captured:
     guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)
     static: list[tuple[int, int, int]] = field(default_factory=list)
     equal: list[tuple[int, int, int, int]] = field(default_factory=list)
+    refills: bool = False
+
+    def fits(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether inputs have the sizes that the graph takes for constants, for equal, or branched on."""
+        if not all(check(*(tensors[i].shape[d] for i, d in where)) for check, where in self.guards):
+            return False
+        return all(tensors[i].shape[d] == n for i, d, n in self.static) and all(
+            tensors[i].shape[d] == tensors[j].shape[e] for i, d, j, e in self.equal
+        )
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
@@ -105,6 +117,7 @@ class _Outputs:
 
     spec: Any = None
     leaves: list[tuple[bool, Any]] = field(default_factory=list)
+    refills: bool = False
 
 
 class _Flat(nn.Module):
@@ -120,6 +133,8 @@ class _Flat(nn.Module):
         leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
+        after = pytree.tree_leaves((args, kwargs))
+        self._outputs.refills = len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True))
         outputs, self._outputs.spec = pytree.tree_flatten(result)
         results: list[torch.Tensor] = []
         self._outputs.leaves = []
@@ -147,7 +162,7 @@ def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str
         if id(t) not in made:
             if isinstance(t, nn.Parameter):
                 empty = torch.empty((1,) * len(shape), dtype=t.dtype, device=device).expand(shape)
-                made[id(t)] = nn.Parameter(empty, t.requires_grad)
+                made[id(t)] = nn.Parameter(empty, t.is_floating_point() or t.is_complex())  # or so it may be later
             else:  # a buffer may be written to while tracing, so it has storage of its own
                 made[id(t)] = torch.empty(shape, dtype=t.dtype, device=device)
         return made[id(t)]
@@ -156,21 +171,33 @@ def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str
     return found | {n: stand_in(b, b.shape) for n, b in model.named_buffers(remove_duplicate=False)}
 
 
+class _Capturing(threading.local):
+    now: bool = False
+
+
+_capturing = _Capturing()
+
+
+def capturing() -> bool:
+    """Whether a model is being captured in this thread: then its submodules' own code runs, on stand-ins."""
+    return _capturing.now
+
+
 @contextlib.contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    """The model with the forward that it had before autotp, and its submodules callable."""
-    runtime = model.__dict__.get("_autotp")
-    ours = model.__dict__.pop("forward") if runtime is not None else None
-    if runtime is not None:
-        runtime.capturing = True
-        if runtime.own_forward is not None:
-            model.__dict__["forward"] = runtime.own_forward
+    """The model and its submodules with the forwards that they had before autotp, and callable."""
+    replaced = [m for m in model.modules() if "_autotp" in m.__dict__]
+    ours = [m.__dict__.pop("forward") for m in replaced]
+    for module in replaced:
+        if (own := module.__dict__["_autotp"].own_forward) is not None:
+            module.__dict__["forward"] = own
+    before, _capturing.now = _capturing.now, True
     try:
         yield
     finally:
-        if runtime is not None:
-            runtime.capturing = False
-            model.__dict__["forward"] = ours
+        _capturing.now = before
+        for module, forward in zip(replaced, ours, strict=True):
+            module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager
@@ -215,7 +242,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     outputs, tied = _Outputs(), tied_names(model)
     flat = _Flat(model, leaves, spec, outputs)
     shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
-    with _own_forward(model), _quiet(), torch.enable_grad():
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not a checkpoint's around us
+    with _own_forward(model), _quiet(), torch.enable_grad(), as_it_is:
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
         with stateless._reparametrize_module(model, stand_ins):
             try:
@@ -306,7 +334,7 @@ def _flat_graph(exported: Any, outputs: _Outputs, tied: Mapping[str, str]) -> Ca
             )
     graph: fx.Graph = copy.deepcopy(exported.graph_module.graph)  # exported stays, to be functionalized if need be
     graph.owning_module = exported.graph_module
-    captured = Captured(graph, {}, {}, set(), outputs.spec, list(outputs.leaves))
+    captured = Captured(graph, {}, {}, set(), outputs.spec, list(outputs.leaves), refills=outputs.refills)
     kinds = {spec.arg.name: spec for spec in signature.input_specs}
     dims: dict[str, tuple[int, int]] = {}
     attributes: dict[str, fx.Node] = {}

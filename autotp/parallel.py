@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,56 +13,35 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.calls import Programs
-from autotp.capture import Dense, flatten_call, tied_names
+from autotp.capture import capturing, flatten_call, tied_names
 from autotp.errors import AutoTPError
-from autotp.inputs import ExampleInputs, example_call
+from autotp.inputs import ExampleInputs, device_of, example_call
+from autotp.parts import Division, divide, install
 from autotp.plan import Plan
 from autotp.process import Mesh, ProcessFabric, join
 from autotp.rewrite import RankGraph
 from autotp.shards import joined, local_part, shards_of
-from passes import fabric
+from passes import Layout, fabric
 
 __all__ = ["full_gradients", "full_state_dict", "graph", "parallelize"]
 
 
-class _Runtime:
-    """What a parallelized model carries: its place among the ranks and its programs."""
+class _Carried:
+    """What a parallelized module carries: its place among the ranks, and the forward of its own."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, programs: Programs, seed: int) -> None:
-        self.mesh, self.programs = mesh, programs
-        self.fabric = ProcessFabric(mesh, seed)
-        self.tied = tied_names(model)
-        self.own_forward = model.__dict__.get("forward")
-        self.capturing = False
+    def __init__(self, module: nn.Module, mesh: Mesh, fabric: ProcessFabric) -> None:
+        self.mesh, self.fabric = mesh, fabric
+        self.tied = tied_names(module)
+        self.own_forward = module.__dict__.get("forward")
 
-    def guard(self, model: nn.Module) -> None:
-        """Let submodules that hold shards refuse to be called: their own code computes on whole weights."""
-        stored = self.programs.stored or {}
-
-        def refusal(name: str) -> Any:
-            def refuse(module: nn.Module, args: Any) -> None:
-                if not self.capturing:
-                    raise AutoTPError(
-                        f"{name} holds only this rank's share of its weights and cannot be called by itself: call the "
-                        "model that was parallelized, or parallelize this module instead of the whole"
-                    )
-
-            return refuse
-
-        for name, module in model.named_modules():
-            inside = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
-            if name and any(self.tied.get(n, n) in stored for n in inside):
-                module.register_forward_pre_hook(refusal(name))
-
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        program, tensors = self.programs.find(args, kwargs)
-        run = self.programs.graph(program, self.mesh.rank)
-        with fabric.use(self.fabric):
-            return program.unflatten(run(*tensors))
+    @property
+    def stored(self) -> Mapping[str, Layout]:
+        """The split weights' layouts, by name."""
+        raise NotImplementedError
 
     def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The full tensor of which each rank holds ``local`` under this name. Collective."""
-        shards = shards_of(self.programs.stored or {}, self.tied.get(name, name))
+        shards = shards_of(self.stored, self.tied.get(name, name))
         if not shards:
             return local.detach().clone()
         shapes = [list(local.shape) for _ in range(self.mesh.tp)]
@@ -71,7 +51,95 @@ class _Runtime:
         return joined(self.fabric.group("tp").all_gather(local.detach(), shapes), shards)
 
 
-def _runtime(model: nn.Module) -> _Runtime:
+class _Runtime(_Carried):
+    """A module that runs its programs: a whole model, or a part of one."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, programs: Programs, fabric: ProcessFabric) -> None:
+        super().__init__(model, mesh, fabric)
+        self.programs = programs
+        self.restart: Callable[[], None] | None = None
+
+    @property
+    def stored(self) -> Mapping[str, Layout]:
+        """The split weights' layouts, by name."""
+        return self.programs.stored or {}
+
+    def guard(self, model: nn.Module) -> None:
+        """Let submodules that hold shards refuse to be called: their own code computes on whole weights."""
+
+        def refusal(name: str) -> Any:
+            def refuse(module: nn.Module, args: Any) -> None:
+                if not capturing():
+                    raise AutoTPError(
+                        f"{name} holds only this rank's share of its weights and cannot be called by itself: call the "
+                        "model that was parallelized, or parallelize this module instead of the whole"
+                    )
+
+            return refuse
+
+        for name, module in model.named_modules():
+            inside = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
+            if "_autotp" not in module.__dict__ and any(self.tied.get(n, n) in self.stored for n in inside):
+                module.register_forward_pre_hook(refusal(name))
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        program, tensors = self.programs.find(args, kwargs)
+        run = self.programs.graph(program, self.mesh.rank)
+        if self.restart is not None and program.random:
+            self.restart()
+        with fabric.use(self.fabric):
+            return program.unflatten(run(*tensors))
+
+
+class _Divided(_Carried):
+    """A model that runs its own Python between parts that run their programs.
+
+    That Python must do the same on every rank: it draws its random numbers from a stream of its own
+    that all ranks share. A part's streams start anew at each call from a number drawn from it, so that
+    a part that is run twice by activation checkpointing drops the same elements both times.
+    """
+
+    def __init__(self, division: Division, mesh: Mesh, seed: int) -> None:
+        super().__init__(division.model, mesh, ProcessFabric(mesh, seed))
+        self.division = division
+        self.forward = division.model.forward
+        self.between = ProcessFabric(mesh, seed + 1 + mesh.tp)
+        self.devices = {torch.device("cpu"), device_of(division.model)}
+        self.touches = division.outside_of_parts()
+        self.running = False
+
+    @property
+    def stored(self) -> Mapping[str, Layout]:
+        """The split weights' layouts, by name."""
+        return self.division.stored
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with contextlib.ExitStack() as around:
+            for device in self.devices:
+                around.enter_context(self.between.random(True, device))
+            around.enter_context(self.touches)
+            before, self.running = self.running, True
+            try:
+                return self.forward(*args, **kwargs)
+            finally:
+                self.running = before
+
+    def restart(self) -> None:
+        """Start the parts' streams of random numbers anew."""
+        drawn = int(torch.empty((), dtype=torch.int64).random_(1 << 62))
+        # called by itself, or again in a backward: what rank 0 draws counts
+        self.fabric.restart(drawn if self.running else self.mesh.gathered(drawn)[0])
+
+    def run(self, part: _Runtime, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a part."""
+        suspended, self.touches.suspended = self.touches.suspended, True
+        try:
+            return part(args, kwargs)
+        finally:
+            self.touches.suspended = suspended
+
+
+def _carried(model: nn.Module) -> _Carried:
     runtime = model.__dict__.get("_autotp")
     if runtime is None:
         raise AutoTPError(
@@ -136,7 +204,9 @@ def parallelize(
 
     The model is captured as an fx graph, rewritten so that each rank computes its part, and its weights
     are cut to what the rank holds. Class, config, ``state_dict`` keys, signature and outputs stay as
-    they were; ``forward`` runs the rewritten graph, forward and backward, on every rank.
+    they were; ``forward`` runs the rewritten graph, forward and backward, on every rank. A model that
+    cannot be captured whole runs its own Python between its largest parts that can be, and a
+    PartialCaptureWarning names the places.
 
     Args:
         model: the dense model, the same on every rank. Where weights differ, rank 0's are taken.
@@ -156,7 +226,7 @@ def parallelize(
     Raises:
         LaunchError: there is no process group and no launcher's environment; it shows what to type.
         MismatchError: ranks differ in ``tp``, in the model, or in the inputs' structure. All raise.
-        CaptureError: the model cannot be captured; nothing has been changed.
+        CaptureError: the model cannot be captured, and no part of it either; nothing has been changed.
         PlanError: the plan is for another model or another ``tp``.
 
     Example:
@@ -175,10 +245,10 @@ def parallelize(
     with place.together("rewriting the model"):
         if plan is not None:
             plan.check(model, tp)
-        programs = Programs(model, tp, Dense.of(model), plan.stored if plan is not None else None)
-        programs.find(args, kwargs)
-    stored = dict(programs.stored or {})
-    place.agree({f"layout of {name}": str(layout) for name, layout in stored.items()})
+        division = divide(model, tp, args, kwargs, plan.stored if plan is not None else None)
+    division.warn()
+    stored = division.stored
+    place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in stored.items()})
     _share_weights(model, place)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -189,37 +259,51 @@ def parallelize(
                 if grad is not None:
                     parameter.grad = local_part(grad, shards, place.rank).clone()
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
-    runtime = _Runtime(model, place, programs, seed)
-
-    @functools.wraps(model.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return runtime(args, kwargs)
-
-    model.__dict__["_autotp"] = runtime
-    model.__dict__["forward"] = forward
-    runtime.guard(model)
+    if division.is_whole:
+        runtime = _Runtime(model, place, division.parts[0].programs, ProcessFabric(place, seed))
+        install(model, runtime, runtime)
+        runtime.guard(model)
+        return model
+    divided = _Divided(division, place, seed)
+    runtimes = [_Runtime(p.module, place, p.programs, divided.fabric) for p in division.parts]
+    for part, runtime in zip(division.parts, runtimes, strict=True):
+        runtime.restart = divided.restart
+        install(part.module, functools.partial(divided.run, runtime), runtime)
+    install(model, divided, divided)
+    for part, runtime in zip(division.parts, runtimes, strict=True):
+        runtime.guard(part.module)
     return model
 
 
 def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
+    Args:
+        model: a parallelized model; of one that was captured in parts, the module that is a part.
+
+    Raises:
+        AutoTPError: the model is not parallelized, or runs as several graphs; it lists them.
+
     Example:
         >>> print(autotp.graph(model))
     """
-    runtime = _runtime(model)
+    runtime = _carried(model)
+    if isinstance(runtime, _Divided):
+        paths = ", ".join(f"model.{p.path}" for p in runtime.division.parts)
+        raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
+    assert isinstance(runtime, _Runtime)
     assert runtime.programs.last is not None
     return runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The dense model's state dict, full tensors, on every rank. Collective: all ranks must call it."""
-    runtime = _runtime(model)
+    runtime = _carried(model)
     return {name: runtime.whole(name, t) for name, t in model.state_dict().items()}
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     """The dense model's gradients by parameter name, full tensors, on every rank; None where there is
     none. Collective: all ranks must call it."""
-    runtime = _runtime(model)
+    runtime = _carried(model)
     return {n: None if p.grad is None else runtime.whole(n, p.grad) for n, p in model.named_parameters()}

@@ -13,10 +13,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from autotp.calls import Programs
-from autotp.capture import Dense, flatten_call
+from autotp.capture import flatten_call
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
+from autotp.parts import divide
 from autotp.simulate import Simulation
 
 __all__ = ["Float64", "Report", "compare", "relative_error", "verify"]
@@ -228,7 +228,7 @@ def verify(
     with torch.enable_grad(), mode:
         if example_inputs is None:
             kwargs = _with_labels(dense, args, kwargs)
-        programs = Programs(dense, tp, Dense.of(dense))
-        programs.find(args, kwargs)
-        parallel = Simulation(dense, tp, programs, record=True)
+        division = divide(dense, tp, args, kwargs)
+        division.warn()
+        parallel = Simulation(dense, tp, division, record=True)
         return compare(dense, parallel, args, kwargs, 1e-10 if dtype is torch.float64 else 1e-5)
