@@ -45,6 +45,12 @@ class Programs:
         self._parameters = list(model.parameters())
         self.last: Rewritten | None = None
 
+    def settle(self, settled: Mapping[str, Layout]) -> None:
+        """Give the layouts of some weights, before any call or to make all programs anew."""
+        self.settled, self.stored = settled, None
+        self._by_structure.clear()
+        self._graphs.clear()
+
     def structure(self, leaves: list[Any], spec: Any) -> Any:
         """The key of a call."""
         described = tuple(

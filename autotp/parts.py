@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ class Seam:
         return f"{self.module or 'the model'}{f' ({self.place})' if self.place else ''}: {self.reason}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     """A module that runs as rewritten graphs.
 
@@ -84,12 +85,14 @@ class Division:
         parts: its parts, in the order of its modules; the model itself if it could be captured whole.
         seams: where capture ended; none for a model captured whole.
         outside: the parameters, by name, that code outside of the parts was seen to read, or that no part has.
+        idle: modules that could be parts, but in which nothing is split: they run as the Python that they are.
     """
 
     model: nn.Module
     parts: list[Part]
     seams: list[Seam] = field(default_factory=list)
     outside: frozenset[str] = frozenset()
+    idle: list[Part] = field(default_factory=list)
 
     @staticmethod
     def whole(model: nn.Module, programs: Programs, calls: Sequence[Call] = ()) -> Division:
@@ -318,19 +321,29 @@ def _storages(model: nn.Module) -> set[Any]:
 
 
 def _decide(division: Division, stored: Mapping[str, Layout] | None) -> None:
-    """Rewrite all parts. A weight's layout is decided once: by the first part that has it, or as whole."""
+    """Rewrite all parts, with one layout for each weight, and set those aside in which nothing is split."""
     refused = next((n for n in stored or {} if n in division.outside), None)
     if refused is not None:
         raise PlanError(f"the plan splits {refused}, which code outside of the captured parts reads: plan it again")
-    settled: dict[str, Layout] = dict.fromkeys(division.outside, WHOLE)
+    uses = Counter(full for part in division.parts for full in part.names.values())
+    chosen: dict[str, Layout] = dict.fromkeys(division.outside, WHOLE)
+    if stored is not None:
+        chosen |= dict.fromkeys(uses, WHOLE) | dict(stored)
     for part in division.parts:
-        programs = part.programs
-        if stored is not None:
-            programs.stored = {n: stored[full] for n, full in part.names.items() if full in stored}
-        programs.settled = {n: settled[full] for n, full in part.names.items() if full in settled}
-        for args, kwargs in part.calls:
-            programs.find(args, kwargs)
-        found = programs.stored or {}
-        settled |= {full: found.get(n, WHOLE) for n, full in part.names.items()}
+        chosen |= _rewritten(part, chosen)
+    chosen = {n: chosen.get(n, WHOLE) for n in uses if uses[n] > 1 or n in chosen}
+    for part in division.parts:  # again, where a later part has split what they left whole
+        mine = part.programs.stored or {}
+        if any(chosen.get(full, WHOLE) != mine.get(n, WHOLE) for n, full in part.names.items()):
+            _rewritten(part, chosen)
     split = division.stored
-    division.parts = [p for p in division.parts if any(full in split for full in p.names.values())]
+    idle = [p for p in division.parts if all(full not in split for full in p.names.values())]
+    division.parts, division.idle = [p for p in division.parts if p not in idle], idle
+
+
+def _rewritten(part: Part, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Make a part's programs with some layouts given; the layouts of what is split, by the names in the model."""
+    part.programs.settle({n: chosen[full] for n, full in part.names.items() if full in chosen})
+    for args, kwargs in part.calls:
+        part.programs.find(args, kwargs)
+    return {part.names[n]: layout for n, layout in (part.programs.stored or {}).items()}

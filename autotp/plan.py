@@ -302,19 +302,21 @@ def plan_of(division: Division, tp: int) -> Plan:
     """The plan that a model follows, whole or in parts: a part's collectives count once for each of its calls."""
     found: dict[str, Weight] = {}
     collectives, gathered = [], []
-    for part in division.parts:
+    for part in [*division.parts, *division.idle]:
         prefix = f"{part.path.replace('.', '_')}_" if part.path else ""
         for args, kwargs in part.calls:
             rewritten, _ = part.programs.find(args, kwargs)
             for weight in _weights(rewritten, part):
                 if found.get(weight.name, weight).why == _UNUSED or weight.name not in found:
                     found[weight.name] = weight
+            if part in division.idle:
+                continue
             for c in _collectives(rewritten.graph, tp):
                 module = ".".join(x for x in (part.path, c.module) if x)
                 collectives.append(replace(c, of=prefix + c.of, module=module))
             gathered += [f"{prefix}{node.name} for {op}" for node, op in rewritten.gathered]
     weights = [
-        found.get(n) or Weight(n, tuple(p.shape), p.element_size(), "whole", {}, "not in a captured part")
+        found.get(n) or Weight(n, tuple(p.shape), p.element_size(), "whole", {}, "in Python that is not captured")
         for n, p in division.model.named_parameters()
     ]
     return Plan(

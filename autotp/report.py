@@ -129,10 +129,13 @@ def division_text(model: str, parts: Sequence[str], seams: Sequence[Seam], outsi
         seams: where capture ended.
         outside: the share of its parameters that stays whole because of this.
     """
-    lines = [f"{model} cannot be captured as one graph, but in {len(parts)} parts: {', '.join(_counted(parts))}."]
+    found = (
+        f"but in {len(parts)} parts: {', '.join(_counted(parts))}" if parts else "and no part of it is worth splitting"
+    )
+    lines = [f"{model} cannot be captured as one graph, {found}."]
     lines += [f"  {seam}" for seam in _folded_seams(seams)]
     lines.append(
-        "What is between the parts runs as the Python that it is, on whole values; "
+        "The rest runs as the Python that it is, on whole values; "
         f"{100 * outside:.1f}% of the parameters stay whole because of this."
     )
     return "\n".join(lines)

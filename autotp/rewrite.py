@@ -96,7 +96,7 @@ def rewrite(
         decision = decide(captured.graph, facts, tp)
         settled = settled or {}
         stored = {n: x for n, x in (decision.stored | dict(settled)).items() if not x.whole}
-        reasons = decision.reasons | {n: "used outside of the captured parts" for n, x in settled.items() if x.whole}
+        reasons = decision.reasons | {n: "read by Python that is not captured" for n, x in settled.items() if x.whole}
     layouts = assign(captured.graph, facts, stored, tp)
     sharder = shard(captured.graph, facts, layouts, dict(stored), tp)
     sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
