@@ -246,7 +246,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not a checkpoint's around us
     with _own_forward(model), _quiet(), torch.enable_grad(), as_it_is:
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
-        with stateless._reparametrize_module(model, stand_ins):
+        # in reverse order: a module under two names is swapped twice
+        with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             try:
                 with OwnBackward():
                     exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)

@@ -121,7 +121,7 @@ def _fails(model: nn.Module, args: tuple[Any, ...]) -> str | None:
         tensors |= {n: fake(t) for n, t in model.named_buffers(remove_duplicate=False)}
         inputs = tuple(torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in args)
         try:
-            with stateless._reparametrize_module(model, tensors), torch.no_grad():
+            with stateless._reparametrize_module(model, tensors, stack_weights=True), torch.no_grad():
                 model(*inputs)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -105,12 +105,17 @@ def _held(modules: Iterable[nn.Module]) -> Callable[[], Any]:
     return held
 
 
+def _apart(value: Any) -> Any:
+    """A tensor without the graph that made it; anything else as it is."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+
+
 @dataclass
 class Observed:
     """What a run showed.
 
     Attributes:
-        calls: the calls of each module, by its id, inputs by reference.
+        calls: the calls of each module, by its id, tensors apart from their graphs.
         touched: for each parameter, by its id, the modules (ids) that were running when code read it.
         unsteady: the modules (ids) whose forward changed what they, or modules inside, hold.
     """
@@ -159,7 +164,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, spec = flatten_call(args, kwargs)  # containers may be refilled later
-            observed.calls.setdefault(id(module), []).append(pytree.tree_unflatten(leaves, spec))
+            observed.calls.setdefault(id(module), []).append(pytree.tree_unflatten(map(_apart, leaves), spec))
             before = held()
             stack.append(id(module))
             try:

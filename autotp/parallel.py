@@ -267,6 +267,7 @@ def parallelize(
     divided = _Divided(division, place, seed)
     runtimes = [_Runtime(p.module, place, p.programs, divided.fabric) for p in division.parts]
     for part, runtime in zip(division.parts, runtimes, strict=True):
+        part.calls.clear()  # they hold values of the example
         runtime.restart = divided.restart
         install(part.module, functools.partial(divided.run, runtime), runtime)
     install(model, divided, divided)

@@ -117,7 +117,10 @@ def totals(plan: Plan) -> str:
 
 def _folded_seams(seams: Sequence[Seam]) -> list[Seam]:
     """Seams, with those of repeated blocks as one."""
-    return list(dict.fromkeys(replace(seam, module=block_of(seam.module)) for seam in seams))
+    found: dict[Seam, list[Seam]] = defaultdict(list)
+    for seam in seams:
+        found[replace(seam, module=block_of(seam.module))].append(seam)
+    return [folded if len(each) > 1 else each[0] for folded, each in found.items()]
 
 
 def division_text(model: str, parts: Sequence[str], seams: Sequence[Seam], outside: float) -> str:
