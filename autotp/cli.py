@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from autotp.errors import AutoTPError, CaptureError
+from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning
 from autotp.inputs import example_call
 from autotp.models import BadModelError, Loaded, load
 from autotp.parts import Division, divide
@@ -138,7 +139,8 @@ def _verify(options: argparse.Namespace) -> int:
     with _progress("building the model"):
         _fits(load(options.model, options.settings, weights=False, size=size), dtype)
         loaded = load(options.model, options.settings, weights=True, size=size)
-    with _progress("comparing with the dense model"):
+    with _progress("comparing with the dense model"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PartialCaptureWarning)  # the report says it
         report = verify(loaded.model, options.tp, example_inputs=loaded.example_inputs, dtype=dtype)
     print(report_text(report))
     return 0 if report.ok else 1

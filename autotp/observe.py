@@ -19,9 +19,6 @@ from autotp.inputs import device_of
 
 __all__ = ["Call", "Observed", "Touches", "observe", "plain_state"]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and keyword arguments of a call."""
-
 _GETTERS = ("dtype", "device", "layout", "requires_grad", "ndim", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps",
             "is_xpu", "is_sparse", "is_quantized", "names", "grad_fn", "output_nr")  # fmt: skip
 _QUESTIONS: list[Any] = [
@@ -110,12 +107,27 @@ def _apart(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a module.
+
+    Attributes:
+        args: the positional arguments; tensors apart from the graphs that made them.
+        kwargs: the keyword arguments.
+        running: the modules (ids) whose forwards it was made in.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    running: frozenset[int] = frozenset()
+
+
 @dataclass
 class Observed:
     """What a run showed.
 
     Attributes:
-        calls: the calls of each module, by its id, tensors apart from their graphs.
+        calls: the calls of each module, by its id.
         touched: for each parameter, by its id, the modules (ids) that were running when code read it.
         unsteady: the modules (ids) whose forward changed what they, or modules inside, hold.
     """
@@ -164,7 +176,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, spec = flatten_call(args, kwargs)  # containers may be refilled later
-            observed.calls.setdefault(id(module), []).append(pytree.tree_unflatten(map(_apart, leaves), spec))
+            own_args, own_kwargs = pytree.tree_unflatten(map(_apart, leaves), spec)
+            observed.calls.setdefault(id(module), []).append(Call(own_args, own_kwargs, frozenset(stack)))
             before = held()
             stack.append(id(module))
             try:

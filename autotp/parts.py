@@ -199,7 +199,7 @@ def divide(
     programs = Programs(model, tp, Dense.of(model), stored)
     try:
         programs.find(args, kwargs)
-        return Division.whole(model, programs, [(args, dict(kwargs))])
+        return Division.whole(model, programs, [Call(args, kwargs)])
     except CaptureError as error:
         failed = error
     if any(p.is_meta for p in model.parameters()):
@@ -234,6 +234,11 @@ class _Search:
         """The parts, and the seams between them."""
         self.seams.append(Seam("", failed.place, failed.reason))
         self._descend("", self.model)
+        for part in list(self.parts):  # what runs only inside of other parts, under another name, is none
+            others = {id(p.module) for p in self.parts if p is not part}
+            part.calls = [c for c in part.calls if not c.running & others]
+            if not part.calls:
+                self.parts.remove(part)
         inside = {id(part.module) for part in self.parts}
         names = {id(p): n for n, p in self.model.named_parameters()}
         touched = self.observed.touched
@@ -268,8 +273,8 @@ class _Search:
         if id(module) in self.observed.unsteady:
             raise CaptureError("", reason="forward changes what the module holds")
         programs = _PartPrograms(self.model, path, module, self.tp)
-        for args, kwargs in calls:
-            programs.capture(args, kwargs)
+        for call in calls:
+            programs.capture(call.args, call.kwargs)
         aliases = tied_names(module)
         names = {n: self.tied[f"{path}.{n}"] for n in aliases.values()}
         return Part(path, module, programs, calls, aliases, names)
@@ -344,6 +349,6 @@ def _decide(division: Division, stored: Mapping[str, Layout] | None) -> None:
 def _rewritten(part: Part, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
     """Make a part's programs with some layouts given; the layouts of what is split, by the names in the model."""
     part.programs.settle({n: chosen[full] for n, full in part.names.items() if full in chosen})
-    for args, kwargs in part.calls:
-        part.programs.find(args, kwargs)
+    for call in part.calls:
+        part.programs.find(call.args, call.kwargs)
     return {part.names[n]: layout for n, layout in (part.programs.stored or {}).items()}

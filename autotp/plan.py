@@ -304,8 +304,8 @@ def plan_of(division: Division, tp: int) -> Plan:
     collectives, gathered = [], []
     for part in [*division.parts, *division.idle]:
         prefix = f"{part.path.replace('.', '_')}_" if part.path else ""
-        for args, kwargs in part.calls:
-            rewritten, _ = part.programs.find(args, kwargs)
+        for call in part.calls:
+            rewritten, _ = part.programs.find(call.args, call.kwargs)
             for weight in _weights(rewritten, part):
                 if found.get(weight.name, weight).why == _UNUSED or weight.name not in found:
                     found[weight.name] = weight

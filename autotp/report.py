@@ -108,8 +108,7 @@ def totals(plan: Plan) -> str:
         f"{len(whole)} weights of {sum(w.elements for w in whole):,} elements stay whole",
     ]
     if plan.seams:
-        lines.append("not captured as one graph; seams at")
-        lines += [f"  {seam}" for seam in _folded_seams(plan.seams)]
+        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in _folded_seams(plan.seams))]
     if plan.gathered:
         lines.append("made whole: " + ", ".join(plan.gathered))
     return "\n".join(lines)
@@ -176,5 +175,7 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
     for kind, errors in (("output", report.outputs), ("gradient", report.gradients)):
         lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]
     lines += [f"    only on one side: {n}" for n in report.missing]
+    if report.seams:
+        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in _folded_seams(report.seams))]
     lines.append("verdict: " + ("the parallel model equals the dense one" if report.ok else "NOT EQUAL"))
     return "\n".join(lines)

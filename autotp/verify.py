@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from autotp.capture import flatten_call
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
-from autotp.parts import divide
+from autotp.parts import Seam, divide
 from autotp.simulate import Simulation
 
 __all__ = ["Float64", "Report", "compare", "relative_error", "verify"]
@@ -82,6 +82,8 @@ class Report:
         diverging: the first such value.
         tolerance: what errors must stay under.
         dtype: the dtype compared in.
+        missing: outputs and gradients that only one side has.
+        seams: where capture ended, of a model captured in parts.
     """
 
     model: str
@@ -94,6 +96,7 @@ class Report:
     tolerance: float
     dtype: torch.dtype
     missing: tuple[str, ...] = field(default=())
+    seams: tuple[Seam, ...] = field(default=())
 
     @property
     def worst_output(self) -> float:
@@ -177,6 +180,7 @@ def compare(
         tolerance=tolerance,
         dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
         missing=tuple(sorted((dense.keys() ^ found.keys()) | (dense_grads.keys() ^ found_grads.keys()))),
+        seams=tuple(parallel.division.seams),
     )
 
 
