@@ -98,8 +98,9 @@ def refuse_own_backward(results: Iterable[torch.Tensor], leaves: Iterable[torch.
 
 
 def _defined(function: Any) -> str:
-    """``path:line`` where a class is defined, where that can be found."""
+    """``path:line`` where a class is defined, if that can be found and is not within torch."""
     try:
-        return f"{inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
+        path = inspect.getsourcefile(function) or ""
+        return f"{path}:{inspect.getsourcelines(function)[1]}" if "/torch/" not in path else ""
     except (OSError, TypeError):
         return ""

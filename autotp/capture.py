@@ -151,7 +151,7 @@ class _Flat(nn.Module):
                     "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
                     "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
                 )
-        refuse_own_backward(results, [*self.model.parameters(), *tensors])
+        refuse_own_backward(results, [*self.model.parameters(), *self.model.buffers(), *tensors])
         return tuple(results)
 
 
