@@ -309,9 +309,9 @@ def test_what_forward_does_beside_returning_is_done(how: str) -> None:
         assert report.ok, str(report)
         return
     x, seen = torch.randn(2, 8, 64).double(), []  # the two runs of a comparison both change it
-    for run in (model, autotp.simulate(model, 2, example_inputs=(x,))):
+    for each in (model, autotp.simulate(model, 2, example_inputs=(x,))):
         model.keeps.mean.zero_()
-        seen.append((run(x), model.keeps.mean.clone()))
+        seen.append((each(x), model.keeps.mean.clone()))
     assert all(relative_error(a, b) < 1e-12 for a, b in zip(*seen, strict=True))
     assert seen[0][1].any()
 
