@@ -1,16 +1,16 @@
 """What a model's own code says about its backward, which a captured graph would lose without a word.
 
 torch.export records what runs forward; gradients are then those of the recorded ops. An
-``autograd.Function`` with a backward of its own, a hook on a hidden tensor or on a submodule's
-gradients, or gradients taken inside forward would be gone. Each is refused by name here, so that what
-holds it stays the Python that it is (see :mod:`autotp.parts`).
+``autograd.Function`` whose backward is another (see :mod:`autotp.functions`), a hook on a hidden tensor
+or on a submodule's gradients, or gradients taken inside forward would be gone. Each is refused by name
+here, so that what holds it stays the Python that it is (see :mod:`autotp.parts`).
 """
 
 from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from autotp.errors import CaptureError
 
-__all__ = ["OwnBackward", "refuse_backward_hooks", "refuse_own_backward"]
+__all__ = ["OwnBackward", "refuse_backward_hooks", "refuse_function", "refuse_own_backward"]
 
 _REFUSED = {
     torch.Tensor.register_hook: "registers a hook on a tensor's gradient",
@@ -66,12 +66,27 @@ def refuse_backward_hooks(model: nn.Module) -> None:
             raise CaptureError(f"{reason}, which a captured graph would lose", reason=reason)
 
 
-def refuse_own_backward(results: Iterable[torch.Tensor], leaves: Iterable[torch.Tensor]) -> None:
+def refuse_function(function: type) -> None:
+    """Raise for an ``autograd.Function`` whose backward a captured graph would lose.
+
+    Raises:
+        CaptureError: it names the Function and where it is defined.
+    """
+    place = _defined(function)
+    reason = f"autograd.Function {function.__name__} has a backward of its own"
+    said = f"{reason}{f' ({place})' if place else ''}, which a captured graph would lose"
+    raise CaptureError(said, place=place, reason=reason)
+
+
+def refuse_own_backward(
+    results: Iterable[torch.Tensor], leaves: Iterable[torch.Tensor], agreeing: Container[Any] = ()
+) -> None:
     """Raise if results, traced with gradients on, depend on a derivative or a parameter that a graph cannot hold.
 
     Args:
         results: what the model returned.
         leaves: the model's parameters and inputs.
+        agreeing: the Functions whose backward is the derivative of their forward.
 
     Raises:
         CaptureError: it names the ``autograd.Function``, or the shape of the tensor.
@@ -81,12 +96,10 @@ def refuse_own_backward(results: Iterable[torch.Tensor], leaves: Iterable[torch.
     seen = set(pending)
     while pending:
         node = pending.pop()
-        function = getattr(type(node), "_forward_cls", None)
-        if isinstance(node, BackwardCFunction) and not str(getattr(function, "__module__", "")).startswith(_KEPT):
-            place = _defined(function)
-            reason = f"autograd.Function {getattr(function, '__name__', type(node).__name__)} has a backward of its own"
-            said = f"{reason}{f' ({place})' if place else ''}, which a captured graph would lose"
-            raise CaptureError(said, place=place, reason=reason)
+        if isinstance(node, BackwardCFunction):
+            function: Any = getattr(type(node), "_forward_cls", type(node))
+            if function not in agreeing and not str(function.__module__).startswith(_KEPT):
+                refuse_function(function)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
             reason = f"uses a tensor {tuple(variable.shape)} that requires a gradient and is no parameter of it"

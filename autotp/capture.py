@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from autotp.backward import OwnBackward, refuse_backward_hooks, refuse_own_backward
+from autotp.backward import OwnBackward, refuse_backward_hooks, refuse_function, refuse_own_backward
 from autotp.errors import CaptureError
+from autotp.functions import checked_functions
 from autotp.inputs import device_of
 from passes import canonicalize, differentiable, functionalize, simplify
 from passes.graphs import is_random, is_tensor, where
@@ -119,6 +120,7 @@ class _Outputs:
     spec: Any = None
     leaves: list[tuple[bool, Any]] = field(default_factory=list)
     refills: bool = False
+    agreeing: Container[type] = ()
 
 
 class _Flat(nn.Module):
@@ -151,7 +153,9 @@ class _Flat(nn.Module):
                     "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
                     "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
                 )
-        refuse_own_backward(results, [*self.model.parameters(), *self.model.buffers(), *tensors])
+        refuse_own_backward(
+            results, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing
+        )
         return tuple(results)
 
 
@@ -249,7 +253,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             try:
-                with OwnBackward():
+                with OwnBackward(), checked_functions(capturing, refuse_function) as outputs.agreeing:
                     exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
             except CaptureError:
                 raise

@@ -83,6 +83,37 @@ class Net(nn.Module):
         return F.linear(x, self.embed.weight) if self.tied == "in forward" else self.head(x)
 
 
+class _Fast(torch.autograd.Function):
+    """A GELU with the derivative that autograd would take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(1.702 * x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(1.702 * x)
+        return grad * (s + 1.702 * x * s * (1 - s))
+
+
+class _Clipped(torch.autograd.Function):
+    """The identity, with no gradient where it is large."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.where(ctx.saved_tensors[0].abs() > 5, 0.0, grad)
+
+
 def _branch(net: Net, x: torch.Tensor) -> torch.Tensor:
     return x * 2 if (x > 0).any() else x
 
@@ -160,6 +191,7 @@ def test_python_between_parts(name: str) -> None:
 def test_without_the_refusals_those_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward, "_REFUSED", {})
     monkeypatch.setattr("autotp.capture.refuse_own_backward", lambda *_: None)
+    monkeypatch.setattr("autotp.capture.refuse_function", lambda *_: None)
     report, plan = verified(Net(BETWEEN[name], blocks=1))
     assert not plan.seams
     assert not report.ok
@@ -184,6 +216,33 @@ class _Calls(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.function(*args)
+
+
+@pytest.mark.parametrize("function", [_Fast, _Clipped, _Scale])
+def test_functions_that_compute_the_derivative_themselves_are_captured(function: Any) -> None:
+    apply, forward = function.apply, function.forward
+    model = nn.Sequential(nn.Linear(64, 256), _Calls(lambda x: apply(x)), nn.Linear(256, 64))
+    report, plan = verified(model, torch.randn(2, 8, 64).double())
+    assert report.ok, str(report)
+    assert bool(plan.seams) == (function is not _Fast)
+    assert function.forward is forward
+    if function is _Fast:
+        assert plan.share_split == 1.0
+        assert not plan.gathered
+    else:
+        assert f"autograd.Function {function.__name__} has a backward of its own" in str(plan)
+
+
+def test_bloom_in_training_is_captured_whole_with_its_own_gelu() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=101, hidden_dropout=0.0, attention_dropout=0.0)
+    ids = torch.randint(4, 100, (2, 12))
+    model = BloomForCausalLM(config).train()
+    report, plan = verified(model, input_ids=ids, labels=ids, use_cache=False, tolerance=1e-5)
+    assert report.ok, str(report)
+    assert not plan.seams
+    assert plan.share_split == 1.0
 
 
 def test_hooks_of_submodules() -> None:
