@@ -119,8 +119,8 @@ def checked_functions(active: Callable[[], bool], refuse: Callable[[type], None]
     own = [c for c in _subclasses(torch.autograd.Function) if not f"{c.__module__}.".startswith("torch.")]
     replaced = [(cls, cls.__dict__["forward"]) for cls in own if "forward" in cls.__dict__]
 
-    def watched(cls: type, forward: Callable[..., Any]) -> Any:
-        alone = cls.setup_context is not torch.autograd.Function.setup_context  # type: ignore[attr-defined]
+    def watched(cls: Any, forward: Callable[..., Any]) -> Any:
+        alone = cls.setup_context is not torch.autograd.Function.setup_context
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             if active():
@@ -136,9 +136,9 @@ def checked_functions(active: Callable[[], bool], refuse: Callable[[type], None]
         return staticmethod(checked)
 
     for cls, _ in replaced:
-        cls.forward = watched(cls, cls.forward)  # type: ignore[attr-defined]
+        cls.forward = watched(cls, cls.forward)
     try:
         yield agreeing
     finally:
         for cls, forward in replaced:
-            cls.forward = forward  # type: ignore[attr-defined]
+            cls.forward = forward

@@ -236,7 +236,9 @@ def test_functions_that_compute_the_derivative_themselves_are_captured(function:
 def test_bloom_in_training_is_captured_whole_with_its_own_gelu() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
-    config = BloomConfig(hidden_size=64, n_layer=1, n_head=4, vocab_size=101, hidden_dropout=0.0, attention_dropout=0.0)
+    config = BloomConfig(
+        hidden_size=64, n_layer=1, n_head=4, vocab_size=1001, hidden_dropout=0.0, attention_dropout=0.0
+    )
     ids = torch.randint(4, 100, (2, 12))
     model = BloomForCausalLM(config).train()
     report, plan = verified(model, input_ids=ids, labels=ids, use_cache=False, tolerance=1e-5)
