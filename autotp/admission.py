@@ -10,14 +10,11 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from autotp.errors import AutoTPError
-from autotp.watch import HOOKS, check_global_hooks
+from autotp.hooks import refuse_global_hooks
 
 __all__ = ["DTENSOR", "admit", "is_a"]
 
 DTENSOR = "torch.distributed.tensor.DTensor"
-
-_RECORDERS = "transformers.utils.output_capturing"
-"""transformers' own recorders of hidden states do nothing but while its forward runs, at capture too."""
 
 
 def is_a(value: Any, path: str) -> bool:
@@ -34,21 +31,20 @@ def admit(model: nn.Module) -> None:
     """Refuse a model of which a graph would not compute what its Python does.
 
     Adapters, parametrizations and whatever else is modules, tensors and functions of them is captured as any
-    other model. Hooks run at capture only, wrappers and compiled code are no Python to capture, and packed
-    or distributed weights cannot be cut; the hooks of the model itself run around the graph, as ever.
+    other model. Wrappers and compiled code are no Python to capture, packed or distributed weights cannot be
+    cut, and hooks on gradients of parameters would see shares; those on modules run (see
+    :mod:`autotp.hooks`), but not those on all modules at once.
 
     Raises:
         AutoTPError: it names the module or parameter and what to do. Nothing has been changed.
     """
-    check_global_hooks()
+    refuse_global_hooks()
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in tensors:
             _check_tensor(f"{kind} {name}", tensor)
     for name, module in model.named_modules():
         where = f"{name} ({type(module).__name__})" if name else f"this {type(module).__name__}"
         _check_class(where, module)
-        if name:
-            _check_hooks(where, module)
         for attribute, value in module.__dict__.items():
             if isinstance(value, torch.ScriptObject):
                 raise AutoTPError(
@@ -68,17 +64,6 @@ def _check_class(where: str, module: nn.Module) -> None:
     fsdp = is_a(module, "torch.distributed.fsdp.FullyShardedDataParallel")
     if fsdp or isinstance(module, (DataParallel, DistributedDataParallel)):
         raise AutoTPError(f"{where} wraps a module for data parallelism: pass the module inside it")
-
-
-def _check_hooks(where: str, module: nn.Module) -> None:
-    for kind, what in HOOKS.items():
-        for hook in module.__dict__[kind].values():
-            if getattr(hook, "__module__", "") != _RECORDERS:
-                raise AutoTPError(
-                    f"{where} has {what}, {getattr(hook, '__qualname__', type(hook).__name__)}: it would run when the "
-                    "model is captured and never again. Remove it (a weight_norm of torch.nn.utils: use the one of "
-                    "torch.nn.utils.parametrizations), put what it does into forward, or hook the model itself"
-                )
 
 
 def _check_tensor(where: str, tensor: torch.Tensor) -> None:

@@ -59,15 +59,17 @@ class Agreement:
         mesh: this process among the ranks.
         model: what to call the model in messages.
         timeout: how long a rank waits for the others.
+        debug: whether calls are compared in the values of inputs and of whole parameters, too.
 
     Attributes:
         number: how many steps this rank has begun.
         doing: the last of them, for messages.
+        steps: how many steps optimizers have taken on the model's parameters.
     """
 
-    def __init__(self, mesh: Mesh, model: str, timeout: timedelta) -> None:
-        self.mesh, self.model, self.timeout = mesh, model, timeout
-        self.number, self.doing = 0, "parallelize"
+    def __init__(self, mesh: Mesh, model: str, timeout: timedelta, debug: bool = False) -> None:
+        self.mesh, self.model, self.timeout, self.debug = mesh, model, timeout, debug
+        self.number, self.doing, self.steps = 0, "parallelize", 0
         self._group: dist.ProcessGroup | None = None
         if mesh.group is not None:
             ranks = dist.get_process_group_ranks(mesh.group)

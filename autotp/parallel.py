@@ -12,15 +12,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.admission import admit
-from autotp.agreement import checksum, digest
-from autotp.calls import Programs
-from autotp.capture import Dense, flatten_call
-from autotp.errors import AutoTPError
+from autotp.agreement import Agreement, checksum, digest
+from autotp.capture import flatten_call
+from autotp.divided import Divided
+from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call
+from autotp.parts import Division, divide, divide_in_parts
 from autotp.plan import Plan
-from autotp.process import TIMEOUT, Mesh, join
+from autotp.process import TIMEOUT, Mesh, ProcessFabric, join
 from autotp.rewrite import RankGraph
-from autotp.runtime import Runtime
+from autotp.runtime import Runtime, Whole
 from autotp.shards import local_part, shards_of
 
 __all__ = ["full_gradients", "full_state_dict", "graph", "parallelize"]
@@ -79,7 +80,9 @@ def parallelize(
 
     The model is captured as an fx graph, rewritten so that each rank computes its part, and its weights
     are cut to what the rank holds. Class, config, ``state_dict`` keys, signature and outputs stay as
-    they were; ``forward`` runs the rewritten graph, forward and backward, on every rank.
+    they were; ``forward`` runs the rewritten graph, forward and backward, on every rank. A model that
+    cannot be captured whole runs its own Python between its largest parts that can be, and a
+    PartialCaptureWarning names the places.
 
     Args:
         model: the dense model, the same on every rank. Where weights differ, rank 0's are taken.
@@ -103,9 +106,10 @@ def parallelize(
     Raises:
         LaunchError: there is no process group and no launcher's environment; it shows what to type.
         MismatchError: ranks differ in ``tp``, in the model, or in the inputs' structure. All raise.
-        CaptureError: the model cannot be captured; nothing has been changed.
+        CaptureError: the model cannot be captured, and no part of it either; it is as it was, with rank 0's
+            weights.
         PlanError: the plan is for another model or another ``tp``.
-        AutoTPError: the model has hooks inside, is compiled, wrapped or quantized; nothing has been changed.
+        AutoTPError: the model is compiled, wrapped or quantized; nothing has been changed.
 
     Afterwards calls, ``full_state_dict``, ``full_gradients`` and ``clip_grad_norm_`` are compared among the
     ranks before they start: a MismatchError on all of them says what differs.
@@ -123,7 +127,6 @@ def parallelize(
 def _parallelize(
     model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool
 ) -> nn.Module:
-    tp = place.tp
     with place.together("finding example inputs"):
         meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
         if meta is not None:
@@ -131,13 +134,10 @@ def _parallelize(
         admit(model)
         args, kwargs = example_call(model, example_inputs)
     place.agree({"debug": debug, "timeout": timeout} | _structure(model, args, kwargs))
-    with place.together("rewriting the model"):
-        if plan is not None:
-            plan.check(model, tp)
-        programs = Programs(model, tp, Dense.of(model), plan.stored if plan is not None else None)
-        programs.find(args, kwargs)
-    stored = dict(programs.stored or {})
-    place.agree({f"layout of {name}": str(layout) for name, layout in stored.items()})
+    division = _division(model, place, args, kwargs, plan)
+    division.warn(4)
+    stored = division.stored
+    place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in stored.items()})
     _share_weights(model, place)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -148,17 +148,59 @@ def _parallelize(
                 if grad is not None:
                     parameter.grad = local_part(grad, shards, place.rank).clone()
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
-    Runtime(model, place, programs, seed, timeout, debug).attach()
+    agreement = Agreement(place, type(model).__name__, timeout, debug)
+    fabric = ProcessFabric(place, seed, agreement.missing, timeout)
+    runtime: Runtime
+    if division.is_whole:
+        runtime = Whole(model, division.parts[0].programs, agreement, fabric)
+    else:
+        runtime = Divided(division, agreement, seed, fabric)
+    for part in division.parts:
+        part.calls.clear()  # they hold values of the example
+    runtime.attach()
+    runtime.surround()
     return model
+
+
+def _division(
+    model: nn.Module, place: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None
+) -> Division:
+    """The model's parts, the same on every rank; where it must run to find them, it runs with rank 0's weights."""
+    stored = plan.stored if plan is not None else None
+    division, failed = None, None
+    with place.together("rewriting the model"):
+        if plan is not None:
+            plan.check(model, place.tp)
+        try:
+            division = divide(model, place.tp, args, kwargs, stored, in_parts=False)
+        except CaptureError as error:
+            failed = error
+    place.agree({"the model can be captured whole": failed is None})
+    if failed is None:
+        assert division is not None
+        return division
+    _share_weights(model, place)
+    with place.together("capturing the model in parts"):
+        return divide_in_parts(model, place.tp, args, kwargs, failed, stored)
 
 
 def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
+    Args:
+        model: a parallelized model; of one that was captured in parts, the module that is a part.
+
+    Raises:
+        AutoTPError: the model is not parallelized, or runs as several graphs; it lists them.
+
     Example:
         >>> print(autotp.graph(model))
     """
     runtime = _runtime(model)
+    if isinstance(runtime, Divided):
+        paths = ", ".join(f"model.{p.path}" for p in runtime.parts)
+        raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
+    assert isinstance(runtime, Whole)
     assert runtime.programs.last is not None
     return runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
 

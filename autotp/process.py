@@ -215,6 +215,11 @@ class ProcessFabric:
         group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
         return _ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing)
 
+    def restart(self, seed: int) -> None:
+        """Start the streams of random numbers anew."""
+        self.seed = seed
+        self._streams.clear()
+
     @contextlib.contextmanager
     def random(self, same: bool, device: torch.device) -> Iterator[None]:
         """Random numbers from the stream shared by all ranks, or from this rank's own."""

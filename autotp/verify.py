@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.admission import admit
-from autotp.calls import Programs
-from autotp.capture import Dense, flatten_call
+from autotp.capture import flatten_call
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
+from autotp.parts import Seam, divide
 from autotp.simulate import Simulation
 
 __all__ = ["Float64", "Report", "compare", "relative_error", "verify"]
@@ -84,6 +84,8 @@ class Report:
         diverging: the first such value.
         tolerance: what errors must stay under.
         dtype: the dtype compared in.
+        missing: outputs and gradients that only one side has.
+        seams: where capture ended, of a model captured in parts.
     """
 
     model: str
@@ -96,6 +98,7 @@ class Report:
     tolerance: float
     dtype: torch.dtype
     missing: tuple[str, ...] = field(default=())
+    seams: tuple[Seam, ...] = field(default=())
 
     @property
     def worst_output(self) -> float:
@@ -185,6 +188,7 @@ def compare(
         tolerance=tolerance,
         dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
         missing=tuple(sorted((dense.keys() ^ found.keys()) | (dense_grads.keys() ^ found_grads.keys()))),
+        seams=tuple(parallel.division.seams),
     )
 
 
@@ -237,7 +241,7 @@ def verify(
     with torch.enable_grad(), mode:
         if example_inputs is None:
             kwargs = _with_labels(dense, args, kwargs)
-        programs = Programs(dense, tp, Dense.of(dense))
-        programs.find(args, kwargs)
-        parallel = Simulation(dense, tp, programs, record=True)
+        division = divide(dense, tp, args, kwargs)
+        division.warn()
+        parallel = Simulation(dense, tp, division, record=True)
         return compare(dense, parallel, args, kwargs, 1e-10 if dtype is torch.float64 else 1e-5)

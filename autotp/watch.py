@@ -2,32 +2,26 @@
 
 A graph holds the tensors' names, and everything else as it was at capture. So each call looks whether the
 model still is what was captured: modes, dtypes and plain attributes that changed make another graph;
-parameters and buffers are read where they are; modules, hooks or forwards that changed are an error.
+parameters and buffers are read where they are; modules, hooks or forwards that changed are an error. A model
+with parts runs the Python around them, which may change as it likes, as long as the parts stay.
 """
 
 from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from autotp.errors import AutoTPError
+from autotp.forwards import own_forward
+from autotp.hooks import HOOKS, refuse_global_hooks
 
-__all__ = ["HOOKS", "Watch", "check_global_hooks"]
-
-HOOKS = {
-    "_forward_hooks": "a forward hook",
-    "_forward_pre_hooks": "a forward pre-hook",
-    "_backward_hooks": "a backward hook",
-    "_backward_pre_hooks": "a backward pre-hook",
-}
-"""Where a module keeps the hooks that run in its calls, and what they are."""
+__all__ = ["Watch", "dotted"]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
@@ -36,14 +30,13 @@ _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter(
 Place = tuple[str, str]
 
 
-def check_global_hooks() -> None:
-    """Raise an AutoTPError if hooks are registered for all modules (``register_module_forward_hook``)."""
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    if any(getattr(torch_module, f"_global_{kind}_hooks", None) for kind in kinds):
-        raise AutoTPError(
-            "hooks are registered for all modules (torch.nn.modules.module.register_module_..._hook), but the "
-            "submodules of a parallelized model are not called: remove them, or register them on the model itself"
-        )
+def dotted(*names: str) -> str:
+    """Names as one path; empty ones are left out.
+
+    >>> dotted("", "blocks.0", "scale")
+    'blocks.0.scale'
+    """
+    return ".".join(filter(None, names))
 
 
 class Watch:
@@ -52,10 +45,14 @@ class Watch:
     Args:
         model: the model.
         shape: the shape that a parameter should have here, by name.
+        parts: the parts that run as graphs, by path, each of which has a watch of its own; left out, the
+            model is one graph.
     """
 
-    def __init__(self, model: nn.Module, shape: Callable[[str], Sequence[int]]) -> None:
-        self.model, self._shape = model, shape
+    def __init__(
+        self, model: nn.Module, shape: Callable[[str], Sequence[int]], parts: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        self.model, self._shape, self._parts = model, shape, parts
         self._attributes: dict[Place, Any] = {}
         self._first: dict[Place, Any] = {}
         self._last: Any = None
@@ -72,13 +69,18 @@ class Watch:
         self._first = {**self._first, **dict(self._attributes.items() - before.items())}
         self._changes = self._differing()
 
+    def follow(self) -> None:
+        """Take what has changed since the last look for how it was at first: a model's own forward did it."""
+        if self._snapshot() != self._last:
+            self.settle()
+
     def look(self) -> str:
         """What is not as it was at first: where the text is the same, the graphs are.
 
         Raises:
             AutoTPError: something has changed that no graph can follow. The next call looks, and raises, again.
         """
-        check_global_hooks()
+        refuse_global_hooks()
         if self._settled is None:
             self.settle()
         elif self._snapshot() != self._last:
@@ -112,8 +114,8 @@ class Watch:
         for name, module in modules:
             self._watch(name, module.__dict__, seen)
             for key, value in module.__dict__.items():
-                if hasattr(value, "__dict__") and not callable(value):  # a config
-                    self._watch(f"{name}.{key}".lstrip("."), value.__dict__, seen)
+                if hasattr(value, "__dict__") and not callable(value) and key != "_autotp":  # a config
+                    self._watch(dotted(name, key), value.__dict__, seen)
         for name, buffer in self.model.named_buffers():
             self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
         self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
@@ -137,12 +139,15 @@ class Watch:
         return list(map(len, self._dicts)), any(self._empty), held, values, sizes
 
     def _facts(self) -> dict[Place, Any]:
-        """What must stay: submodules, their hooks and forwards, the names of parameters."""
+        """What must stay: submodules, their hooks and forwards; of a model with parts these modules."""
         facts: dict[Place, Any] = {}
+        if self._parts is not None:
+            modules = dict(self.model.named_modules(remove_duplicate=False))
+            return {(path, "module"): modules.get(path) for path in self._parts}
         for name, module in self.model.named_modules():
             if name:
                 facts[name, "module"] = module
-                facts[name, "a forward of its own"] = module.__dict__.get("forward")
+                facts[name, "a forward of its own"] = own_forward(module)
                 facts |= {(name, what): list(module.__dict__[kind].values()) for kind, what in HOOKS.items()}
         return facts
 
@@ -155,11 +160,11 @@ class Watch:
             name, what = place
             happened = "was replaced, added or removed" if what == "module" else f"got or lost {what}"
             raise AutoTPError(
-                f"{name} {happened} since autotp.parallelize: the graph does not call it, so this would change "
+                f"{name} {happened} since autotp.parallelize: the graph is of what was there, so this would change "
                 "nothing. Undo it, or do it before parallelize (hooks: on the model itself)"
             )
         names = self._tied()
-        for name in sorted(names.keys() | self._ties.keys()):
+        for name in () if self._parts is not None else sorted(names.keys() | self._ties.keys()):
             if name not in names or name not in self._ties:
                 raise AutoTPError(
                     f"parameter {name} was {'added' if name in names else 'removed'} since autotp.parallelize, and the "

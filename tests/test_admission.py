@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import autotp
-from autotp.verify import relative_error
+from autotp.verify import compare, relative_error
 from tests.models import MLP, SmallGPT, make
 
 X = torch.linspace(-1, 1, 2 * 5 * 64).view(2, 5, 64).sin()
@@ -22,15 +22,6 @@ X = torch.linspace(-1, 1, 2 * 5 * 64).view(2, 5, 64).sin()
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return MLP(64, 128)
-
-
-def _hooked(kind: str) -> Callable[[], nn.Module]:
-    def make_one() -> nn.Module:
-        model = mlp()
-        getattr(model[1], f"register_{kind}")(lambda *args: None)
-        return model
-
-    return make_one
 
 
 def _changed(change: Callable[[nn.Sequential], Any]) -> Callable[[], nn.Module]:
@@ -55,16 +46,11 @@ def _packed(model: nn.Sequential) -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "forward hook": (_hooked("forward_hook"), r"^1 \(GELU\) has a forward hook, .*<lambda>"),
-    "forward pre-hook": (_hooked("forward_pre_hook"), r"^1 \(GELU\) has a forward pre-hook"),
-    "full backward hook": (_hooked("full_backward_hook"), r"^1 \(GELU\) has a backward hook"),
-    "full backward pre-hook": (_hooked("full_backward_pre_hook"), r"^1 \(GELU\) has a backward pre-hook"),
     "gradient hook": (_changed(lambda m: m[0].weight.register_hook(lambda g: g)), "parameter 0.weight has a hook"),
     "post-accumulate hook": (
         _changed(lambda m: m[0].bias.register_post_accumulate_grad_hook(lambda p: None)),
         "parameter 0.bias has a hook",
     ),
-    "weight_norm by hooks": (_changed(lambda m: nn.utils.weight_norm(m[0])), r"^0 \(Linear\) has a forward pre-hook"),
     "torch.compile": (lambda: torch.compile(mlp()), "this OptimizedModule is compiled by torch.compile"),
     "compile of a part": (_changed(lambda m: m[2].compile()), r"^2 \(Linear\) is compiled"),
     "TorchScript": (_changed(lambda m: torch.jit.trace(m, X)), "TorchScript"),
@@ -135,6 +121,43 @@ def test_modified_models_that_are_functions_of_tensors_are_right(name: str) -> N
     RIGHT[name](model)
     report = autotp.verify(model, 2, example_inputs=(X,))
     assert report.ok, str(report)
+
+
+HOOKS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "forward hook": (lambda m: m.register_forward_hook(lambda _, x, y: y * 3), "a forward hook"),
+    "forward pre-hook": (lambda m: m.register_forward_pre_hook(lambda _, x: (x[0] * 3,)), "a forward pre-hook"),
+    "full backward hook": (lambda m: m.register_full_backward_hook(lambda _, g, out: (g[0] * 3,)), "a backward hook"),
+    "full backward pre-hook": (
+        lambda m: m.register_full_backward_pre_hook(lambda _, g: (g[0] * 3,)), "a backward pre-hook"
+    ),
+    "weight_norm by hooks": (nn.utils.weight_norm, "a forward pre-hook"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_submodules_run_around_parts(name: str) -> None:
+    hook, said = HOOKS[name]
+    model, x = mlp().append(mlp()).double(), X.double().requires_grad_(True)
+    hook(model[0])
+    with pytest.warns(autotp.PartialCaptureWarning, match=rf"the model: 0 \(Linear\) has {said}"):
+        parallel = autotp.simulate(model, 2, example_inputs=(x,), record=True)
+    report = compare(model, parallel, (x,), {})
+    assert report.ok, str(report)
+    assert "input 0" in report.gradients
+
+
+@pytest.mark.filterwarnings("ignore::autotp.PartialCaptureWarning")
+def test_a_hook_that_only_looks_sees_every_call() -> None:
+    model, seen = mlp(), []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    parallel = autotp.simulate(model, 2, example_inputs=(X,))
+    seen.clear()
+    for run in (model, parallel, parallel):
+        run(X)
+    assert len(seen) == 3
+    assert relative_error(seen[0], seen[1]) < 1e-5
+    assert torch.equal(seen[1], seen[2])
 
 
 def test_transformers_recorders_are_no_hooks_of_the_user() -> None:
