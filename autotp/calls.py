@@ -36,6 +36,13 @@ class Programs:
     need a gradient, which dims are of size one, train or eval, the weights' dtypes, plain attributes that
     were changed. The first program decides how the weights are split; the others follow.
 
+    Args:
+        model: the module.
+        tp: the number of ranks.
+        dense: the shapes of its whole weights.
+        stored: the weights' layouts, where they are settled.
+        path: the module's name in the model (``""``: the model itself).
+
     Attributes:
         stored: the weights' layouts, once the first program is made.
         settled: the layouts of those weights about which the first program has no say.
@@ -44,14 +51,16 @@ class Programs:
         comparison: how the ranks compare each call; None for one process.
     """
 
-    def __init__(self, model: nn.Module, tp: int, dense: Dense, stored: Mapping[str, Layout] | None = None) -> None:
-        self.model, self.tp, self.dense, self.stored = model, tp, dense, stored
+    def __init__(
+        self, model: nn.Module, tp: int, dense: Dense, stored: Mapping[str, Layout] | None = None, path: str = ""
+    ) -> None:
+        self.model, self.tp, self.dense, self.stored, self.path = model, tp, dense, stored, path
         self.settled: Mapping[str, Layout] = {}
         self.captures = 0
         self._captured: dict[Any, list[Captured]] = {}
         self._by_structure: dict[Any, list[Rewritten]] = {}
         self._graphs: dict[tuple[int, int], RankGraph] = {}
-        self.watch = Watch(model, self.shape)
+        self.watch = Watch(model, self.shape, path=path)
         self.last: Rewritten | None = None
         self.rank: int | None = None
         self.comparison: Comparison | None = None

@@ -50,11 +50,10 @@ class Comparison:
         agreement: through which the ranks compare.
         watch: the module's.
         split: whether the ranks hold different shares of a parameter, by its name in the module.
-        path: the module's name in the model (``""``: the model itself).
     """
 
-    def __init__(self, agreement: Agreement, watch: Watch, split: Callable[[str], Any], path: str = "") -> None:
-        self.agreement, self.watch, self.path = agreement, watch, path
+    def __init__(self, agreement: Agreement, watch: Watch, split: Callable[[str], Any]) -> None:
+        self.agreement, self.watch, self.path = agreement, watch, watch.path
         self._split = split
         self._digests: dict[Any, int] = {}
 

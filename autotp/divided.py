@@ -48,13 +48,13 @@ class Divided(Runtime):
         self.between = ProcessFabric(self.mesh, seed + 1 + self.mesh.tp, agreement.missing, fabric.timeout)
         self.devices = {torch.device("cpu"), device_of(self.model)}
         self._shapes = {n: p.shape for n, p, _ in self.placed()}
-        self._take([_Part(self, p.module, p.programs, agreement, fabric, p.path) for p in division.parts])
+        self._take([_Part(self, p.module, p.programs, agreement, fabric) for p in division.parts])
 
     def _take(self, parts: list[_Part]) -> None:
         self.parts, self.running = parts, False
         self.touches = Touches((), lambda *_: None)
         self._raised: Exception | None = None
-        self.watch = Watch(self.model, self._shape, {p.path: p.model for p in parts})
+        self.watch = Watch(self.model, self._shape, {p.programs.path: p.model for p in parts})
         self.comparison = Comparison(self.agreement, self.watch, self.shards)
 
     @property
@@ -172,7 +172,7 @@ class _Part(Whole):
         if id(self) not in memo:
             copied = self._copied(memo)
             copied.divided = divided
-            copied._take(self.programs.anew(copied.model, divided.model), self.path)
+            copied._take(self.programs.anew(copied.model, divided.model))
         return memo[id(self)]
 
 

@@ -85,15 +85,15 @@ class Guard:
 
     Args:
         name: the submodule's.
-        excused: whether it may be called now all the same; left out, never.
+        excused: whether it may be called now all the same.
     """
 
-    def __init__(self, name: str, excused: Callable[[], bool] | None = None) -> None:
+    def __init__(self, name: str, excused: Callable[[], bool]) -> None:
         self.name, self.excused = name, excused
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Refuse."""
-        if not capturing() and (self.excused is None or not self.excused()):
+        if not capturing() and not self.excused():
             raise AutoTPError(
                 f"{self.name} holds only this rank's share of its weights and cannot be called by itself: call the "
                 "model that was parallelized, or parallelize this module instead of the whole"

@@ -198,7 +198,7 @@ def graph(model: nn.Module) -> RankGraph:
     """
     runtime = _runtime(model)
     if isinstance(runtime, Divided):
-        paths = ", ".join(f"model.{p.path}" for p in runtime.parts)
+        paths = ", ".join(f"model.{p.programs.path}" for p in runtime.parts)
         raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
     assert isinstance(runtime, Whole)
     assert runtime.programs.last is not None

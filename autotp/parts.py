@@ -282,8 +282,8 @@ class _Search:
         """A module as a part, captured for each structure that it was called with."""
         if id(module) in self.observed.unsteady:
             raise CaptureError("", reason="forward changes what the module holds")
-        programs = _PartPrograms(module, self.tp, Dense.of(module))
-        programs.root, programs.path = self.model, path
+        programs = _PartPrograms(module, self.tp, Dense.of(module), path=path)
+        programs.root = self.model
         for call in calls:
             programs.capture(call.args, call.kwargs)
         aliases = tied_names(module)
@@ -295,12 +295,11 @@ class _PartPrograms(Programs):
     """The programs of a part, whose graphs must do all that the module does to what is around it."""
 
     root: nn.Module
-    path: str
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the part, in ``root``: the same layouts, and graphs yet to be made."""
-        programs = _PartPrograms(model, self.tp, self.dense, self.stored)
-        programs.root, programs.path = root, self.path
+        programs = _PartPrograms(model, self.tp, self.dense, self.stored, self.path)
+        programs.root = root
         return programs
 
     def _check(self, captured: Captured) -> None:

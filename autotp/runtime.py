@@ -21,6 +21,7 @@ from autotp.optimizers import check_steps
 from autotp.process import ProcessFabric
 from autotp.registry import register
 from autotp.shards import joined, shards_of
+from autotp.watch import dotted
 from passes import Layout, Shards, fabric
 
 __all__ = ["Runtime", "Whole"]
@@ -53,6 +54,10 @@ class Runtime:
     def attach(self) -> None:
         """Let the module run this in place of its forward."""
         install(self.model, self, self)
+
+    def is_running(self) -> bool:
+        """Whether the module's own Python is running, which may not read a shard unnoticed."""
+        return False
 
     def surround(self) -> None:
         """Let the model load dense tensors, and what torch does to parameters know of this."""
@@ -111,19 +116,16 @@ class Whole(Runtime):
         programs: its programs, one of them made.
         agreement: how the ranks compare what they do.
         fabric: how they communicate.
-        path: the module's name in the model (``""``: the model itself).
     """
 
-    def __init__(
-        self, model: nn.Module, programs: Programs, agreement: Agreement, fabric: ProcessFabric, path: str = ""
-    ) -> None:
+    def __init__(self, model: nn.Module, programs: Programs, agreement: Agreement, fabric: ProcessFabric) -> None:
         super().__init__(model, agreement, fabric)
-        self._take(programs, path)
+        self._take(programs)
 
-    def _take(self, programs: Programs, path: str) -> None:
-        self.programs, self.path = programs, path
+    def _take(self, programs: Programs) -> None:
+        self.programs = programs
         programs.rank = self.mesh.rank
-        programs.comparison = Comparison(self.agreement, programs.watch, self.shards, path)
+        programs.comparison = Comparison(self.agreement, programs.watch, self.shards)
 
     @property
     def stored(self) -> Mapping[str, Layout]:
@@ -141,7 +143,7 @@ class Whole(Runtime):
         for name, module in self.model.named_modules():
             inside = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
             if "_autotp" not in module.__dict__ and any(self.shards(n) for n in inside):
-                module.register_forward_pre_hook(Guard(f"{self.path}.{name}".lstrip(".")))
+                module.register_forward_pre_hook(Guard(dotted(self.programs.path, name), self.is_running))
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the module, and the module's own kind of output."""
@@ -157,6 +159,6 @@ class Whole(Runtime):
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The runtime of a copy of the model: the same ranks, shards and random streams; graphs are made anew."""
         copied = self._copied(memo)
-        copied._take(self.programs.anew(copied.model, copied.model), self.path)
+        copied._take(self.programs.anew(copied.model, copied.model))
         register(copied)
         return copied

@@ -47,12 +47,17 @@ class Watch:
         shape: the shape that a parameter should have here, by name.
         parts: the parts that run as graphs, by path, each of which has a watch of its own; left out, the
             model is one graph.
+        path: what to call the model in messages, if it is a part itself.
     """
 
     def __init__(
-        self, model: nn.Module, shape: Callable[[str], Sequence[int]], parts: Mapping[str, nn.Module] | None = None
+        self,
+        model: nn.Module,
+        shape: Callable[[str], Sequence[int]],
+        parts: Mapping[str, nn.Module] | None = None,
+        path: str = "",
     ) -> None:
-        self.model, self._shape, self._parts = model, shape, parts
+        self.model, self._shape, self._parts, self.path = model, shape, parts, path
         self._attributes: dict[Place, Any] = {}
         self._first: dict[Place, Any] = {}
         self._last: Any = None
@@ -157,7 +162,7 @@ class Watch:
             before, now = settled.get(place), facts.get(place)
             if before is now or (isinstance(before, list) and before == now):
                 continue
-            name, what = place
+            name, what = dotted(self.path, place[0]), place[1]
             happened = "was replaced, added or removed" if what == "module" else f"got or lost {what}"
             raise AutoTPError(
                 f"{name} {happened} since autotp.parallelize: the graph is of what was there, so this would change "
@@ -167,7 +172,7 @@ class Watch:
         for name in () if self._parts is not None else sorted(names.keys() | self._ties.keys()):
             if name not in names or name not in self._ties:
                 raise AutoTPError(
-                    f"parameter {name} was {'added' if name in names else 'removed'} since autotp.parallelize, and the "
+                    f"{self._called(name)} was {'added' if name in names else 'removed'} since autotp.parallelize, and the "
                     "graph does not know of it: do this before parallelize"
                 )
             if names[name] != self._ties[name]:
@@ -181,9 +186,12 @@ class Watch:
             local = tuple(self._shape(name))
             if tuple(parameter.shape) != local:
                 raise AutoTPError(
-                    f"parameter {name} has shape {tuple(parameter.shape)}, but this rank holds {local} of it: "
+                    f"{self._called(name)} has shape {tuple(parameter.shape)}, but this rank holds {local} of it: "
                     "load_state_dict takes dense tensors and cuts them, an assignment does not"
                 )
+
+    def _called(self, name: str) -> str:
+        return f"parameter {dotted(self.path, name)}"
 
     def _tied(self) -> dict[str, str]:
         first: dict[int, str] = {}

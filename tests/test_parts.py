@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import autotp
 from autotp import backward, observe, parts
 from autotp.plan import Plan, plan_of
-from autotp.rewrite import RankGraph
 from autotp.simulate import Simulation
 from autotp.verify import Float64, Report, compare, relative_error
 from tests.models import Block
-from tests.workers import Count, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::autotp.PartialCaptureWarning")
 
@@ -520,94 +517,3 @@ def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
     assert report.ok, str(report)
     assert len(report.gradients) == len(list(model.parameters()))
     assert bool(plan.seams) == reentrant
-
-
-class Dropping(nn.Module):
-    """Dropout between parts and in them, activation checkpointing, a tied head, a branch on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Net(tied="parameter")
-        self.drop = nn.Dropout(0.5)
-        self.blocks = nn.ModuleList(nn.Sequential(block, nn.Dropout(0.5)) for block in self.net.blocks)
-        self.reentrant: bool | None = None
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.drop(self.net.embed(ids))
-        x = x * 2 if (x > 0).any() else x
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.net.head(x)
-
-
-def divided(rank: int, world: int) -> dict[str, Any]:
-    """Dense against parts on real processes, then training steps with dropout and checkpointing."""
-    torch.manual_seed(0)
-    model, ids = Dropping().double().eval(), torch.randint(0, 101, (2, 8))
-    dense = Dropping().double().eval()
-    dense.load_state_dict(model.state_dict())
-    plan = autotp.plan(model, world, example_inputs=(ids,))
-    autotp.parallelize(model, world, example_inputs=(ids,))
-    expected = dense(ids)
-    with Count() as forward:
-        found = model(ids)
-    with Count() as back:
-        found.square().sum().backward()
-    expected.square().sum().backward()
-    gradients, mesh = autotp.full_gradients(model), model.__dict__["_autotp"].mesh
-    errors = {n: relative_error(p.grad, gradients[n]) for n, p in dense.named_parameters() if p.grad is not None}
-    state = autotp.full_state_dict(model)
-    result: dict[str, Any] = {
-        "output": relative_error(expected, found),
-        "gradients": errors,
-        "counts": (sum(forward.calls.values()), sum(back.calls.values())),
-        "planned": (plan.count("forward"), plan.count("backward")),
-        "held": (sum(p.numel() for p in model.parameters()), plan.parameters(rank)),
-        "state": all(torch.equal(state[n], t) for n, t in dense.state_dict().items()),
-        "graph": isinstance(autotp.graph(model.blocks[0]), RankGraph),
-    }
-    for name, call in {"whole": lambda: autotp.graph(model), "inside": lambda: model.net.blocks[0].up(ids)}.items():
-        try:
-            call()
-        except autotp.AutoTPError as error:
-            result[name] = str(error)
-    model.train()
-    torch.manual_seed(100 + rank)  # ranks must not depend on equal seeds
-    runtime = model.__dict__["_autotp"]
-    start = (runtime.between._streams.copy(), runtime.fabric._streams.copy())
-    steps = {}
-    for model.reentrant in (None, False, True):
-        runtime.between._streams.clear()
-        runtime.between._streams.update(start[0])
-        model.zero_grad()
-        outputs = model(ids)
-        outputs.square().sum().backward()
-        own = {n: g for n, g in autotp.full_gradients(model).items() if g is not None}
-        whole = {n: p.grad for n, p in model.named_parameters() if n in own and p.shape == own[n].shape}
-        every = mesh.gathered((outputs, whole))
-        same = all(torch.equal(outputs, o) for o, _ in every)
-        same &= all(torch.equal(g, every[0][1][n]) for _, gs in every for n, g in gs.items())
-        steps[model.reentrant] = (same, outputs.detach(), own)
-    result["same"] = [same for same, _, _ in steps.values()]
-    result["dropped"] = not torch.equal(steps[None][1], expected)
-    result["checkpointed"] = [
-        max(relative_error(g, steps[how][2][n]) for n, g in steps[None][2].items()) for how in (False, True)
-    ]
-    return result
-
-
-def test_parts_on_processes(tmp_path: Path) -> None:
-    for result in run(2, divided, out=tmp_path):
-        assert "error" not in result, result["error"]
-        assert result["output"] < 1e-12
-        assert max(result["gradients"].values()) < 1e-12
-        assert len(result["gradients"]) == 23
-        assert result["counts"] == result["planned"]
-        assert result["held"][0] == result["held"][1]
-        assert result["state"]
-        assert result["graph"]
-        assert "pass one of model.net.embed, " in result["whole"]
-        assert "holds only this rank's share" in result["inside"]
-        assert result["same"] == [True, True, True]
-        assert result["dropped"]
-        assert max(result["checkpointed"]) < 1e-12
