@@ -99,7 +99,7 @@ class Agreement:
             except RuntimeError as failure:
                 raise self.missing(failure) from (error or failure)
             if int(pair[0]) != -int(pair[1]):
-                details = {"what it does": doing, **describe(), **({"error": said} if said else {})}
+                details = {"what it does": doing, **({"error": said} if said else {}), **describe()}
                 found: list[Mapping[str, str]] = [{}] * self.mesh.tp
                 dist.all_gather_object(found, details, group=self._group)
                 if error is None:
@@ -137,6 +137,8 @@ class Agreement:
 
 
 def _differences(found: list[Mapping[str, str]]) -> str:
+    if len({each["what it does"] for each in found}) > 1:  # then all else differs, too
+        found = [{k: each[k] for k in ("what it does", "error") if k in each} for each in found]
     lines = []
     for key in dict.fromkeys(k for each in found for k in each):
         values = [each.get(key, "nothing") for each in found]

@@ -83,7 +83,9 @@ class Comparison:
         """
         leaves, spec = pytree.tree_flatten(((result,), {}))
         named = zip(_paths(leaves, spec), leaves, strict=True) if self.agreement.debug else ()
-        values = {n.replace("args[0]", "result", 1): f"{checksum(x):x}" for n, x in named if _is_tensor(x)}
+        values = {
+            f"values of {n.replace('args[0]', 'result', 1)}": f"{checksum(x):x}" for n, x in named if _is_tensor(x)
+        }
         self.agreement.check("end of the call", digest(str(values)), lambda: values, error)
 
     def _digest(self, key: Any, leaves: list[Any]) -> int:

@@ -172,8 +172,8 @@ class Watch:
         for name in () if self._parts is not None else sorted(names.keys() | self._ties.keys()):
             if name not in names or name not in self._ties:
                 raise AutoTPError(
-                    f"{self._called(name)} was {'added' if name in names else 'removed'} since autotp.parallelize, and the "
-                    "graph does not know of it: do this before parallelize"
+                    f"{self._called(name)} was {'added' if name in names else 'removed'} since autotp.parallelize, and "
+                    "the graph does not know of it: do this before parallelize"
                 )
             if names[name] != self._ties[name]:
                 tied = name != self._ties[name]

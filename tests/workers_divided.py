@@ -183,7 +183,7 @@ def around(rank: int, world: int) -> Result:
     # State, gradients, copies.
     other = Trouble(7).double().state_dict()
     for m in (dense, model):
-        m.load_state_dict(other, assign=m is model)
+        m.load_state_dict(copy.deepcopy(other), assign=m is model)
     found["dense state"] = apart(dense, model, x=x)
     found["full state"] = all(torch.equal(autotp.full_state_dict(model)[n], t) for n, t in other.items())
     asked("all read what was assigned", "read", on=True)
