@@ -175,7 +175,10 @@ def _division(
             division = divide(model, place.tp, args, kwargs, stored, in_parts=False)
         except CaptureError as error:
             failed = error
-    place.agree({"the model can be captured whole": failed is None})
+    everywhere = not any(place.gathered(failed is None))
+    with place.together("rewriting the model"):
+        if failed is not None and not everywhere:
+            raise failed
     if failed is None:
         assert division is not None
         return division
