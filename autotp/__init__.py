@@ -3,7 +3,7 @@
 >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
 """
 
-from autotp.errors import AutoTPError, CaptureError, LaunchError, MismatchError, PlanError
+from autotp.errors import AutoTPError, CaptureError, LaunchError, MismatchError, PartialCaptureWarning, PlanError
 from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
 from autotp.plan import Plan
 from autotp.plan import make_plan as plan
@@ -15,6 +15,7 @@ __all__ = [
     "CaptureError",
     "LaunchError",
     "MismatchError",
+    "PartialCaptureWarning",
     "Plan",
     "PlanError",
     "Report",

@@ -2,69 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from autotp.capture import Dense, capture, flatten_call
+from autotp.agreement import checksum, digest
+from autotp.capture import Captured, Dense, capture, flatten_call
+from autotp.comparison import Comparison, is_constant, kinds
+from autotp.errors import CaptureError
 from autotp.rewrite import RankGraph, Rewritten, rewrite
+from autotp.watch import Watch, dotted
 from passes import Layout
 
 __all__ = ["Programs"]
 
+_MANY = 16
+"""How many captures of one module are no surprise."""
+
+
+def _usable(x: torch.Tensor) -> torch.Tensor:
+    return x.clone() if x.is_inference() else x
+
 
 class Programs:
-    """The rewritten programs of one model, by call structure.
+    """The rewritten programs of one module, by call structure.
 
-    A structure is: which arguments there are and which are None, the constants among them, dtypes,
-    which dims are of size one, train or eval, the weights' dtypes. The first program decides how the
-    weights are split; the others follow.
+    A structure is: which arguments there are and which are None, the constants among them, dtypes, which
+    need a gradient, which dims are of size one, train or eval, the weights' dtypes, plain attributes that
+    were changed. The first program decides how the weights are split; the others follow.
+
+    Args:
+        model: the module.
+        tp: the number of ranks.
+        dense: the shapes of its whole weights.
+        stored: the weights' layouts, where they are settled.
+        path: the module's name in the model (``""``: the model itself).
 
     Attributes:
         stored: the weights' layouts, once the first program is made.
-        captures: how many times the model has been captured.
+        settled: the layouts of those weights about which the first program has no say.
+        captures: how many times the module has been captured.
+        rank: the rank whose shards the module's parameters are; None while they are whole.
+        comparison: how the ranks compare each call; None for one process.
     """
 
-    def __init__(self, model: nn.Module, tp: int, dense: Dense, stored: Mapping[str, Layout] | None = None) -> None:
-        self.model, self.tp, self.dense, self.stored = model, tp, dense, stored
+    def __init__(
+        self, model: nn.Module, tp: int, dense: Dense, stored: Mapping[str, Layout] | None = None, path: str = ""
+    ) -> None:
+        self.model, self.tp, self.dense, self.stored, self.path = model, tp, dense, stored, path
+        self.settled: Mapping[str, Layout] = {}
         self.captures = 0
+        self._captured: dict[Any, list[Captured]] = {}
         self._by_structure: dict[Any, list[Rewritten]] = {}
         self._graphs: dict[tuple[int, int], RankGraph] = {}
-        self._modules = list(model.modules())
-        self._parameters = list(model.parameters())
+        self.watch = Watch(model, self.shape, path=path)
         self.last: Rewritten | None = None
+        self.rank: int | None = None
+        self.comparison: Comparison | None = None
+
+    def anew(self, model: nn.Module, root: nn.Module) -> Programs:
+        """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
+        return Programs(model, self.tp, self.dense, self.stored)
+
+    def shape(self, name: str) -> Sequence[int]:
+        """The shape that a parameter has here."""
+        whole = self.dense.shapes[name]
+        layout = (self.stored or {}).get(name)
+        return whole if self.rank is None or layout is None else layout.local_shape(whole, self.rank)
+
+    def settle(self, settled: Mapping[str, Layout]) -> None:
+        """Give the layouts of some weights, before any call or to make all programs anew."""
+        self.settled, self.stored = settled, None
+        self._by_structure.clear()
+        self._graphs.clear()
 
     def structure(self, leaves: list[Any], spec: Any) -> Any:
-        """The key of a call."""
-        described = tuple(
-            (x.dtype, x.device.type, tuple(n == 1 for n in x.shape)) if isinstance(x, torch.Tensor) else (type(x), x)
-            for x in leaves
-        )
-        return (
-            described,
-            spec,
-            tuple([m.training for m in self._modules]),
-            frozenset([p.dtype for p in self._parameters]),
-            torch.is_autocast_enabled(),
-        )
+        """The key of a call.
+
+        Raises:
+            CaptureError: the content of an argument could change unseen.
+            AutoTPError: the module was changed in a way that its graphs cannot follow.
+        """
+        for x in leaves:
+            if not isinstance(x, torch.Tensor) and not is_constant(x):
+                what = f"a {type(x).__module__}.{type(x).__qualname__}"
+                raise CaptureError(
+                    f"an argument is, or holds, {what}, whose content autotp cannot see: pass tensors, numbers and "
+                    "strings, in tuples, lists and dicts, or register the class with "
+                    "torch.utils._pytree.register_pytree_node",
+                    reason=f"called with {what}, into which pytree cannot see",
+                )
+        return kinds(leaves), spec, self.watch.look(), torch.is_autocast_enabled()
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        """The captured graph of a call, made now if there is none.
+
+        Raises:
+            CaptureError: the call cannot be captured.
+        """
+        leaves, spec = flatten_call(args, kwargs)
+        return self._capture(args, kwargs, self.structure(leaves, spec))
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, list[torch.Tensor]]:
-        """The program for a call, made now if there is none, and the call's tensors in its order."""
+        """The program for a call, made now if there is none, and the call's tensors in its order.
+
+        Raises:
+            MismatchError: the ranks call differently. All raise, and none has begun.
+            CaptureError: the call cannot be captured.
+            AutoTPError: the module was changed in a way that its graphs cannot follow.
+        """
         leaves, spec = flatten_call(args, kwargs)
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        key = self.structure(leaves, spec)
+        key, error = None, None
+        try:
+            key = self.structure(leaves, spec)
+        except Exception as raised:
+            error = raised
+        if self.comparison is not None:
+            self.comparison.call(key, leaves, spec, error)
+        elif error is not None:
+            raise error
         for program in self._by_structure.get(key, ()):
-            if program.fits(tensors):
+            if program.captured.fits(tensors):
                 return program, tensors
-        captured = capture(self.model, args, kwargs, self.dense)
-        self.captures += 1
-        program = rewrite(captured, self.tp, self.stored)
+        agreement = self.comparison.agreement if self.comparison is not None else None
+        with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
+            program = rewrite(self._capture(args, kwargs, key), self.tp, self.stored, self.settled)
+        if agreement is not None:
+            constants = {n: checksum(t) for n, t in program.captured.constants.items()}
+            text = f"{program.graph} {constants}"
+            agreement.check("capture", digest(text), lambda: {"the graph": f"{digest(text):x}"})
         self.stored = program.stored
         self._by_structure.setdefault(key, []).append(program)
         self.last = program
         return program, tensors
+
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Any) -> Captured:
+        tensors = [x for x in flatten_call(args, kwargs)[0] if isinstance(x, torch.Tensor)]
+        known = self._captured.setdefault(key, [])
+        for captured in known:
+            if captured.fits(tensors):
+                return captured
+        if (changes := self.watch.changes()) and self.captures >= _MANY:
+            names = ", ".join(dotted(*place) for place in changes)
+            warnings.warn(
+                f"the model is captured for the {self.captures + 1}th time, because these attributes changed: {names}. "
+                "A graph holds for their values; do not keep counters on modules",
+                stacklevel=2,
+            )
+        with torch.inference_mode(False):  # the graph, and its constants, will serve in training too
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _usable, (args, kwargs))
+            captured = capture(self.model, args, kwargs, self.dense)
+        self.captures += 1
+        self._check(captured)
+        known.append(captured)
+        self.watch.settle()  # what capture itself leaves behind is in the graph
+        return captured
+
+    def _check(self, captured: Captured) -> None:
+        """Refuse a graph that would not do what the module does."""
 
     def graph(self, program: Rewritten, rank: int) -> RankGraph:
         """One rank's graph of a program."""

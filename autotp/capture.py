@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import logging
 import math
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,11 @@ from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from autotp.backward import OwnBackward, refuse_function, refuse_own_backward
 from autotp.errors import CaptureError
+from autotp.forwards import as_dense, capturing
+from autotp.functions import checked_functions
+from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
 from autotp.repeats import Repeats
 from passes import canonicalize, differentiable, functionalize, simplify
@@ -65,6 +70,8 @@ class Captured:
             ``(input, dim)`` of each of its arguments.
         static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
         equal: ``(input, dim, input, dim)`` for the input dims that must be equal.
+        refills: whether forward puts other tensors into a container among its inputs (a cache), which the
+            graph does not.
     """
 
     graph: fx.Graph
@@ -76,6 +83,15 @@ class Captured:
     guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)
     static: list[tuple[int, int, int]] = field(default_factory=list)
     equal: list[tuple[int, int, int, int]] = field(default_factory=list)
+    refills: bool = False
+
+    def fits(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether inputs have the sizes that the graph takes for constants, for equal, or branched on."""
+        if not all(check(*(tensors[i].shape[d] for i, d in where)) for check, where in self.guards):
+            return False
+        return all(tensors[i].shape[d] == n for i, d, n in self.static) and all(
+            tensors[i].shape[d] == tensors[j].shape[e] for i, d, j, e in self.equal
+        )
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
@@ -106,6 +122,8 @@ class _Outputs:
 
     spec: Any = None
     leaves: list[tuple[bool, Any]] = field(default_factory=list)
+    refills: bool = False
+    agreeing: Container[type] = ()
 
 
 class _Flat(nn.Module):
@@ -124,6 +142,8 @@ class _Flat(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         with self._repeats or contextlib.nullcontext():
             result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
+        after = pytree.tree_leaves((args, kwargs))
+        self._outputs.refills = len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True))
         outputs, self._outputs.spec = pytree.tree_flatten(result)
         results: list[torch.Tensor] = []
         self._outputs.leaves = []
@@ -139,6 +159,9 @@ class _Flat(nn.Module):
                     "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
                     "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
                 )
+        refuse_own_backward(
+            results, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing
+        )
         return tuple(results)
 
 
@@ -150,30 +173,13 @@ def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str
         if id(t) not in made:
             if isinstance(t, nn.Parameter):
                 empty = torch.empty((1,) * len(shape), dtype=t.dtype, device=device).expand(shape)
-                made[id(t)] = nn.Parameter(empty, t.requires_grad)
+                made[id(t)] = nn.Parameter(empty, t.is_floating_point() or t.is_complex())  # or so it may be later
             else:  # a buffer may be written to while tracing, so it has storage of its own
                 made[id(t)] = torch.empty(shape, dtype=t.dtype, device=device)
         return made[id(t)]
 
     found = {n: stand_in(p, dense.shapes[n]) for n, p in model.named_parameters(remove_duplicate=False)}
     return found | {n: stand_in(b, b.shape) for n, b in model.named_buffers(remove_duplicate=False)}
-
-
-@contextlib.contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """The model with the forward that it had before autotp, and its submodules callable."""
-    runtime = model.__dict__.get("_autotp")
-    ours = model.__dict__.pop("forward") if runtime is not None else None
-    if runtime is not None:
-        runtime.capturing = True
-        if runtime.own_forward is not None:
-            model.__dict__["forward"] = runtime.own_forward
-    try:
-        yield
-    finally:
-        if runtime is not None:
-            runtime.capturing = False
-            model.__dict__["forward"] = ours
 
 
 @contextlib.contextmanager
@@ -184,7 +190,7 @@ def _quiet() -> Iterator[None]:
     for x in loggers:
         x.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -214,10 +220,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     ]
     floating = iter([x for x in leaves if isinstance(x, torch.Tensor)])
     tensors = [t.requires_grad_(next(floating).requires_grad) if t.is_floating_point() else t for t in tensors]
+    refuse_hooks(model)
     tied = tied_names(model)
-    with _own_forward(model), _quiet(), torch.enable_grad():
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not a checkpoint's around us
+    with as_dense(model), _quiet(), torch.enable_grad(), as_it_is:
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
-        with stateless._reparametrize_module(model, stand_ins):
+        # in reverse order: a module under two names is swapped twice
+        with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             exported, outputs = _export(model, leaves, spec, tensors)
     captured = _flat_graph(exported, outputs, tied)
     if left := _prepare(captured):
@@ -238,13 +247,17 @@ def _export(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.
         outputs = _Outputs()
         flat = _Flat(model, leaves, spec, outputs, repeats)
         try:
-            with _use_lazy_graph_module(True):  # torch's passes each make a graph's code anew, and none runs it
+            with (
+                OwnBackward(),
+                checked_functions(capturing, refuse_function) as outputs.agreeing,
+                _use_lazy_graph_module(True),  # torch's passes each make a graph's code anew, and none runs it
+            ):
                 exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
         except Exception as error:
             if repeats is None or _is_data_dependent(error):
-                raise CaptureError(_explain(model, error)) from error
+                raise _explained(model, error) from error
         else:
             if repeats is None or not repeats.misled:
                 break
@@ -256,23 +269,28 @@ def _is_data_dependent(error: Exception) -> bool:
     return "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
+def _explained(model: nn.Module, error: Exception) -> CaptureError:
     lines = [x for x in str(error).splitlines() if x.strip()]
     said = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     ours = os.path.dirname(__file__)
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and ours not in f.filename
     ]
-    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    at = f" at {place}" if place else ""
     if _is_data_dependent(error):
-        return (
-            f"{type(model).__name__} cannot be captured as one graph: its Python{place} depends on the values in a "
+        return CaptureError(
+            f"{type(model).__name__} cannot be captured as one graph: its Python{at} depends on the values in a "
             f"tensor (an `if x.any():`, an `.item()`): {said}\n"
-            "Move that out of forward, or use torch.where or torch.cond."
+            "Move that out of forward, or use torch.where or torch.cond.",
+            place=place,
+            reason="Python that depends on the values in a tensor",
         )
-    return (
-        f"{type(model).__name__} cannot be captured as one graph: torch.export met an error{place}: {said}\n"
-        "Check that the model runs on these inputs as it is; if it does, the error chained below says what to change."
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured as one graph: torch.export met an error{at}: {said}\n"
+        "Check that the model runs on these inputs as it is; if it does, the error chained below says what to change.",
+        place=place,
+        reason=said,
     )
 
 
@@ -323,7 +341,7 @@ def _flat_graph(exported: Any, outputs: _Outputs, tied: Mapping[str, str]) -> Ca
             )
     graph: fx.Graph = copy.deepcopy(exported.graph_module.graph)  # exported stays, to be functionalized if need be
     graph.owning_module = exported.graph_module
-    captured = Captured(graph, {}, {}, set(), outputs.spec, list(outputs.leaves))
+    captured = Captured(graph, {}, {}, set(), outputs.spec, list(outputs.leaves), refills=outputs.refills)
     kinds = {spec.arg.name: spec for spec in signature.input_specs}
     dims: dict[str, tuple[int, int]] = {}
     attributes: dict[str, fx.Node] = {}

@@ -6,15 +6,15 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from autotp.calls import Programs
-from autotp.capture import Dense
-from autotp.errors import AutoTPError
+from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning
 from autotp.inputs import example_call
 from autotp.models import BadModelError, Loaded, load
+from autotp.parts import Division, divide
 from autotp.plan import plan_of
 from autotp.report import collectives_table, ranks_table, report_text, totals, weights_table
 from autotp.text import graph_dot
@@ -71,23 +71,38 @@ def _progress(what: str) -> Iterator[None]:
         yield
 
 
+def _division(loaded: Loaded, tp: int, name: str, settings: Sequence[str], size: tuple[int, int]) -> Division:
+    """The model in parts; with weights, made at random if need be, where it must run once to find those."""
+    args, kwargs = example_call(loaded.model, loaded.example_inputs)
+    try:
+        return divide(loaded.model, tp, args, kwargs)
+    except CaptureError as error:
+        need = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+        if not any(p.is_meta for p in loaded.model.parameters()) or 2 * need > _memory():
+            raise
+        print(f"autotp: {error.reason}: running it once, with weights, to find its parts", file=sys.stderr)
+    loaded = load(name, settings, weights=True, size=size)
+    return divide(loaded.model, tp, *example_call(loaded.model, loaded.example_inputs))
+
+
 def _inspect(options: argparse.Namespace) -> int:
     if not 0 <= options.rank < options.tp:
         raise BadModelError(f"--rank {options.rank}: with --tp {options.tp} there are ranks 0 to {options.tp - 1}")
+    size = (options.batch, options.sequence or 128)
     with _progress("building the model"):
-        loaded = load(options.model, options.settings, weights=False, size=(options.batch, options.sequence or 128))
+        loaded = load(options.model, options.settings, weights=False, size=size)
     with _progress("capturing and planning"):
-        model, dense = loaded.model, Dense.of(loaded.model)
-        args, kwargs = example_call(model, loaded.example_inputs)
-        programs = Programs(model, options.tp, dense)
-        program, _ = programs.find(args, kwargs)
-        plan = plan_of(program, model, dense)
+        division = _division(loaded, options.tp, options.model, options.settings, size)
+        plan = plan_of(division, options.tp)
+    programs = [p.programs for p in division.parts]
+    graphs = [p.graph(p.last, options.rank) for p in programs if p.last is not None]
     if options.json:
         print(plan.to_json())
     elif options.graph:
-        print(programs.graph(program, options.rank))
+        titles = [f"# part {p.path}\n" if p.path else "" for p in division.parts]
+        print("\n\n".join(f"{title}{graph}" for title, graph in zip(titles, graphs, strict=True)))
     elif options.dot:
-        print(graph_dot(programs.graph(program, options.rank).graph, plan.model))
+        print("\n".join(graph_dot(g.graph, p.path or plan.model) for p, g in zip(division.parts, graphs, strict=True)))
     else:
         from rich.console import Console
 
@@ -124,7 +139,8 @@ def _verify(options: argparse.Namespace) -> int:
     with _progress("building the model"):
         _fits(load(options.model, options.settings, weights=False, size=size), dtype)
         loaded = load(options.model, options.settings, weights=True, size=size)
-    with _progress("comparing with the dense model"):
+    with _progress("comparing with the dense model"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PartialCaptureWarning)  # the report says it
         report = verify(loaded.model, options.tp, example_inputs=loaded.example_inputs, dtype=dtype)
     print(report_text(report))
     return 0 if report.ok else 1

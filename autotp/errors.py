@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PlanError", "check_tp"]
+__all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PartialCaptureWarning", "PlanError",
+           "check_tp"]  # fmt: skip
 
 
 def check_tp(tp: int) -> None:
@@ -16,7 +17,20 @@ class AutoTPError(RuntimeError):
 
 
 class CaptureError(AutoTPError):
-    """The model cannot be captured as one graph with the inputs given."""
+    """The model cannot be captured as one graph with the inputs given.
+
+    Attributes:
+        place: ``path:line`` of the code that cannot be captured, where it is known.
+        reason: why, in a few words.
+    """
+
+    def __init__(self, message: str, *, place: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.place, self.reason = place, reason or message.splitlines()[0]
+
+
+class PartialCaptureWarning(UserWarning):
+    """The model was captured in parts; what is between them runs as its own Python, on whole weights."""
 
 
 class PlanError(AutoTPError):

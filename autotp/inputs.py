@@ -53,7 +53,7 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple
     if isinstance(dummy, Mapping):
         takes = inspect.signature(model.forward).parameters
         dummy = {**dummy, **({"use_cache": False} if "use_cache" in takes else {})}
-        return (), {k: _roomy(v).to(device) if isinstance(v, torch.Tensor) else v for k, v in dummy.items()}
+        return (), {k: _on(_roomy(v), device) if isinstance(v, torch.Tensor) else v for k, v in dummy.items()}
     tried = []
     for args in _guesses(model, device):
         failure = _fails(model, args)
@@ -65,6 +65,11 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple
         f"keyword inputs such as its forward{inspect.signature(model.forward)} takes."
         + ("\nTried:\n" + "\n".join(tried) if tried else "")
     )
+
+
+def _on(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; zeros for one on the meta device, where a model on it may put its dummy inputs."""
+    return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
 
 
 def _roomy(ids: torch.Tensor) -> torch.Tensor:
@@ -121,7 +126,7 @@ def _fails(model: nn.Module, args: tuple[Any, ...]) -> str | None:
         tensors |= {n: fake(t) for n, t in model.named_buffers(remove_duplicate=False)}
         inputs = tuple(torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in args)
         try:
-            with stateless._reparametrize_module(model, tensors), torch.no_grad():
+            with stateless._reparametrize_module(model, tensors, stack_weights=True), torch.no_grad():
                 model(*inputs)
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,67 +11,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autotp.calls import Programs
-from autotp.capture import Dense, flatten_call, tied_names
-from autotp.errors import AutoTPError
+from autotp.admission import admit
+from autotp.agreement import Agreement, checksum, digest
+from autotp.capture import flatten_call
+from autotp.divided import Divided
+from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call
+from autotp.parts import Division, divide, divide_in_parts
 from autotp.plan import Plan
-from autotp.process import Mesh, ProcessFabric, join
+from autotp.process import TIMEOUT, Mesh, ProcessFabric, join
 from autotp.rewrite import RankGraph
-from autotp.shards import joined, local_part, shards_of
-from passes import fabric
+from autotp.runtime import Runtime, Whole
+from autotp.shards import local_part, shards_of
 
 __all__ = ["full_gradients", "full_state_dict", "graph", "parallelize"]
 
 
-class _Runtime:
-    """What a parallelized model carries: its place among the ranks and its programs."""
-
-    def __init__(self, model: nn.Module, mesh: Mesh, programs: Programs, seed: int) -> None:
-        self.mesh, self.programs = mesh, programs
-        self.fabric = ProcessFabric(mesh, seed)
-        self.tied = tied_names(model)
-        self.own_forward = model.__dict__.get("forward")
-        self.capturing = False
-
-    def guard(self, model: nn.Module) -> None:
-        """Let submodules that hold shards refuse to be called: their own code computes on whole weights."""
-        stored = self.programs.stored or {}
-
-        def refusal(name: str) -> Any:
-            def refuse(module: nn.Module, args: Any) -> None:
-                if not self.capturing:
-                    raise AutoTPError(
-                        f"{name} holds only this rank's share of its weights and cannot be called by itself: call the "
-                        "model that was parallelized, or parallelize this module instead of the whole"
-                    )
-
-            return refuse
-
-        for name, module in model.named_modules():
-            inside = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
-            if name and any(self.tied.get(n, n) in stored for n in inside):
-                module.register_forward_pre_hook(refusal(name))
-
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        program, tensors = self.programs.find(args, kwargs)
-        run = self.programs.graph(program, self.mesh.rank)
-        with fabric.use(self.fabric):
-            return program.unflatten(run(*tensors))
-
-    def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
-        """The full tensor of which each rank holds ``local`` under this name. Collective."""
-        shards = shards_of(self.programs.stored or {}, self.tied.get(name, name))
-        if not shards:
-            return local.detach().clone()
-        shapes = [list(local.shape) for _ in range(self.mesh.tp)]
-        for dim, s in shards.items():
-            for rank, count in enumerate(s.counts):
-                shapes[rank][dim] = count
-        return joined(self.fabric.group("tp").all_gather(local.detach(), shapes), shards)
-
-
-def _runtime(model: nn.Module) -> _Runtime:
+def _runtime(model: nn.Module) -> Runtime:
     runtime = model.__dict__.get("_autotp")
     if runtime is None:
         raise AutoTPError(
@@ -80,25 +36,10 @@ def _runtime(model: nn.Module) -> _Runtime:
     return runtime
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    """A 64-bit sum over a tensor's bytes, weighted by position; equal for equal tensors."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    rest = flat.numel() % 4
-    total = 0
-    if rest:
-        total, flat = int(flat[-rest:].sum()) + 1, flat[:-rest]
-    words = flat.view(torch.int32)
-    for start in range(0, words.numel(), 1 << 22):  # in pieces: int64 copies of a large weight would not fit
-        piece = words[start : start + (1 << 22)].to(torch.int64)
-        weights = torch.arange(1, piece.numel() + 1, device=piece.device) % 65521 + start % 65521
-        total = (total * 1000003 + int((piece * weights).sum())) % (1 << 64)
-    return total
-
-
 def _share_weights(model: nn.Module, mesh: Mesh) -> int:
     """Overwrite parameters and buffers by rank 0's where they differ; how many did."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    sums = mesh.gathered({name: _checksum(t) for name, t in tensors.items()})
+    sums = mesh.gathered({name: checksum(t) for name, t in tensors.items()})
     differing = [name for name in tensors if any(each[name] != sums[0][name] for each in sums)]
     with torch.no_grad():
         for name in differing:
@@ -113,7 +54,8 @@ def _share_weights(model: nn.Module, mesh: Mesh) -> int:
 def _structure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What ranks must agree in: the model's class, weights and mode, and the inputs' structure."""
     leaves, spec = flatten_call(args, kwargs)
-    found = {"model": f"{type(model).__module__}.{type(model).__qualname__}", "training": model.training}
+    found: dict[str, Any] = {"model": f"{type(model).__module__}.{type(model).__qualname__}"}
+    found |= {f"training of {n or 'the model'}": m.training for n, m in model.named_modules()}
     named = [("parameter", model.named_parameters()), ("buffer", model.named_buffers())]
     for kind, tensors in named:
         found |= {f"{kind} {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in tensors}
@@ -131,12 +73,16 @@ def parallelize(
     mesh: DeviceMesh | dist.ProcessGroup | None = None,
     backend: str | None = None,
     plan: Plan | None = None,
+    timeout: timedelta = TIMEOUT,
+    debug: bool = False,
 ) -> nn.Module:
     """Split ``model`` over ``tp`` ranks, in place, and return it.
 
     The model is captured as an fx graph, rewritten so that each rank computes its part, and its weights
     are cut to what the rank holds. Class, config, ``state_dict`` keys, signature and outputs stay as
-    they were; ``forward`` runs the rewritten graph, forward and backward, on every rank.
+    they were; ``forward`` runs the rewritten graph, forward and backward, on every rank. A model that
+    cannot be captured whole runs its own Python between its largest parts that can be, and a
+    PartialCaptureWarning names the places.
 
     Args:
         model: the dense model, the same on every rank. Where weights differ, rank 0's are taken.
@@ -149,6 +95,10 @@ def parallelize(
         backend: the backend to start a process group with, if there is none; ``nccl`` where CUDA is,
             ``gloo`` else.
         plan: a plan from :func:`autotp.plan` to follow.
+        timeout: how long a rank waits for the others, at the start of each call and in groups of processes
+            that are started here; then it raises, and says who did not come.
+        debug: let the ranks compare the values of each call's inputs, and of the parameters that all hold
+            whole, not only the call's structure. Every rank reads all of them at each call.
 
     Returns:
         The same object.
@@ -156,8 +106,13 @@ def parallelize(
     Raises:
         LaunchError: there is no process group and no launcher's environment; it shows what to type.
         MismatchError: ranks differ in ``tp``, in the model, or in the inputs' structure. All raise.
-        CaptureError: the model cannot be captured; nothing has been changed.
+        CaptureError: the model cannot be captured, and no part of it either; it is as it was, with rank 0's
+            weights.
         PlanError: the plan is for another model or another ``tp``.
+        AutoTPError: the model is compiled, wrapped or quantized; nothing has been changed.
+
+    Afterwards calls, ``full_state_dict``, ``full_gradients`` and ``clip_grad_norm_`` are compared among the
+    ranks before they start: a MismatchError on all of them says what differs.
 
     Example:
         >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
@@ -165,20 +120,24 @@ def parallelize(
     """
     if "_autotp" in model.__dict__:
         raise AutoTPError(f"this {type(model).__name__} is parallelized already")
-    place = join(tp, mesh, backend)
+    with torch.inference_mode(False):  # else the shards would be tensors that never train
+        return _parallelize(model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug)
+
+
+def _parallelize(
+    model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool
+) -> nn.Module:
     with place.together("finding example inputs"):
         meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
         if meta is not None:
             raise AutoTPError(f"{meta} is on the meta device: load its weights (model.to_empty, load_state_dict) first")
+        admit(model)
         args, kwargs = example_call(model, example_inputs)
-    place.agree(_structure(model, args, kwargs))
-    with place.together("rewriting the model"):
-        if plan is not None:
-            plan.check(model, tp)
-        programs = Programs(model, tp, Dense.of(model), plan.stored if plan is not None else None)
-        programs.find(args, kwargs)
-    stored = dict(programs.stored or {})
-    place.agree({f"layout of {name}": str(layout) for name, layout in stored.items()})
+    place.agree({"debug": debug, "timeout": timeout} | _structure(model, args, kwargs))
+    division = _division(model, place, args, kwargs, plan)
+    division.warn(4)
+    stored = division.stored
+    place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in stored.items()})
     _share_weights(model, place)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -189,25 +148,62 @@ def parallelize(
                 if grad is not None:
                     parameter.grad = local_part(grad, shards, place.rank).clone()
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
-    runtime = _Runtime(model, place, programs, seed)
-
-    @functools.wraps(model.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return runtime(args, kwargs)
-
-    model.__dict__["_autotp"] = runtime
-    model.__dict__["forward"] = forward
-    runtime.guard(model)
+    agreement = Agreement(place, type(model).__name__, timeout, debug)
+    fabric = ProcessFabric(place, seed, agreement.missing, timeout)
+    runtime: Runtime
+    if division.is_whole:
+        runtime = Whole(model, division.parts[0].programs, agreement, fabric)
+    else:
+        runtime = Divided(division, agreement, seed, fabric)
+    for part in division.parts:
+        part.calls.clear()  # they hold values of the example
+    runtime.attach()
+    runtime.surround()
     return model
+
+
+def _division(
+    model: nn.Module, place: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None
+) -> Division:
+    """The model's parts, the same on every rank; where it must run to find them, it runs with rank 0's weights."""
+    stored = plan.stored if plan is not None else None
+    division, failed = None, None
+    with place.together("rewriting the model"):
+        if plan is not None:
+            plan.check(model, place.tp)
+        try:
+            division = divide(model, place.tp, args, kwargs, stored, in_parts=False)
+        except CaptureError as error:
+            failed = error
+    everywhere = not any(place.gathered(failed is None))
+    with place.together("rewriting the model"):
+        if failed is not None and not everywhere:
+            raise failed
+    if failed is None:
+        assert division is not None
+        return division
+    _share_weights(model, place)
+    with place.together("capturing the model in parts"):
+        return divide_in_parts(model, place.tp, args, kwargs, failed, stored)
 
 
 def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
+    Args:
+        model: a parallelized model; of one that was captured in parts, the module that is a part.
+
+    Raises:
+        AutoTPError: the model is not parallelized, or runs as several graphs; it lists them.
+
     Example:
         >>> print(autotp.graph(model))
     """
     runtime = _runtime(model)
+    if isinstance(runtime, Divided):
+        paths = ", ".join(f"model.{p.programs.path}" for p in runtime.parts)
+        raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
+    assert isinstance(runtime, Whole)
     assert runtime.programs.last is not None
     return runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
 
@@ -215,6 +211,7 @@ def graph(model: nn.Module) -> RankGraph:
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The dense model's state dict, full tensors, on every rank. Collective: all ranks must call it."""
     runtime = _runtime(model)
+    runtime.agreement.check("full_state_dict", 0, dict)
     return {name: runtime.whole(name, t) for name, t in model.state_dict().items()}
 
 
@@ -222,4 +219,6 @@ def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     """The dense model's gradients by parameter name, full tensors, on every rank; None where there is
     none. Collective: all ranks must call it."""
     runtime = _runtime(model)
+    there = {f"gradient of {n}": "None" if p.grad is None else "a tensor" for n, p in model.named_parameters()}
+    runtime.agreement.check("full_gradients", digest(str(there)), lambda: there)
     return {n: None if p.grad is None else runtime.whole(n, p.grad) for n, p in model.named_parameters()}

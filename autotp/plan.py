@@ -6,18 +6,18 @@ import json
 import math
 import operator
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from autotp.calls import Programs
-from autotp.capture import Dense, tied_names
+from autotp.admission import admit
 from autotp.errors import PlanError, check_tp
 from autotp.inputs import ExampleInputs, example_call
+from autotp.parts import Division, Part, Seam, divide
 from autotp.rewrite import Rewritten
 from passes import IndexSet, Layout, Shards, ops
 from passes.graphs import op_name
@@ -97,6 +97,7 @@ class Plan:
     weights: tuple[Weight, ...]
     collectives: tuple[Collective, ...]
     gathered: tuple[str, ...] = ()
+    seams: tuple[Seam, ...] = ()
 
     @property
     def stored(self) -> dict[str, Layout]:
@@ -163,7 +164,8 @@ class Plan:
             "share_of_matrices_split": self.share_split,
         }
         return json.dumps({"model": self.model, "tp": self.tp, "totals": totals, "weights": weights,
-                           "collectives": collectives, "gathered": list(self.gathered)}, indent=1)  # fmt: skip
+                           "collectives": collectives, "gathered": list(self.gathered),
+                           "seams": [vars(s) for s in self.seams]}, indent=1)  # fmt: skip
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -178,7 +180,8 @@ class Plan:
             }
             weights.append(Weight(w["name"], shape, w["itemsize"], w["style"], shards, w["why"]))
         collectives = [Collective(**{k: v for k, v in c.items() if k != "bytes"}) for c in data["collectives"]]
-        return Plan(data["model"], data["tp"], tuple(weights), tuple(collectives), tuple(data["gathered"]))
+        seams = tuple(Seam(**s) for s in data.get("seams", ()))
+        return Plan(data["model"], data["tp"], tuple(weights), tuple(collectives), tuple(data["gathered"]), seams)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -275,34 +278,55 @@ def _why(weight: Layout, style: str, units: str) -> str:
     return text
 
 
-def plan_of(rewritten: Rewritten, model: nn.Module, dense: Dense) -> Plan:
-    """The plan that a rewritten graph follows."""
+_UNUSED = "not used in the captured call"
+
+
+def _weights(rewritten: Rewritten, part: Part) -> Iterator[Weight]:
+    """What a part's program makes of each of its weights, under the model's names."""
     nodes = {str(n.target): n for n in rewritten.graph.nodes if n.op == "get_attr"}
-    tied = tied_names(model)
-    weights = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if tied[name] != name:
-            continue
-        shape = tuple(dense.shapes[name])
+    parameters = dict(part.module.named_parameters())
+    for name, full in part.names.items():
+        shape, itemsize = tuple(part.programs.dense.shapes[name]), parameters[name].element_size()
         layout = rewritten.stored.get(name)
         if layout is None or layout.whole:
-            why = rewritten.reasons.get(name) or (
-                "not used in the captured call" if name not in nodes else "as planned"
-            )
-            weights.append(Weight(name, shape, parameter.element_size(), "whole", {}, why))
+            why = rewritten.reasons.get(name) or (_UNUSED if name not in nodes else "as planned")
+            yield Weight(full, shape, itemsize, "whole", {}, why)
             continue
         style = _style(nodes[name]) if name in nodes else "split"
         _, shards = layout.shards[0]
         counts = "/".join(str(c) for c in sorted(set(shards.counts), reverse=True))
         why = _why(layout, style, f"{counts} of {shards.size} indices")
-        weights.append(Weight(name, shape, parameter.element_size(), style, layout.dims, why))
-    gathered = dict.fromkeys(f"{node.name} for {op}" for node, op in rewritten.gathered)
+        yield Weight(full, shape, itemsize, style, layout.dims, why)
+
+
+def plan_of(division: Division, tp: int) -> Plan:
+    """The plan that a model follows, whole or in parts: a part's collectives count once for each of its calls."""
+    found: dict[str, Weight] = {}
+    collectives, gathered = [], []
+    for part in [*division.parts, *division.idle]:
+        prefix = f"{part.path.replace('.', '_')}_" if part.path else ""
+        for call in part.calls:
+            rewritten, _ = part.programs.find(call.args, call.kwargs)
+            for weight in _weights(rewritten, part):
+                if found.get(weight.name, weight).why == _UNUSED or weight.name not in found:
+                    found[weight.name] = weight
+            if part in division.idle:
+                continue
+            for c in _collectives(rewritten.graph, tp):
+                module = ".".join(x for x in (part.path, c.module) if x)
+                collectives.append(replace(c, of=prefix + c.of, module=module))
+            gathered += [f"{prefix}{node.name} for {op}" for node, op in rewritten.gathered]
+    weights = [
+        found.get(n) or Weight(n, tuple(p.shape), p.element_size(), "whole", {}, "in Python that is not captured")
+        for n, p in division.model.named_parameters()
+    ]
     return Plan(
-        type(model).__name__,
-        rewritten.tp,
+        type(division.model).__name__,
+        tp,
         tuple(weights),
-        tuple(_collectives(rewritten.graph, rewritten.tp)),
-        tuple(gathered),
+        tuple(collectives),
+        tuple(dict.fromkeys(gathered)),
+        tuple(division.seams),
     )
 
 
@@ -320,11 +344,11 @@ def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None
         >>> print(autotp.plan(model, tp=4))
     """
     check_tp(tp)
+    admit(model)
     args, kwargs = example_call(model, example_inputs)
-    dense = Dense.of(model)
-    programs = Programs(model, tp, dense)
-    program, _ = programs.find(args, kwargs)
-    return plan_of(program, model, dense)
+    division = divide(model, tp, args, kwargs)
+    division.warn()
+    return plan_of(division, tp)
 
 
 def block_of(path: str) -> str:

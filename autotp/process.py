@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -81,7 +81,9 @@ def _launch_line(tp: int) -> str:
     return f"torchrun --nproc-per-node {tp} {script}"
 
 
-def join(tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | None) -> Mesh:
+def join(
+    tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | None, timeout: timedelta = TIMEOUT
+) -> Mesh:
     """Find, or start, the group of ``tp`` ranks that this process belongs to.
 
     Args:
@@ -89,6 +91,7 @@ def join(tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | No
         mesh: a one-dimensional DeviceMesh or a process group of ``tp`` ranks; None for the world, in
             which consecutive ranks form groups of ``tp``.
         backend: the backend to start a group with; by default ``nccl`` where CUDA is, ``gloo`` else.
+        timeout: how long collectives wait in groups that are started here.
 
     Raises:
         LaunchError: there is no group and the environment does not say how to make one.
@@ -119,7 +122,7 @@ def join(tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | No
             backend = "nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available() and "nccl" in backend:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     world = dist.get_world_size()
     group = dist.group.WORLD
     assert group is not None
@@ -131,7 +134,7 @@ def join(tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | No
         )
     if world != tp:
         own = dist.get_rank() // tp
-        groups = [dist.new_group(list(range(start, start + tp)), timeout=TIMEOUT) for start in range(0, world, tp)]
+        groups = [dist.new_group(list(range(start, start + tp)), timeout=timeout) for start in range(0, world, tp)]
         group = groups[own]
     return Mesh(dist.get_rank() % tp, tp, group)
 
@@ -152,15 +155,19 @@ class _Solo:
 
 @dataclass
 class _ProcessCommunicator:
-    """One process's end of a process group."""
+    """One process's end of a process group; ``missing`` makes the error of a collective that fails."""
 
     group: dist.ProcessGroup
     rank: int
     size: int
+    missing: Callable[[Exception], Exception]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
+        try:
+            dist.all_reduce(total, group=self.group)
+        except RuntimeError as failure:
+            raise self.missing(failure) from failure
         return total
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -170,7 +177,10 @@ class _ProcessCommunicator:
         if mine.numel() < most:  # backends gather equal sizes only
             mine = torch.cat([mine, mine.new_empty(most - mine.numel())])
         every = mine.new_empty(self.size * most)
-        dist.all_gather(list(every.split(most)), mine.contiguous(), group=self.group)
+        try:
+            dist.all_gather(list(every.split(most)), mine.contiguous(), group=self.group)
+        except RuntimeError as failure:
+            raise self.missing(failure) from failure
         return [
             every[r * most : r * most + n].view(list(s)) for r, (n, s) in enumerate(zip(sizes, shapes, strict=True))
         ]
@@ -182,6 +192,8 @@ class ProcessFabric:
 
     mesh: Mesh
     seed: int
+    missing: Callable[[Exception], Exception]
+    timeout: timedelta = TIMEOUT
     _groups: dict[str, fabric.Communicator] = field(default_factory=dict)
     _streams: dict[tuple[bool, str], torch.Tensor] = field(default_factory=dict)
 
@@ -198,10 +210,15 @@ class ProcessFabric:
         if mesh.group is None or len(members) == 1:
             return _Solo()
         if len(members) == mesh.tp:
-            return _ProcessCommunicator(mesh.group, mesh.rank, mesh.tp)
+            return _ProcessCommunicator(mesh.group, mesh.rank, mesh.tp, self.missing)
         ranks = [dist.get_global_rank(mesh.group, m) for m in members]
-        group = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=True)
-        return _ProcessCommunicator(group, members.index(mesh.rank), len(members))
+        group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        return _ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing)
+
+    def restart(self, seed: int) -> None:
+        """Start the streams of random numbers anew."""
+        self.seed = seed
+        self._streams.clear()
 
     @contextlib.contextmanager
     def random(self, same: bool, device: torch.device) -> Iterator[None]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from autotp.parts import Seam
 from autotp.plan import Plan, Weight, block_of
 
 if TYPE_CHECKING:
     from autotp.verify import Report
 
-__all__ = ["bytes_text", "collectives_table", "plan_text", "ranks_table", "render", "report_text", "weights_table"]
+__all__ = ["bytes_text", "collectives_table", "division_text", "plan_text", "ranks_table", "render", "report_text",
+           "weights_table"]  # fmt: skip
 
 
 def bytes_text(count: float) -> str:
@@ -104,9 +107,45 @@ def totals(plan: Plan) -> str:
         f"split: {100 * plan.share_split:.1f}% of the elements of weights with two or more dims; "
         f"{len(whole)} weights of {sum(w.elements for w in whole):,} elements stay whole",
     ]
+    if plan.seams:
+        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in _folded_seams(plan.seams))]
     if plan.gathered:
         lines.append("made whole: " + ", ".join(plan.gathered))
     return "\n".join(lines)
+
+
+def _folded_seams(seams: Sequence[Seam]) -> list[Seam]:
+    """Seams, with those of repeated blocks as one."""
+    found: dict[Seam, list[Seam]] = defaultdict(list)
+    for seam in seams:
+        found[replace(seam, module=block_of(seam.module))].append(seam)
+    return [folded if len(each) > 1 else each[0] for folded, each in found.items()]
+
+
+def division_text(model: str, parts: Sequence[str], seams: Sequence[Seam], outside: float) -> str:
+    """What a user is told of a model that could not be captured whole.
+
+    Args:
+        model: its class.
+        parts: the paths of its parts.
+        seams: where capture ended.
+        outside: the share of its parameters that stays whole because of this.
+    """
+    found = (
+        f"but in {len(parts)} parts: {', '.join(_counted(parts))}" if parts else "and no part of it is worth splitting"
+    )
+    lines = [f"{model} cannot be captured as one graph, {found}."]
+    lines += [f"  {seam}" for seam in _folded_seams(seams)]
+    lines.append(
+        "The rest runs as the Python that it is, on whole values; "
+        f"{100 * outside:.1f}% of the parameters stay whole because of this."
+    )
+    return "\n".join(lines)
+
+
+def _counted(paths: Sequence[str]) -> list[str]:
+    """Module paths, those of repeated blocks as one with their number."""
+    return [f"{n} x {path}" if n > 1 else path for path, n in Counter(map(block_of, paths)).items()]
 
 
 def plan_text(plan: Plan) -> str:
@@ -136,5 +175,7 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
     for kind, errors in (("output", report.outputs), ("gradient", report.gradients)):
         lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]
     lines += [f"    only on one side: {n}" for n in report.missing]
+    if report.seams:
+        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in _folded_seams(report.seams))]
     lines.append("verdict: " + ("the parallel model equals the dense one" if report.ok else "NOT EQUAL"))
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.capture import Captured
 from autotp.text import graph_text
-from passes import Layout, Minimum, assign, decide, enter, localize, minimum, propagate, shard
+from passes import Layout, Minimum, assign, decide, enter, localize, minimum, ops, propagate, shard
 
 __all__ = ["RankGraph", "Rewritten", "rewrite"]
 
@@ -39,39 +40,28 @@ class Rewritten:
     tp: int
     minimum: Minimum
 
+    @functools.cached_property
+    def random(self) -> bool:
+        """Whether the program draws random numbers."""
+        return any(n.target in (ops.random_same, ops.random_per_rank) for n in self.graph.nodes)
+
     def unflatten(self, results: tuple[torch.Tensor, ...]) -> Any:
         """The model's own output structure from the graph's results."""
         leaves = [results[x] if is_result else x for is_result, x in self.captured.out_leaves]
         return pytree.tree_unflatten(leaves, self.captured.out_spec)
 
-    def fits(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether inputs have the sizes that the graph takes for constants, for equal, or branched on."""
-        captured = self.captured
-        if not all(check(*(tensors[i].shape[d] for i, d in where)) for check, where in captured.guards):
-            return False
-        return all(tensors[i].shape[d] == n for i, d, n in captured.static) and all(
-            tensors[i].shape[d] == tensors[j].shape[e] for i, d, j, e in captured.equal
-        )
-
 
 class RankGraph(fx.GraphModule):
-    """The program of one rank: an fx graph over the model's own parameters.
+    """The program of one rank: an fx graph over the model's own parameters, buffers and modules.
 
+    It has the very dicts that the model keeps them in, so that it sees what is assigned to the model later.
     ``print`` it to read it: each line is commented with the value's type and layout.
     """
 
     def __init__(self, rewritten: Rewritten, rank: int, model: nn.Module) -> None:
         super().__init__(nn.Module(), fx.Graph())
-        for name, child in model.named_children():
-            self.add_module(name, child)
-        for name, tensor in rewritten.captured.constants.items():
-            self.register_buffer(name, tensor, persistent=False)
-        for name, region in rewritten.captured.regions.items():
-            self.add_module(name, region)
-        for name, parameter in model.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in model.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=False)
+        self.__dict__ |= {k: model.__dict__[k] for k in ("_modules", "_parameters", "_buffers")}
+        self.__dict__ |= rewritten.captured.constants | rewritten.captured.regions
         self.rank, self.tp = rank, rewritten.tp
         self.graph = localize(rewritten.graph, rank)
 
@@ -79,7 +69,12 @@ class RankGraph(fx.GraphModule):
         return graph_text(self.graph, f"rank {self.rank} of {self.tp}", self.rank)
 
 
-def rewrite(captured: Captured, tp: int, stored: Mapping[str, Layout] | None = None) -> Rewritten:
+def rewrite(
+    captured: Captured,
+    tp: int,
+    stored: Mapping[str, Layout] | None = None,
+    settled: Mapping[str, Layout] | None = None,
+) -> Rewritten:
     """Rewrite a captured graph for ``tp`` ranks.
 
     Args:
@@ -87,12 +82,16 @@ def rewrite(captured: Captured, tp: int, stored: Mapping[str, Layout] | None = N
         tp: the number of ranks.
         stored: the weights' layouts, where they are settled (by a plan, or an earlier call); left out,
             they are decided here.
+        settled: layouts of some of the weights, where others are to be decided: what another part of the
+            model has made of a weight that both use.
     """
     facts = propagate(captured.graph)
     reasons: Mapping[str, str] = {}
     if stored is None:
         decision = decide(captured.graph, facts, tp)
-        stored, reasons = decision.stored, decision.reasons
+        settled = settled or {}
+        stored = {n: x for n, x in (decision.stored | dict(settled)).items() if not x.whole}
+        reasons = decision.reasons | {n: "read by Python that is not captured" for n, x in settled.items() if x.whole}
     layouts = assign(captured.graph, facts, stored, tp)
     fewest = minimum(captured.graph, facts, layouts, stored)
     sharder = shard(captured.graph, facts, layouts, dict(stored), tp)

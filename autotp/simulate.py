@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autotp.admission import admit
 from autotp.calls import Programs
-from autotp.capture import Dense, tied_names
 from autotp.errors import check_tp
 from autotp.inputs import ExampleInputs, example_call
+from autotp.parts import Division, Part, divide
 from autotp.rewrite import Rewritten
 from autotp.shards import joined, local_part, shards_of
 from passes import fabric
@@ -66,10 +67,13 @@ class _World:
         self.meetings: dict[Any, _Meeting] = {}
         self.lock = threading.Lock()
         self.broken = False
-        seed = torch.initial_seed()
+        self.restart(torch.initial_seed() % 2**62)
+
+    def restart(self, seed: int) -> None:
+        """Start all ranks' streams of random numbers anew."""
         self.streams = {
-            (rank, same): torch.Generator().manual_seed(seed % 2**62 + (0 if same else 1 + rank)).get_state()
-            for rank in range(tp)
+            (rank, same): torch.Generator().manual_seed(seed + (0 if same else 1 + rank)).get_state()
+            for rank in range(self.tp)
             for same in (True, False)
         }
 
@@ -181,31 +185,31 @@ class _AllRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, simulation: Simulation, rewritten: Rewritten, tracking: bool, count: int, *tensors: torch.Tensor
+        ctx: Any, simulation: Simulation, part: Part, rewritten: Rewritten, tracking: bool, *tensors: torch.Tensor
     ) -> Any:
+        count, names = len(part.names), list(part.names)
         weights, inputs = tensors[:count], tensors[count:]
         needs = [tracking and t.requires_grad for t in tensors]
-        names = simulation.names
 
         def work(rank: int) -> Any:
             local = {}
             leaves = []
             for name, weight, need in zip(names, weights, needs, strict=False):
-                part = local_part(weight.detach(), shards_of(rewritten.stored, name), rank)
-                part = part.clone().requires_grad_(need) if need else part
-                leaves.append(part)
-                local[name] = part
+                held = local_part(weight.detach(), shards_of(rewritten.stored, name), rank)
+                held = held.clone().requires_grad_(need) if need else held
+                leaves.append(held)
+                local[name] = held
             own = [
                 x.detach().clone().requires_grad_(True) if n else x.detach()
                 for x, n in zip(inputs, needs[count:], strict=True)
             ]
             leaves += own
             with torch.set_grad_enabled(tracking):
-                results = simulation.run(rewritten, rank, local, own)
+                results = simulation.run(part, rewritten, rank, local, own)
             return leaves, results
 
         ran = lockstep(simulation.tp, simulation.world, work)
-        ctx.simulation, ctx.rewritten, ctx.ran, ctx.needs, ctx.count = simulation, rewritten, ran, needs, count
+        ctx.simulation, ctx.rewritten, ctx.ran, ctx.needs, ctx.part = simulation, rewritten, ran, needs, part
         simulation.compare([results for _, results in ran])
         first = tuple(r.detach() for r in ran[0][1])
         ctx.mark_non_differentiable(*[d for d, r in zip(first, ran[0][1], strict=True) if not r.requires_grad])
@@ -213,7 +217,7 @@ class _AllRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        simulation, rewritten = ctx.simulation, ctx.rewritten
+        simulation, rewritten, names = ctx.simulation, ctx.rewritten, list(ctx.part.names)
 
         def work(rank: int) -> Any:
             leaves, results = ctx.ran[rank]
@@ -233,7 +237,7 @@ class _AllRanks(torch.autograd.Function):
             if not need or parts[0] is None:
                 out.append(None)
                 continue
-            name = simulation.names[i] if i < ctx.count else ""
+            name = names[i] if i < len(names) else ""
             places = shards_of(rewritten.stored, name)
             simulation.compare_replicas(name, places, parts)
             out.append(joined(parts, places))
@@ -249,32 +253,51 @@ class Simulation(nn.Module):
     values are compared too, not only results).
     """
 
-    def __init__(self, model: nn.Module, tp: int, programs: Programs, record: bool = False) -> None:
+    def __init__(self, model: nn.Module, tp: int, programs: Programs | Division, record: bool = False) -> None:
         super().__init__()
         self.__dict__["model"] = model  # not a child: its parameters are its own
-        self.tp, self.programs, self.record = tp, programs, record
+        self.division = programs if isinstance(programs, Division) else Division.whole(model, programs)
+        self.tp, self.record = tp, record
         self.world = _World(tp)
+        self.touches = self.division.outside_of_parts()
         self.divergence, self.diverging = 0.0, ""
         self.train(model.training)
         self._seen: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
-        self.aliases = tied_names(model)
-        self.names = list(dict.fromkeys(self.aliases.values()))
 
     model: nn.Module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward on all ranks."""
-        rewritten, tensors = self.programs.find(args, kwargs)
-        self.divergence, self.diverging = 0.0, ""
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
-        flat = [weights[n] for n in self.names]
-        results = _AllRanks.apply(self, rewritten, torch.is_grad_enabled(), len(flat), *flat, *tensors)
-        return rewritten.unflatten(results)
+    @property
+    def programs(self) -> Programs:
+        """The programs of a model that was captured whole."""
+        (part,) = self.division.parts
+        return part.programs
 
-    def run(self, rewritten: Rewritten, rank: int, weights: dict[str, torch.Tensor], inputs: list[torch.Tensor]) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, all ranks at once where it runs as graphs."""
+        self.divergence, self.diverging = 0.0, ""
+        self.touches = self.division.outside_of_parts()
+        with self.division.running(self._all_ranks), self.touches:
+            return self.model(*args, **kwargs)
+
+    def _all_ranks(self, part: Part, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        suspended, self.touches.suspended = self.touches.suspended, True
+        try:
+            rewritten, tensors = part.programs.find(args, kwargs)
+            if rewritten.random and not self.division.is_whole:  # as in processes, where a checkpoint may run it again
+                self.world.restart(int(torch.empty((), dtype=torch.int64).random_(1 << 62)))
+            weights = dict(part.module.named_parameters(remove_duplicate=False))
+            flat = [weights[n] for n in part.names]
+            results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *tensors)
+            return rewritten.unflatten(results)
+        finally:
+            self.touches.suspended = suspended
+
+    def run(
+        self, part: Part, rewritten: Rewritten, rank: int, weights: dict[str, torch.Tensor], inputs: list[torch.Tensor]
+    ) -> Any:
         """One rank's program on its weights."""
-        own = {alias: weights[name] for alias, name in self.aliases.items()}
-        recorder = Recorder(self.programs.graph(rewritten, rank), own, self.record)
+        own = {alias: weights[name] for alias, name in part.aliases.items()}
+        recorder = Recorder(part.programs.graph(rewritten, rank), own, self.record)
         results = recorder.run(*inputs)
         self._seen[rank] = recorder.seen
         return tuple(results)
@@ -320,7 +343,8 @@ def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None,
         >>> parallel(input_ids=ids).logits  # as model(input_ids=ids).logits
     """
     check_tp(tp)
+    admit(model)
     args, kwargs = example_call(model, example_inputs)
-    programs = Programs(model, tp, Dense.of(model))
-    programs.find(args, kwargs)
-    return Simulation(model, tp, programs, record)
+    division = divide(model, tp, args, kwargs)
+    division.warn()
+    return Simulation(model, tp, division, record)

@@ -13,10 +13,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from autotp.calls import Programs
-from autotp.capture import Dense, flatten_call
+from autotp.admission import admit
+from autotp.capture import flatten_call
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
+from autotp.parts import Seam, divide
 from autotp.simulate import Simulation
 
 __all__ = ["Float64", "Report", "compare", "relative_error", "verify"]
@@ -76,12 +77,15 @@ class Report:
         model: the model's class.
         tp: the number of ranks.
         outputs: relative error of each output.
-        gradients: relative error of each parameter's gradient, by name.
+        gradients: relative error of the gradient of each parameter, by name, and of each input that
+            requires one (``input 0``, in flattened order).
         loss: the dense model's and the parallel loss, where the model computes one.
         divergence: the largest difference between ranks of a value that is whole on all of them.
         diverging: the first such value.
         tolerance: what errors must stay under.
         dtype: the dtype compared in.
+        missing: outputs and gradients that only one side has.
+        seams: where capture ended, of a model captured in parts.
     """
 
     model: str
@@ -94,6 +98,7 @@ class Report:
     tolerance: float
     dtype: torch.dtype
     missing: tuple[str, ...] = field(default=())
+    seams: tuple[Seam, ...] = field(default=())
 
     @property
     def worst_output(self) -> float:
@@ -137,6 +142,10 @@ def _backward(outputs: Mapping[str, torch.Tensor], seed: int = 0) -> None:
     torch.autograd.backward(roots, weights)
 
 
+def _fresh(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return x.detach().to(dtype or x.dtype, copy=True).requires_grad_(x.requires_grad)
+
+
 def compare(
     model: nn.Module, parallel: Simulation, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float = 1e-10
 ) -> Report:
@@ -155,11 +164,13 @@ def compare(
     runs = []
     for run in (model, parallel):
         model.zero_grad(set_to_none=True)
-        fresh = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(fresh, spec)
         outputs = _outputs(run(*own_args, **own_kwargs))
         _backward(outputs)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.numel()}
+        inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
+        gradients |= {n: x.grad for n, x in inputs.items() if x.grad is not None}
         runs.append(({n: v.detach() for n, v in outputs.items()}, gradients))
     model.zero_grad(set_to_none=True)
     (dense, dense_grads), (found, found_grads) = runs
@@ -177,6 +188,7 @@ def compare(
         tolerance=tolerance,
         dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
         missing=tuple(sorted((dense.keys() ^ found.keys()) | (dense_grads.keys() ^ found_grads.keys()))),
+        seams=tuple(parallel.division.seams),
     )
 
 
@@ -219,16 +231,17 @@ def verify(
         raise AutoTPError(f"{meta} is on the meta device: verify compares numbers, so the model needs weights")
     if "_autotp" in model.__dict__:
         raise AutoTPError("verify takes the dense model, before autotp.parallelize")
+    admit(model)
     dense = copy.deepcopy(model).to(dtype).eval()
     args, kwargs = example_call(dense, example_inputs)
     args, kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs)
+        torch.Tensor, lambda t: _fresh(t, dtype) if t.is_floating_point() else t, (args, kwargs)
     )
     mode = Float64() if dtype is torch.float64 else torch.enable_grad()
     with torch.enable_grad(), mode:
         if example_inputs is None:
             kwargs = _with_labels(dense, args, kwargs)
-        programs = Programs(dense, tp, Dense.of(dense))
-        programs.find(args, kwargs)
-        parallel = Simulation(dense, tp, programs, record=True)
+        division = divide(dense, tp, args, kwargs)
+        division.warn()
+        parallel = Simulation(dense, tp, division, record=True)
         return compare(dense, parallel, args, kwargs, 1e-10 if dtype is torch.float64 else 1e-5)

@@ -344,8 +344,16 @@ def random_per_rank(op: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any
 # Vocabulary parallel -------------------------------------------------------------------------------
 
 
+def _check_range(inside: torch.Tensor, message: str) -> None:
+    """Refuse an index that no rank holds as torch does: at once on a CPU, by an assertion on the device else."""
+    if inside.device.type != "cpu":
+        torch._assert_async(inside.all(), message)
+    elif not inside.all():
+        raise IndexError(message)
+
+
 def vocab_parallel_embedding(
-    weight: torch.Tensor, ids: torch.Tensor, start: int, padding_idx: int = -1
+    weight: torch.Tensor, ids: torch.Tensor, start: int, words: int, padding_idx: int = -1
 ) -> torch.Tensor:
     """Look up the words that the rank holds; zeros for the others. A pending sum.
 
@@ -353,8 +361,13 @@ def vocab_parallel_embedding(
         weight: ``(local words, features)``, the rows from ``start`` of the whole table.
         ids: any shape, integer.
         start: the first word that the rank holds.
+        words: the words of the whole table.
         padding_idx: a word (of the whole table) whose row gets no gradient; -1 for none.
+
+    Raises:
+        IndexError: an id is not in the whole table (on a CPU; on other devices their assertion fails).
     """
+    _check_range((ids >= 0) & (ids < words), f"index out of range: token ids must be at least 0 and less than {words}")
     local = ids - start
     elsewhere = (local < 0) | (local >= weight.shape[0])
     padding = padding_idx - start if start <= padding_idx < start + weight.shape[0] else -1
@@ -391,7 +404,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, start: int, reduction: int, ignore_index: int, group: str
+    logits: torch.Tensor, target: torch.Tensor, start: int, classes: int, reduction: int, ignore_index: int, group: str
 ) -> torch.Tensor:
     """V -> I: cross entropy of logits of which each rank holds some classes, with one small all-gather.
 
@@ -402,10 +415,16 @@ def vocab_parallel_cross_entropy(
         logits: ``(rows, local classes)``, the classes from ``start``.
         target: ``(rows,)``, integer classes.
         start: the first class that the rank holds.
+        classes: the classes of all ranks.
         reduction: 0 none, 1 mean over the rows that count, 2 sum (torch's own code).
         ignore_index: rows with this target do not count.
         group: the group's name.
+
+    Raises:
+        IndexError: a target is no class (on a CPU; on other devices their assertion fails).
     """
+    inside = ((target >= 0) & (target < classes)) | (target == ignore_index)
+    _check_range(inside, f"target is out of bounds: it must be at least 0 and less than {classes}, or {ignore_index}")
     losses = _CrossEntropy.apply(logits, target, start, ignore_index, fabric.current().group(group))
     if reduction == 0:
         return losses

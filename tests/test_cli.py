@@ -115,3 +115,15 @@ def broken() -> torch.nn.Module:
 def test_a_factory_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "tests.test_cli:broken", "--tp", "2"]) == 2
     assert "no weights here" in capsys.readouterr().err
+
+
+def test_inspect_of_a_model_that_must_run_once_to_be_captured_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("d_model=64", "encoder_layers=1", "decoder_layers=1", "encoder_attention_heads=4",
+             "decoder_attention_heads=4", "encoder_ffn_dim=64", "decoder_ffn_dim=64", "src_vocab_size=101",
+             "tgt_vocab_size=101")  # fmt: skip
+    settings = [word for field in sizes for word in ("--set", field)]
+    assert main(["inspect", "fsmt", "--tp", "2", "--sequence", "16", "--graph", *settings]) == 0
+    out, err = capsys.readouterr()
+    assert "depends on the values in a tensor: running it once, with weights, to find its parts" in err
+    assert out.startswith("# part model.encoder\n# rank 0 of 2\n")
+    assert "\n# part model.decoder\n# rank 0 of 2\n" in out

@@ -84,7 +84,7 @@ def test_a_shard_shifted_by_one_is_found() -> None:
     def damage(graph: fx.Graph) -> None:
         node = next(n for n in graph.nodes if n.target is ops.vocab_parallel_embedding)
         starts = node.args[2].values
-        node.args = (*node.args[:2], PerRank((starts[0], *(s + 1 for s in starts[1:]))), node.args[3])
+        node.args = (*node.args[:2], PerRank((starts[0], *(s + 1 for s in starts[1:]))), *node.args[3:])
 
     assert _caught(_broken("gpt", 3, damage))
 

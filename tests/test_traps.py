@@ -104,17 +104,33 @@ def test_hooks_and_forwards_of_the_models_own() -> None:
         assert relative_error(value, model(own)) < 1e-12
 
 
+def test_a_module_under_two_names_keeps_its_weights() -> None:
+    class Twice(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = nn.ModuleList([self.up, self.down])
+
+    model = Twice()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for example in (None, (torch.randn(2, 5, 64),)):
+        assert autotp.plan(model, 2, example_inputs=example).share_split == 1.0
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_a_submodule_that_holds_shards_refuses_to_be_called() -> None:
+    from autotp.agreement import Agreement
     from autotp.calls import Programs
     from autotp.capture import Dense
-    from autotp.parallel import _Runtime
-    from autotp.process import Mesh
+    from autotp.process import TIMEOUT, Mesh, ProcessFabric
+    from autotp.runtime import Whole
 
     model = SmallGPT()
     ids = torch.zeros(2, 8, dtype=torch.long)
     programs = Programs(model, 2, Dense.of(model))
     programs.find((ids,), {})
-    _Runtime(model, Mesh(0, 2, None), programs, 0).guard(model)
+    agreement = Agreement(Mesh(0, 2, None), "SmallGPT", TIMEOUT)
+    fabric = ProcessFabric(agreement.mesh, 0, agreement.missing)
+    Whole(model, programs, agreement, fabric).guard()
     with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's share"):
         model.wte(ids)
     model.ln_f(torch.zeros(2, 64))  # whole, and so callable

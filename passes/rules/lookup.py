@@ -56,4 +56,5 @@ class Embedding(Rule):
         local = sharder.local(weight, Layout.of({rows[0]: split.owned}))
         padding = rest[0] if rest else -1
         starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
-        sharder.emit(node, ops.vocab_parallel_embedding, (local, sharder.whole(ids), starts, padding), pending=True)
+        args = (local, sharder.whole(ids), starts, split.size, padding)
+        sharder.emit(node, ops.vocab_parallel_embedding, args, pending=True)

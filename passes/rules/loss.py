@@ -57,5 +57,5 @@ class CrossEntropy(Rule):
         local = sharder.local(logits, Layout.of({classes[0]: split.owned}))
         starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
         _, reduction, ignore = rest[:3] + [None, 1, -100][len(rest[:3]) :]
-        args = (local, sharder.whole(target), starts, reduction, ignore, sharder.group)
+        args = (local, sharder.whole(target), starts, split.size, reduction, ignore, sharder.group)
         sharder.emit(node, ops.vocab_parallel_cross_entropy, args)

@@ -1,0 +1,148 @@
+"""agreement: the ranks compare what they are about to do together, before they do it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# By reference: what counts or replaces the collectives of torch.distributed means those of the graph.
+from torch.distributed import all_reduce as _all_reduce
+
+from autotp.errors import AutoTPError, MismatchError
+from autotp.process import Mesh
+
+__all__ = ["Agreement", "checksum", "digest"]
+
+_MASK = (1 << 62) - 1
+
+
+def digest(text: str) -> int:
+    """62 bits of a text, the same in every process (unlike ``hash``).
+
+    >>> digest("a") == digest("a")
+    True
+    """
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & _MASK
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A 64-bit sum over a tensor's bytes, weighted by position; equal for equal tensors."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    rest = flat.numel() % 4
+    total = 0
+    if rest:
+        total, flat = int(flat[-rest:].sum()) + 1, flat[:-rest]
+    words = flat.view(torch.int32)
+    for start in range(0, words.numel(), 1 << 22):  # in pieces: int64 copies of a large weight would not fit
+        piece = words[start : start + (1 << 22)].to(torch.int64)
+        weights = torch.arange(1, piece.numel() + 1, device=piece.device) % 65521 + start % 65521
+        total = (total * 1000003 + int((piece * weights).sum())) % (1 << 64)
+    return total
+
+
+class Agreement:
+    """The comparison of ranks before every step that has collectives.
+
+    Ranks that run different steps pair up collectives that do not belong together: they hang, or, where
+    shapes happen to fit, go on with wrong numbers. So each step starts with one all-reduce of two integers,
+    a fingerprint and its negative, on a gloo group that nothing else uses; only where their maxima show a
+    difference are the details exchanged. No collective of the step itself starts before.
+
+    Args:
+        mesh: this process among the ranks.
+        model: what to call the model in messages.
+        timeout: how long a rank waits for the others.
+        debug: whether calls are compared in the values of inputs and of whole parameters, too.
+
+    Attributes:
+        number: how many steps this rank has begun.
+        doing: the last of them, for messages.
+        steps: how many steps optimizers have taken on the model's parameters.
+    """
+
+    def __init__(self, mesh: Mesh, model: str, timeout: timedelta, debug: bool = False) -> None:
+        self.mesh, self.model, self.timeout, self.debug = mesh, model, timeout, debug
+        self.number, self.doing, self.steps = 0, "parallelize", 0
+        self._group: dist.ProcessGroup | None = None
+        if mesh.group is not None:
+            ranks = dist.get_process_group_ranks(mesh.group)
+            self._group = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+
+    def check(
+        self, doing: str, fingerprint: int, describe: Callable[[], Mapping[str, str]], error: Exception | None = None
+    ) -> None:
+        """Raise on every rank unless all of them are about to do the same.
+
+        Args:
+            doing: what, for messages: ``"call"``, ``"full_state_dict"``.
+            fingerprint: equal on two ranks if and only if they do the same.
+            describe: the details behind the fingerprint; asked for only where ranks differ.
+            error: what this rank would raise instead. It is raised here, and the others learn of it.
+
+        Raises:
+            MismatchError: the ranks differ, which it names; or some have not come within the timeout.
+        """
+        self.number, self.doing = self.number + 1, doing
+        if self._group is not None:
+            said = f"{type(error).__name__}: {error}" if error is not None else ""
+            own = digest(f"{self.number} {doing} {fingerprint} {said}")
+            pair = torch.tensor([own, -own])
+            try:
+                _all_reduce(pair, dist.ReduceOp.MAX, self._group)
+            except RuntimeError as failure:
+                raise self.missing(failure) from (error or failure)
+            if int(pair[0]) != -int(pair[1]):
+                details = {"what it does": doing, **({"error": said} if said else {}), **describe()}
+                found: list[Mapping[str, str]] = [{}] * self.mesh.tp
+                dist.all_gather_object(found, details, group=self._group)
+                if error is None:
+                    raise MismatchError(f"{self._where()}: {_differences(found)}")
+        if error is not None:
+            raise error
+
+    def _where(self) -> str:
+        return f"step {self.number} of this {self.model} on {self.mesh.tp} ranks"
+
+    def missing(self, failure: Exception) -> AutoTPError:
+        """The error of a step that not all ranks joined in, with the ranks that did not."""
+        absent = self._absent()
+        who = f"rank {' and '.join(map(str, absent))}" if absent else "a rank"
+        first = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+        return MismatchError(
+            f"{self._where()}, {self.doing}: {who} did not come within {self.timeout.total_seconds():g} s. Either that "
+            "process has died or hangs, or the ranks' scripts differ: all must call the model, backward, "
+            "full_state_dict, full_gradients and clip_grad_norm_ equally often and in the same order. "
+            f"(parallelize(timeout=...) sets how long to wait. The process group said: {first})"
+        )
+
+    def _absent(self) -> list[int]:
+        """The ranks that do not say, too, that they wait in this step: their group breaks when the first gives up."""
+        if self._group is None:
+            return []
+        key = f"autotp/{self._group.group_name}/{self.number}"
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"{key}/{self.mesh.rank}", self.doing)
+            time.sleep(min(1.0, self.timeout.total_seconds() / 4))
+            return [r for r in range(self.mesh.tp) if not store.check([f"{key}/{r}"])]
+        except Exception:  # the process that keeps the store may be the one that died
+            return []
+
+
+def _differences(found: list[Mapping[str, str]]) -> str:
+    if len({each["what it does"] for each in found}) > 1:  # then all else differs, too
+        found = [{k: each[k] for k in ("what it does", "error") if k in each} for each in found]
+    lines = []
+    for key in dict.fromkeys(k for each in found for k in each):
+        values = [each.get(key, "nothing") for each in found]
+        if len(set(values)) > 1:
+            lines.append(f"  {key}: " + ", ".join(f"{v} on rank {r}" for r, v in enumerate(values)))
+    more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
+    return "the ranks must do the same, but differ in\n" + "\n".join(lines[:12]) + more

@@ -1,0 +1,131 @@
+"""comparison: what the ranks compare of each call of a module, before any of them begins it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autotp.agreement import Agreement, checksum, digest
+from autotp.watch import Watch, dotted
+
+__all__ = ["Comparison", "is_constant", "kinds"]
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum, torch.dtype, torch.device,
+              torch.layout, torch.memory_format, torch.Size, slice, range)  # fmt: skip
+
+
+def is_constant(x: Any) -> bool:
+    """Whether an argument that is no tensor is all that its text says."""
+    return isinstance(x, _CONSTANTS)
+
+
+def kinds(leaves: Iterable[Any]) -> tuple[Any, ...]:
+    """What of a call's leaves makes another graph: dtypes, sizes of one, gradients needed, constants."""
+    return tuple(
+        (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in x.shape))
+        if isinstance(x, torch.Tensor)
+        else (type(x), repr(x) if is_constant(x) else "")
+        for x in leaves
+    )
+
+
+def _paths(leaves: list[Any], spec: Any) -> list[str]:
+    """``args[0]``, ``kwargs['input_ids']``: what the caller calls each leaf."""
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return [
+        name + pytree.keystr(path)
+        for name, part in (("args", args), ("kwargs", kwargs))
+        for path, _ in pytree.tree_flatten_with_path(part)[0]
+    ]
+
+
+class Comparison:
+    """The comparison of the calls of one module: a model, a part of one, or one with parts.
+
+    Args:
+        agreement: through which the ranks compare.
+        watch: the module's.
+        split: whether the ranks hold different shares of a parameter, by its name in the module.
+    """
+
+    def __init__(self, agreement: Agreement, watch: Watch, split: Callable[[str], Any]) -> None:
+        self.agreement, self.watch, self.path = agreement, watch, watch.path
+        self._split = split
+        self._digests: dict[Any, int] = {}
+
+    def call(self, key: Any, leaves: list[Any], spec: Any, error: Exception | None = None) -> None:
+        """Raise on every rank unless all of them make the same call.
+
+        Args:
+            key: the call's structure, and what has changed of the module.
+            leaves: its arguments.
+            spec: how they go together.
+            error: what this rank would raise instead.
+
+        Raises:
+            MismatchError: they do not.
+        """
+        fingerprint = 0 if error is not None else self._digest(key, leaves)
+        values = self._values(leaves, spec) if self.agreement.debug else {}
+        fingerprint = digest(f"{fingerprint} {self.agreement.steps} {values}")
+        doing = f"call of {self.path}" if self.path else "call"
+        self.agreement.check(doing, fingerprint, lambda: self._described(leaves, spec) | values, error)
+
+    def end(self, result: Any, error: Exception | None = None) -> None:
+        """Raise on every rank unless all of them have come to the end of the call, without an error.
+
+        Raises:
+            MismatchError: they have not.
+        """
+        leaves, spec = pytree.tree_flatten(((result,), {}))
+        named = zip(_paths(leaves, spec), leaves, strict=True) if self.agreement.debug else ()
+        values = {
+            f"values of {n.replace('args[0]', 'result', 1)}": f"{checksum(x):x}" for n, x in named if _is_tensor(x)
+        }
+        self.agreement.check("end of the call", digest(str(values)), lambda: values, error)
+
+    def _digest(self, key: Any, leaves: list[Any]) -> int:
+        shapes = tuple([x.shape for x in leaves if isinstance(x, torch.Tensor)])
+        whole = key, shapes, torch.is_grad_enabled(), self.watch.trainable()
+        found = self._digests.get(whole)
+        if found is None:
+            if len(self._digests) > 4096:
+                self._digests.clear()
+            found = self._digests[whole] = digest(repr(whole))
+        return found
+
+    def _values(self, leaves: list[Any], spec: Any) -> dict[str, str]:
+        """Checksums of the inputs, and of the parameters of which every rank holds the whole."""
+        named = dict(zip(_paths(leaves, spec), leaves, strict=True))
+        named |= {f"parameter {self._full(n)}": p for n, p in self._parameters() if not self._split(n)}
+        return {f"values of {n}": f"{checksum(x):x}" for n, x in named.items() if _is_tensor(x)}
+
+    def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
+        return self.watch.model.named_parameters()
+
+    def _full(self, name: str) -> str:
+        return dotted(self.path, name)
+
+    def _described(self, leaves: list[Any], spec: Any) -> dict[str, str]:
+        """A call in words, for ranks that differ."""
+        found = {"structure of the inputs": " ".join(str(spec).split())}
+        for path, x in zip(_paths(leaves, spec), leaves, strict=True):
+            grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
+            text = repr(x) if is_constant(x) else f"a {type(x).__module__}.{type(x).__qualname__}"
+            found[path] = f"{tuple(x.shape)} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text
+        found["gradients"] = "enabled" if torch.is_grad_enabled() else "disabled"
+        found["steps of optimizers"] = str(self.agreement.steps)
+        found["autocast"] = str(torch.is_autocast_enabled())
+        for name, module in self.watch.model.named_modules():
+            found[f"mode of {self._full(name) or 'the model'}"] = "train" if module.training else "eval"
+        for name, p in self._parameters():
+            found[f"parameter {self._full(name)}"] = f"{p.dtype}{', requires_grad' if p.requires_grad else ''}"
+        return found | {self._full(dotted(*place)): value for place, value in self.watch.changes().items()}
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)

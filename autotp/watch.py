@@ -1,0 +1,203 @@
+"""watch: what of a model's Python has changed since its graphs were made.
+
+A graph holds the tensors' names, and everything else as it was at capture. So each call looks whether the
+model still is what was captured: modes, dtypes and plain attributes that changed make another graph;
+parameters and buffers are read where they are; modules, hooks or forwards that changed are an error. A model
+with parts runs the Python around them, which may change as it likes, as long as the parts stay.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp.errors import AutoTPError
+from autotp.forwards import own_forward
+from autotp.hooks import HOOKS, refuse_global_hooks
+
+__all__ = ["Watch", "dotted"]
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
+
+_KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
+
+Place = tuple[str, str]
+
+
+def dotted(*names: str) -> str:
+    """Names as one path; empty ones are left out.
+
+    >>> dotted("", "blocks.0", "scale")
+    'blocks.0.scale'
+    """
+    return ".".join(filter(None, names))
+
+
+class Watch:
+    """Looks at a model before each call: at the identities of things, and closer where one has changed.
+
+    Args:
+        model: the model.
+        shape: the shape that a parameter should have here, by name.
+        parts: the parts that run as graphs, by path, each of which has a watch of its own; left out, the
+            model is one graph.
+        path: what to call the model in messages, if it is a part itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: Callable[[str], Sequence[int]],
+        parts: Mapping[str, nn.Module] | None = None,
+        path: str = "",
+    ) -> None:
+        self.model, self._shape, self._parts, self.path = model, shape, parts, path
+        self._attributes: dict[Place, Any] = {}
+        self._first: dict[Place, Any] = {}
+        self._last: Any = None
+        self._settled: dict[Place, Any] | None = None
+
+    def settle(self) -> None:
+        """Take modules, hooks, forwards and ties as they are now for those that the graphs hold.
+
+        Attributes that have changed since the last look (capture leaves some behind) count as the first ones.
+        """
+        before = self._attributes
+        self._scan()
+        self._settled, self._ties = self._facts(), self._tied()
+        self._first = {**self._first, **dict(self._attributes.items() - before.items())}
+        self._changes = self._differing()
+
+    def follow(self) -> None:
+        """Take what has changed since the last look for how it was at first: a model's own forward did it."""
+        if self._snapshot() != self._last:
+            self.settle()
+
+    def look(self) -> str:
+        """What is not as it was at first: where the text is the same, the graphs are.
+
+        Raises:
+            AutoTPError: something has changed that no graph can follow. The next call looks, and raises, again.
+        """
+        refuse_global_hooks()
+        if self._settled is None:
+            self.settle()
+        elif self._snapshot() != self._last:
+            self._scan()
+            self._last = None
+            self._check()
+            self._scan()
+            self._changes = self._differing()
+        kinds = {f"{dtype} {device.type}" for dtype, device in set(map(_KIND, self._parameters))}
+        return f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
+
+    def trainable(self) -> tuple[bool, ...]:
+        """Which parameters need gradients: the graphs serve for all, but the ranks must agree."""
+        return tuple(map(_TRAINABLE, self._parameters))
+
+    def changes(self) -> dict[Place, str]:
+        """The plain attributes that are not as they were at first, by module and name, with their values."""
+        return dict(self._changes)
+
+    def _scan(self) -> None:
+        """List what to look at, and take a snapshot of it."""
+        modules = list(self.model.named_modules())
+        self._dicts = [m.__dict__ for _, m in modules]
+        held = [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
+        held += [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
+        self._full, self._empty = [d for d in held if d], [d for d in held if not d]
+        self._parameters = list(self.model.parameters())
+        self._attributes = {}
+        self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        seen: set[int] = set()
+        for name, module in modules:
+            self._watch(name, module.__dict__, seen)
+            for key, value in module.__dict__.items():
+                if hasattr(value, "__dict__") and not callable(value) and key != "_autotp":  # a config
+                    self._watch(dotted(name, key), value.__dict__, seen)
+        for name, buffer in self.model.named_buffers():
+            self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
+        self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
+        self._last = self._snapshot()
+
+    def _watch(self, name: str, attributes: dict[str, Any], seen: set[int]) -> None:
+        names = [k for k, v in attributes.items() if isinstance(v, _PLAIN)]
+        if names and id(attributes) not in seen:
+            seen.add(id(attributes))
+            self._attributes |= {(name, k): attributes[k] for k in names}
+            self._getters.append((operator.itemgetter(*names), attributes))
+
+    def _snapshot(self) -> Any:
+        """What is the same, in values and identities, as long as nothing changes. Runs at each call."""
+        try:
+            values = [get(d) for get, d in self._getters]
+        except KeyError:
+            return None
+        held = list(map(id, chain.from_iterable(map(dict.values, self._full))))
+        sizes = list(map(torch.Tensor.numel, self._parameters))
+        return list(map(len, self._dicts)), any(self._empty), held, values, sizes
+
+    def _facts(self) -> dict[Place, Any]:
+        """What must stay: submodules, their hooks and forwards; of a model with parts these modules."""
+        facts: dict[Place, Any] = {}
+        if self._parts is not None:
+            modules = dict(self.model.named_modules(remove_duplicate=False))
+            return {(path, "module"): modules.get(path) for path in self._parts}
+        for name, module in self.model.named_modules():
+            if name:
+                facts[name, "module"] = module
+                facts[name, "a forward of its own"] = own_forward(module)
+                facts |= {(name, what): list(module.__dict__[kind].values()) for kind, what in HOOKS.items()}
+        return facts
+
+    def _check(self) -> None:
+        facts, settled = self._facts(), self._settled or {}
+        for place in settled.keys() | facts.keys():
+            before, now = settled.get(place), facts.get(place)
+            if before is now or (isinstance(before, list) and before == now):
+                continue
+            name, what = dotted(self.path, place[0]), place[1]
+            happened = "was replaced, added or removed" if what == "module" else f"got or lost {what}"
+            raise AutoTPError(
+                f"{name} {happened} since autotp.parallelize: the graph is of what was there, so this would change "
+                "nothing. Undo it, or do it before parallelize (hooks: on the model itself)"
+            )
+        names = self._tied()
+        for name in () if self._parts is not None else sorted(names.keys() | self._ties.keys()):
+            if name not in names or name not in self._ties:
+                raise AutoTPError(
+                    f"{self._called(name)} was {'added' if name in names else 'removed'} since autotp.parallelize, and "
+                    "the graph does not know of it: do this before parallelize"
+                )
+            if names[name] != self._ties[name]:
+                tied = name != self._ties[name]
+                other, were, now = (self._ties[name], "one", "two") if tied else (names[name], "two", "one")
+                raise AutoTPError(
+                    f"the parameters {name} and {other} were {were} when the model was parallelized and are {now} now: "
+                    f"assign {'the same Parameter' if tied else 'each its own'}, or change this before parallelize"
+                )
+        for name, parameter in self.model.named_parameters():
+            local = tuple(self._shape(name))
+            if tuple(parameter.shape) != local:
+                raise AutoTPError(
+                    f"{self._called(name)} has shape {tuple(parameter.shape)}, but this rank holds {local} of it: "
+                    "load_state_dict takes dense tensors and cuts them, an assignment does not"
+                )
+
+    def _called(self, name: str) -> str:
+        return f"parameter {dotted(self.path, name)}"
+
+    def _tied(self) -> dict[str, str]:
+        first: dict[int, str] = {}
+        return {n: first.setdefault(id(p), n) for n, p in self.model.named_parameters(remove_duplicate=False)}
+
+    def _differing(self) -> dict[Place, str]:
+        first, now = self._first, self._attributes
+        places = now.keys() | first.keys() if now != first else ()
+        return {k: repr(now.get(k)) for k in places if now.get(k) != first.get(k)}
