@@ -29,8 +29,8 @@ _REFUSED = {
     torch.autograd.backward: "runs a backward of its own",
 }
 
-_KEPT = ("torch._library.", "torch._higher_order_ops.")
-"""Where torch defines the Functions of ops that a graph holds as they are, derivative and all."""
+_KEPT = ("torch._library.", "torch._higher_order_ops.", "autotp.")
+"""Where the Functions are defined of ops that a graph holds as they are, derivative and all, and of tracing itself."""
 
 
 def _caller() -> str:

@@ -116,7 +116,7 @@ def checked_functions(active: Callable[[], bool], refuse: Callable[[type], None]
     """
     agreeing: set[type] = set()
     known: dict[Any, bool] = {}
-    own = [c for c in _subclasses(torch.autograd.Function) if not f"{c.__module__}.".startswith("torch.")]
+    own = [c for c in _subclasses(torch.autograd.Function) if not f"{c.__module__}.".startswith(("torch.", "autotp."))]
     replaced = [(cls, cls.__dict__["forward"]) for cls in own if "forward" in cls.__dict__]
 
     def watched(cls: Any, forward: Callable[..., Any]) -> Any:

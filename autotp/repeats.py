@@ -54,10 +54,10 @@ class _Call:
 
 
 class _Computed(torch.autograd.Function):
-    """Makes a tensor the result of a computation, as autograd sees it: it may be changed in place."""
+    """Makes a tensor the result of a computation on others, as autograd sees it: it may be changed in place."""
 
     @staticmethod
-    def forward(ctx: Any, like: torch.Tensor, made: list[torch.Tensor]) -> torch.Tensor:
+    def forward(ctx: Any, made: list[torch.Tensor], *of: torch.Tensor) -> torch.Tensor:
         return made[0]
 
     @staticmethod
@@ -299,18 +299,18 @@ class Repeats(TorchFunctionMode):
         for i, node in call.moved.items():
             self._stand(tensors[i], stands[node])
         found = [
-            tensors[r] if isinstance(r, int) else self._like(r[1], stands[r[0]]) if r is not None else None
+            tensors[r] if isinstance(r, int) else self._like(r[1], stands[r[0]], tensors) if r is not None else None
             for r in call.result
         ]
         return call.kind(found) if call.kind else found[0]
 
-    def _like(self, tensor: torch.Tensor, node: fx.Node) -> torch.Tensor:
-        """A tensor of another's metadata for which ``node`` stands."""
+    def _like(self, tensor: torch.Tensor, node: fx.Node, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """A tensor of another's metadata for which ``node`` stands, made of ``inputs``."""
         with proxy_tensor.disable_proxy_modes_tracing():
             new = proxy_tensor.snapshot_fake(tensor)
             assert new is not None
             if tensor.requires_grad:
-                new = _Computed.apply(tensor, [new])
+                new = _Computed.apply([new], *[x for x in inputs if x.requires_grad])
         self._stand(new, node)
         return new
 

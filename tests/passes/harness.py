@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from autotp.capture import Captured, capture
+from autotp.capture import Captured, Dense, capture
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.simulate import Simulation
 from passes import Layout, Shards
@@ -32,6 +32,7 @@ class OneProgram:
 
     def __init__(self, model: nn.Module, program: Rewritten) -> None:
         self.model, self.last, self._graphs = model, program, {}
+        self.dense = Dense.of(model)
 
     def find(self, args: Any, kwargs: Any) -> tuple[Rewritten, list[torch.Tensor]]:
         return self.last, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]

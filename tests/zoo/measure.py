@@ -16,8 +16,9 @@ import transformers
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from autotp.capture import Dense, capture
-from autotp.errors import AutoTPError
+from autotp.capture import capture
+from autotp.errors import AutoTPError, CaptureError
+from autotp.parts import Call, Division, divide_in_parts
 from autotp.plan import Plan, block_of, plan_of
 from autotp.rewrite import rewrite
 from autotp.simulate import Simulation
@@ -77,7 +78,8 @@ class Row:
         kind: ``dense``, ``mixture of experts`` (routes by values), ``recurrent`` (scans, convolutions, transforms),
             ``not run`` (not even dense).
         dense_error: why the dense model itself does not run here, if it does not.
-        capture_error: why autotp does not run it whole, if it does not.
+        capture_error: why autotp does not run it, if it does not.
+        seams: where capture ended, for a model that runs in parts.
         at: what was found, by number of ranks.
         seconds: how long it took.
     """
@@ -86,6 +88,7 @@ class Row:
     kind: str = "not run"
     dense_error: str = ""
     capture_error: str = ""
+    seams: list[str] = field(default_factory=list)
     at: dict[str, At] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -113,20 +116,28 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
         row.dense_error = _said(error)
         return row
     with Float64():
+        failed: CaptureError | None = None
         try:
             captured = capture(model, (), inputs)
+            row.kind = _kind(captured.graph)
+        except CaptureError as error:
+            row.kind, row.seams, failed = "dense", [" ".join(str(error).split())[:200]], error
         except AutoTPError as error:
             row.kind, row.capture_error = "dense", " ".join(str(error).split())[:300]
             return row
-        row.kind = _kind(captured.graph)
         for tp in tps:
             try:
-                program = rewrite(captured, tp)
-                plan = plan_of(program, model, Dense.of(model))
-                simulation = Simulation(model, tp, OneProgram(model, program), record=True)
-                report = compare(model, simulation, (), inputs, TOLERANCE)
+                if failed is None:
+                    program = rewrite(captured, tp)
+                    fewest = (len(program.minimum.forward), len(program.minimum.backward))
+                    division = Division.whole(model, OneProgram(model, program), [Call((), inputs)])
+                else:
+                    division = divide_in_parts(model, tp, (), inputs, failed)
+                    row.seams = [str(seam) for seam in division.seams]
+                plan = plan_of(division, tp)
+                report = compare(model, Simulation(model, tp, division, record=True), (), inputs, TOLERANCE)
                 row.at[str(tp)] = at = _of_plan(plan)
-                at.minimum = (len(program.minimum.forward), len(program.minimum.backward))
+                at.minimum = fewest if failed is None else (at.forward, at.backward)
                 at.ok = report.ok
                 if not at.ok:
                     name, worst = report.worst_gradient

@@ -61,7 +61,8 @@ def _cells(row: Row) -> list[str]:
     passed = [tp for tp, at in row.at.items() if at.ok]
     shares = sorted({f"{at.share:.1%}" for at in row.at.values() if at.ok})
     counts = list(dict.fromkeys("{:g} + {:g}".format(*at.per_layer) for at in row.at.values() if at.ok))
-    said = list(dict.fromkeys(x for at in row.at.values() for x in ([at.error] if at.error else at.whole)))
+    said = [f"in parts: {seam}" for seam in row.seams[:2]]
+    said += list(dict.fromkeys(x for at in row.at.values() for x in ([at.error] if at.error else at.whole)))
     said += [f"vocabulary whole at tp {tp}" for tp, at in row.at.items() if at.ok and not at.vocabulary]
     said += [
         f"tp {tp}: {at.forward} + {at.backward} collectives, {at.minimum[0]} + {at.minimum[1]} needed"
