@@ -221,8 +221,8 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
         if node.op != "call_function":
             continue
         module = node.meta.get("module", "")
-        if node.target in (ops.all_reduce, ops.all_gather):
-            kind = "all_reduce" if node.target is ops.all_reduce else "all_gather"
+        if node.target in (ops.all_reduce, ops.all_gather, ops.settle):
+            kind = "all_gather" if node.target is ops.all_gather else "all_reduce"
             found.append(Collective(kind, "forward", node.name, module, *_elements(node.meta["global"]), node.args[-1]))
         elif node.target is ops.vocab_parallel_cross_entropy:
             rows, itemsize = _elements(node.args[1].meta["global"])[0], node.args[0].meta["global"].element_size()

@@ -187,7 +187,7 @@ class _Settle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: fabric.Communicator) -> torch.Tensor:
         ctx.first = group.rank == 0
-        return x.view_as(x)
+        return group.all_reduce(x if ctx.first else torch.zeros_like(x))
 
     @staticmethod
     @once_differentiable
@@ -196,7 +196,7 @@ class _Settle(torch.autograd.Function):
 
 
 def settle(x: torch.Tensor, group: str) -> torch.Tensor:
-    """V -> I, of shards that each are the whole: the one gradient of the result goes to one of them."""
+    """V -> I, of shards that each are the whole: the first rank's is everyone's, to the bit, and gets the gradient."""
     return _Settle.apply(x, fabric.current().group(group))
 
 

@@ -46,10 +46,12 @@ def main() -> int:
             row = Row.from_json(data)
             rows.append(row)
             print(f"[{len(rows)}/{len(names)}, {time.monotonic() - start:.0f} s] {_line(row)}", flush=True)
+            if args.write and len(rows) % 10 == 0:
+                save({**recorded, **{r.name: r for r in rows}}.values())
             if args.check and row.name in recorded:
                 failures += worse(recorded[row.name], row)
     if args.write:
-        save({**{r.name: r for r in recorded.values()}, **{r.name: r for r in rows}}.values())
+        save({**recorded, **{r.name: r for r in rows}}.values())
     for failure in failures:
         print(f"WORSE {failure}")
     return 1 if failures else 0

@@ -30,7 +30,7 @@ from tests.zoo.small import VOCABULARY
 
 TPS = (2, 3, 4, 8)
 TOLERANCE = 1e-9
-LIMIT = 300.0
+LIMIT = 240.0
 """Seconds for one architecture."""
 ROUTES = {"aten.topk", "aten.sort", "aten._grouped_mm", "aten.argsort"}
 RECURS = {"aten.conv1d", "aten.cumsum", "aten.logcumsumexp", "aten.fft_fft", "aten.fft_fftn", "aten.fft_rfft"}
