@@ -184,7 +184,10 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
         ranks = _ranks(classes, chosen, tp)
         trouble = _trouble(facts, classes, ranks, chosen, tp)
         if trouble is None:
-            return _decision(graph, weights, facts, classes, ranks, gains, chosen, banned, tp)
+            if not (idle := {c for c in able if c in chosen} - _splitting(weights, facts, classes, ranks, tp)):
+                return _decision(graph, weights, facts, classes, ranks, gains, chosen, banned, tp)
+            banned |= dict.fromkeys(idle, "splits no weight")  # what divides computation only: slots of a router
+            continue
         node, factors = trouble
         if len(factors) == 1:  # indices of some rank are no product: keep all but the outermost dim together
             facts.mix(node, factors[0], factors[0].dims[1:])
@@ -193,6 +196,12 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
                 (c for f in factors for c in classes.behind(f.labels) if c in chosen), key=lambda c: gains.get(c, 0.0)
             )
             banned[worst] = f"two dims of one value would be split at {where(node)}"
+
+
+def _splitting(weights: list[fx.Node], facts: Facts, classes: _Classes, ranks: np.ndarray, tp: int) -> set[int]:
+    """The classes that have part in the splitting of some weight."""
+    factors = [f for node in weights for f in facts.values[node].factors]
+    return {c for f in factors if factor_shards(f, ranks, tp) for c in classes.behind(f.labels)}
 
 
 def _ranks(classes: _Classes, chosen: Iterable[object], tp: int) -> np.ndarray:
