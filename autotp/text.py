@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes import Shards
-from passes.shard import PerRank
+from passes.state import PerRank
 
 __all__ = ["graph_dot", "graph_text"]
 

@@ -25,7 +25,7 @@ from passes.cost import CostModel
 from passes.fabric import replica_group
 from passes.graphs import ends
 from passes.layout import Shards
-from passes.shard import GROUP
+from passes.state import GROUP
 
 __all__ = ["enter"]
 

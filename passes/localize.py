@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from passes.shard import PerRank
+from passes.state import PerRank
 
 __all__ = ["localize"]
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,42 +30,12 @@ from passes.layout import WHOLE, Layout, Shards
 from passes.relayout import flattened, on_virtual, relayout
 from passes.rules import rule_of
 from passes.rules.base import Alignment, Facts, Key
+from passes.state import GROUP, PerRank, State, varies
 from passes.units import Value
 
-__all__ = ["GROUP", "PerRank", "Sharder", "State", "shard"]
+__all__ = ["Sharder", "shard"]
 
 aten = torch.ops.aten
-GROUP = "tp"
-"""The name of the group of all tensor-parallel ranks in a rewritten graph."""
-
-
-@dataclass(frozen=True)
-class PerRank:
-    """A constant of the rewritten graph that differs between ranks: one entry for each."""
-
-    values: tuple[Any, ...]
-
-    @staticmethod
-    def of(values: Sequence[Any]) -> Any:
-        """The one value if all ranks have the same, else a PerRank."""
-        return values[0] if all(v == values[0] for v in values) else PerRank(tuple(values))
-
-
-@dataclass
-class State:
-    """Where a captured value stands in the rewritten graph.
-
-    Attributes:
-        node: the rewritten node.
-        layout: its layout on the value's own virtual dims.
-        pending: whether it is a pending sum; then it is whole.
-        addend: for a pending sum, a whole node to add once after the reduction.
-    """
-
-    node: fx.Node
-    layout: Layout = WHOLE
-    pending: bool = False
-    addend: fx.Node | None = None
 
 
 class Sharder:
@@ -387,7 +356,7 @@ class Sharder:
         return self.whole(node) if is_tensor(node) else self.states[node].node
 
     def _describe(self, new: fx.Node, origin: fx.Node, state: str, layout: Layout, value: Value | None) -> None:
-        if state == "whole" and any(_varies(n) for n in new.all_input_nodes):
+        if state == "whole" and any(varies(n) for n in new.all_input_nodes):
             state = "split"  # made of shards that hold all of it: equal on all ranks, but its gradient is in parts
         new.meta = {
             "origin": origin.name,
@@ -405,7 +374,7 @@ class Sharder:
     def _settled(self, node: fx.Node) -> fx.Node:
         """A value as the caller gets it: whole, and its gradient too."""
         plain = self._plain(node)
-        if not _varies(plain):
+        if not varies(plain):
             return plain
         settled = self.graph.call_function(ops.settle, (plain, self.group))
         self._describe(settled, node, "split", WHOLE, self.facts.values.get(node))
@@ -433,11 +402,6 @@ class Sharder:
             else:
                 rule_of(node).shard(node, self)
         return self.graph
-
-
-def _varies(node: fx.Node) -> bool:
-    """Whether a rewritten value is whole on every rank and its gradient is the sum of the ranks'."""
-    return node.meta.get("state") == "split" and node.meta["layout"].whole
 
 
 def _readable(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from autotp.rewrite import rewrite
 from autotp.simulate import Simulation
 from autotp.verify import Float64, Report, compare
 from passes import ops
-from passes.shard import PerRank
+from passes.state import PerRank
 from tests import breakages
 from tests.models import make
 from tests.passes.harness import OneProgram

@@ -24,7 +24,7 @@ from passes import enter as insert_enters
 from passes import simplify as simplified
 from passes.graphs import op_name
 from passes.rules.base import Facts
-from passes.shard import PerRank
+from passes.state import PerRank
 
 HERE = Path(__file__).parent / "golden"
 CASES: dict[str, Callable[[], str]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from autotp.capture import Captured
 from autotp.rewrite import Rewritten, rewrite
 from passes import ops
-from passes.shard import PerRank
+from passes.state import PerRank
 from tests import breakages
 from tests.passes.harness import Results, captured_of, randn, run, scrambled, simulation
 from tests.passes.test_rules import Attention, Between

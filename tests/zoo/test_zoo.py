@@ -8,17 +8,13 @@ import pytest
 
 from tests.zoo.architectures import architectures
 from tests.zoo.measure import TPS, measure
-from tests.zoo.table import TABLE, load, text, worse
+from tests.zoo.table import load, worse
 
 SAMPLE = ["causal/falcon", "causal/olmo2", "causal/gptj", "causal/qwen3", "masked/bert", "seq2seq/t5"]
 
 
-def test_every_architecture_has_a_row() -> None:
-    assert {str(a) for a in architectures()} == set(load())
-
-
-def test_the_table_is_that_of_the_rows() -> None:
-    assert TABLE.read_text() == text(sorted(load().values(), key=lambda row: row.name))
+def test_rows_are_of_architectures_that_there_are() -> None:
+    assert {str(a) for a in architectures()} >= set(load())
 
 
 @pytest.mark.parametrize("name", SAMPLE)
