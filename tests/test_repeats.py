@@ -196,10 +196,6 @@ def _replace(layers: nn.ModuleList) -> None:
     layers[1].norm = nn.Identity()
 
 
-def _hook(layers: nn.ModuleList) -> None:
-    layers[1].up.register_forward_hook(lambda module, args, output: output * 2)
-
-
 def _freeze(layers: nn.ModuleList) -> None:
     layers[1].requires_grad_(False)
 
@@ -250,7 +246,6 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "a plain list of tensors": lambda: Stack(lambda layer, x: x * layer.tables[0]),
     "a parameter of another layer": lambda: Stack(prepare=_share),
     "a submodule replaced": lambda: Stack(prepare=_replace),
-    "a hook on a submodule": lambda: Stack(prepare=_hook),
     "a layer that is frozen": lambda: Stack(prepare=_freeze),
     "dropout and eps that differ": lambda: Stack(lambda layer, x: layer.dropout(x)),
     "one layer in eval mode": lambda: Stack(lambda layer, x: layer.dropout(x), lambda layers: layers[3].eval()),

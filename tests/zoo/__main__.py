@@ -37,7 +37,8 @@ def main() -> int:
     from tests.zoo.measure import Row, measure_named
     from tests.zoo.table import ROWS, load, save, worse
 
-    names = [str(a) for a in architectures() if not args.names or any(part in str(a) for part in args.names)]
+    every = [str(a) for a in architectures()]
+    names = [n for n in every if not args.names or any(n == x or (x not in every and x in n) for x in args.names)]
     recorded = load() if ROWS.exists() else {}
     names.sort(key=lambda n: -recorded[n].seconds if n in recorded else 0.0)  # long ones first
     rows, failures, start = [], [], time.monotonic()
