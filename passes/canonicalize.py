@@ -27,6 +27,13 @@ def _dim_of(node: fx.Node) -> int:
     return dim % node.args[0].meta["val"].dim()
 
 
+def _slice(origin: fx.Node, source: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
+    """A new slice of ``source``, of what ``origin`` did."""
+    new = origin.graph.call_function(aten.slice.Tensor, (source, dim, start, stop))
+    new.meta = {**origin.meta, "val": source.meta["val"].narrow(dim, start, stop - start)}
+    return new
+
+
 def _as_slices(node: fx.Node) -> bool:
     """Replace the parts that a split hands out by slices (selects, for ``unbind``) of its input."""
     source, parts = node.args[0], node.meta["val"]
@@ -44,9 +51,9 @@ def _as_slices(node: fx.Node) -> bool:
         with node.graph.inserting_before(user):
             if op_name(node) == "aten.unbind":
                 new = node.graph.call_function(aten.select.int, (source, dim, index))
+                new.meta = {**node.meta, "val": parts[index]}
             else:
-                new = node.graph.call_function(aten.slice.Tensor, (source, dim, starts[index], starts[index + 1]))
-        new.meta = {**node.meta, "val": parts[index]}
+                new = _slice(node, source, dim, starts[index], starts[index + 1])
         user.replace_all_uses_with(new)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
@@ -134,14 +141,9 @@ def _as_joined(node: fx.Node) -> bool:
             part = graph.call_function(aten.unsqueeze.default, (part, dim))
             part.meta = {**node.meta, "val": written.unsqueeze(dim)}
 
-        def kept(first: int, last: int) -> list[fx.Node]:
-            if first == last:
-                return []
-            left = graph.call_function(aten.slice.Tensor, (base, dim, first, last))
-            left.meta = {**node.meta, "val": base.meta["val"].narrow(dim, first, last - first)}
-            return [left]
-
-        parts = [*kept(0, start), part, *kept(stop, size)]
+        before = [_slice(node, base, dim, 0, start)] if start else []
+        after = [_slice(node, base, dim, stop, size)] if stop < size else []
+        parts = [*before, part, *after]
     node.target, node.args = aten.cat.default, (parts, dim)
     return True
 
@@ -186,9 +188,7 @@ def _as_parts(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> bool:
     parts = []
     with node.graph.inserting_before(node):
         for i in picked.tolist():
-            start = i % size
-            parts.append(node.graph.call_function(aten.slice.Tensor, (source, dim, start, start + 1)))
-            parts[-1].meta = {**node.meta, "val": source.meta["val"].narrow(dim, start, 1)}
+            parts.append(_slice(node, source, dim, i % size, i % size + 1))
     if len(parts) == 1:
         node.replace_all_uses_with(parts[0])
         node.graph.erase_node(node)

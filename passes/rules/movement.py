@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["Expand", "Join", "Move", "Part", "Permute", "Regroup"]
 
 aten = torch.ops.aten
+
+
+def _behind(factors: Iterable[Factor], stop: int, shift: int) -> tuple[Factor, ...]:
+    """Factors where the virtual dims from ``stop`` on have moved by ``shift``."""
+    return tuple(Factor(tuple(v + shift if v >= stop else v for v in f.dims), f.labels) for f in factors)
 
 
 class Move(Rule):
@@ -85,9 +91,7 @@ class Regroup(Move):
         if any(set(mixed) & set(f.dims) for f in value.factors):
             return None
         axes = value.axes[:first] + trivial_axes(out[first : len(out) - last]) + value.axes[len(was) - last :]
-        shift = sum(len(dim) for dim in axes) - len(value.sizes)
-        factors = [Factor(tuple(v + shift if v >= mixed.stop else v for v in f.dims), f.labels) for f in value.factors]
-        return Value(axes, tuple(factors))
+        return Value(axes, _behind(value.factors, mixed.stop, sum(len(dim) for dim in axes) - len(value.sizes)))
 
     @staticmethod
     def _merged(value: Value, facts: Facts) -> Value:
@@ -300,9 +304,8 @@ class Pick(Move):
         inside, axes = value.virtual(dim), trivial_axes(out)[dim]
         if any(set(f.dims) & set(inside) for f in value.factors):
             return None
-        shift = len(axes) - len(inside)
-        factors = [Factor(tuple(v + shift if v >= inside.stop else v for v in f.dims), f.labels) for f in value.factors]
-        return Value(value.axes[:dim] + (axes,) + value.axes[dim + 1 :], tuple(factors))
+        factors = _behind(value.factors, inside.stop, len(axes) - len(inside))
+        return Value(value.axes[:dim] + (axes,) + value.axes[dim + 1 :], factors)
 
 
 @register("aten.cat")

@@ -84,10 +84,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """What an architecture needs to be built small, by model type."""
 
 
-_LATENT = {"num_key_value_heads": HEADS}
-"""With latent attention there are as many keys as queries."""
-
-
 def _field(name: str, value: Any, latent: bool) -> Any:
     """The small value of a config's field, or the same where no rule says otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | None):
@@ -96,8 +92,8 @@ def _field(name: str, value: Any, latent: bool) -> Any:
         return None
     if name.endswith(("_token_id", "_token_index", "_index")):
         return value % 97 if value and value > 96 else value
-    if latent and name in _LATENT:
-        return _LATENT[name]
+    if latent and name == "num_key_value_heads":  # as many keys as queries
+        return HEADS
     size = next((size for pattern, size in _RULES if re.fullmatch(pattern, name)), value)
     return value if value == 0 else size
 
