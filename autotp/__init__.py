@@ -3,10 +3,18 @@
 >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
 """
 
-from autotp.errors import AutoTPError, CaptureError, LaunchError, MismatchError, PartialCaptureWarning, PlanError
+from autotp.errors import (
+    AutoTPError,
+    CaptureError,
+    LaunchError,
+    MismatchError,
+    PartialCaptureWarning,
+    PlanError,
+    WholeWeightWarning,
+)
 from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
 from autotp.plan import Plan
-from autotp.plan import make_plan as plan
+from autotp.planning import make_plan as plan
 from autotp.simulate import Simulation, simulate
 from autotp.verify import Report, verify
 
@@ -20,6 +28,7 @@ __all__ = [
     "PlanError",
     "Report",
     "Simulation",
+    "WholeWeightWarning",
     "full_gradients",
     "full_state_dict",
     "graph",

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning
+from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning, WholeWeightWarning
 from autotp.inputs import example_call
 from autotp.models import BadModelError, Loaded, load
 from autotp.parts import Division, divide
-from autotp.plan import plan_of
+from autotp.planning import plan_of
 from autotp.report import collectives_table, ranks_table, report_text, totals, weights_table
 from autotp.text import graph_dot
 from autotp.verify import verify
@@ -141,6 +141,7 @@ def _verify(options: argparse.Namespace) -> int:
         loaded = load(options.model, options.settings, weights=True, size=size)
     with _progress("comparing with the dense model"), warnings.catch_warnings():
         warnings.simplefilter("ignore", PartialCaptureWarning)  # the report says it
+        warnings.simplefilter("ignore", WholeWeightWarning)
         report = verify(loaded.model, options.tp, example_inputs=loaded.example_inputs, dtype=dtype)
     print(report_text(report))
     return 0 if report.ok else 1

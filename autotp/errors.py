@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PartialCaptureWarning", "PlanError",
-           "check_tp"]  # fmt: skip
+           "WholeWeightWarning", "check_tp"]  # fmt: skip
 
 
 def check_tp(tp: int) -> None:
@@ -33,8 +33,12 @@ class PartialCaptureWarning(UserWarning):
     """The model was captured in parts; what is between them runs as its own Python, on whole weights."""
 
 
+class WholeWeightWarning(UserWarning):
+    """Weights stay whole on every rank because they have too few pieces for so many ranks, or cannot be split."""
+
+
 class PlanError(AutoTPError):
-    """A plan that does not fit the model or the number of ranks."""
+    """A plan that does not fit the model or the number of ranks, or splits less than was asked for."""
 
 
 class LaunchError(AutoTPError):

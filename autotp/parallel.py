@@ -19,6 +19,7 @@ from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call
 from autotp.parts import Division, divide, divide_in_parts
 from autotp.plan import Plan
+from autotp.planning import announce, plan_of
 from autotp.process import TIMEOUT, Mesh, ProcessFabric, join
 from autotp.rewrite import RankGraph
 from autotp.runtime import Runtime, Whole
@@ -75,6 +76,7 @@ def parallelize(
     plan: Plan | None = None,
     timeout: timedelta = TIMEOUT,
     debug: bool = False,
+    strict: bool = False,
 ) -> nn.Module:
     """Split ``model`` over ``tp`` ranks, in place, and return it.
 
@@ -99,6 +101,8 @@ def parallelize(
             that are started here; then it raises, and says who did not come.
         debug: let the ranks compare the values of each call's inputs, and of the parameters that all hold
             whole, not only the call's structure. Every rank reads all of them at each call.
+        strict: refuse what is otherwise a warning: weights, 1% of the parameters or more, that have too few pieces
+            for so many ranks and so stay whole on all of them, and a model that is captured in parts.
 
     Returns:
         The same object.
@@ -108,7 +112,8 @@ def parallelize(
         MismatchError: ranks differ in ``tp``, in the model, or in the inputs' structure. All raise.
         CaptureError: the model cannot be captured, and no part of it either; it is as it was, with rank 0's
             weights.
-        PlanError: the plan is for another model or another ``tp``.
+        PlanError: the plan is for another model or another ``tp``; with ``strict``, something stays whole that is
+            worth splitting. It names the layer, the line of its code, the reason and the ``tp`` that would do.
         AutoTPError: the model is compiled, wrapped or quantized; nothing has been changed.
 
     Afterwards calls, ``full_state_dict``, ``full_gradients`` and ``clip_grad_norm_`` are compared among the
@@ -121,21 +126,23 @@ def parallelize(
     if "_autotp" in model.__dict__:
         raise AutoTPError(f"this {type(model).__name__} is parallelized already")
     with torch.inference_mode(False):  # else the shards would be tensors that never train
-        return _parallelize(model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug)
+        return _parallelize(model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict)
 
 
 def _parallelize(
-    model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool
-) -> nn.Module:
+    model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool,
+    strict: bool,
+) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
         meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
         if meta is not None:
             raise AutoTPError(f"{meta} is on the meta device: load its weights (model.to_empty, load_state_dict) first")
         admit(model)
         args, kwargs = example_call(model, example_inputs)
-    place.agree({"debug": debug, "timeout": timeout} | _structure(model, args, kwargs))
+    place.agree({"debug": debug, "timeout": timeout, "strict": strict} | _structure(model, args, kwargs))
     division = _division(model, place, args, kwargs, plan)
-    division.warn(4)
+    with place.together("looking at what stays whole"):
+        announce(plan_of(division, place.tp), division, strict, stacklevel=4)
     stored = division.stored
     place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in stored.items()})
     _share_weights(model, place)

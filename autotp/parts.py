@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.calls import Programs
 from autotp.capture import Captured, Dense, tied_names
-from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning, PlanError
+from autotp.errors import AutoTPError, CaptureError, PlanError
 from autotp.forwards import install, uninstall
 from autotp.observe import Call, Observed, Touches, observe
 from passes import Layout
@@ -120,11 +119,6 @@ class Division:
         from autotp.report import division_text
 
         return division_text(type(self.model).__name__, [p.path for p in self.parts], self.seams, self.share_outside)
-
-    def warn(self, stacklevel: int = 3) -> None:
-        """Tell the user of the seams, if there are some."""
-        if self.seams:
-            warnings.warn(str(self), PartialCaptureWarning, stacklevel=stacklevel)
 
     def outside_of_parts(self) -> Touches:
         """A mode for the Python between parts: it raises where that reads a split weight."""

@@ -17,8 +17,8 @@ from autotp.plan import Plan, Weight, block_of
 if TYPE_CHECKING:
     from autotp.verify import Report
 
-__all__ = ["bytes_text", "collectives_table", "division_text", "plan_text", "ranks_table", "render", "report_text",
-           "weights_table"]  # fmt: skip
+__all__ = ["bytes_text", "collectives_table", "division_text", "obstacles_text", "plan_text", "ranks_table", "render",
+           "report_text", "totals", "weights_table"]  # fmt: skip
 
 
 def bytes_text(count: float) -> str:
@@ -101,17 +101,49 @@ def totals(plan: Plan) -> str:
     """One paragraph of totals."""
     sizes = {when: sum(c.bytes for c in plan.collectives if c.when == when) for when in ("forward", "backward")}
     whole = [w for w in plan.weights if not w.shards]
+    counts = [
+        f"{plan.count(when)} in a {when} ({bytes_text(sizes[when])}; at least {fewest}, {bytes_text(size)})"
+        for when, (fewest, size) in plan.fewest.items()
+    ]
     lines = [
-        f"collectives: {plan.count('forward')} in a forward ({bytes_text(sizes['forward'])}), "
-        f"{plan.count('backward')} in a backward ({bytes_text(sizes['backward'])})",
+        f"collectives: {', '.join(counts)}",
         f"split: {100 * plan.share_split:.1f}% of the elements of weights with two or more dims; "
         f"{len(whole)} weights of {sum(w.elements for w in whole):,} elements stay whole",
     ]
+    if plan.obstacles:
+        lines.append(obstacles_text(plan))
     if plan.seams:
         lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in _folded_seams(plan.seams))]
     if plan.gathered:
         lines.append("made whole: " + ", ".join(plan.gathered))
     return "\n".join(lines)
+
+
+def obstacles_text(plan: Plan) -> str:
+    """What a user is told of weights that stay whole because they have too few pieces for the ranks: each with its
+    share of the parameters, the reason, the most ranks that would do, and the line of the model's code."""
+    total, found = max(plan.parameters(), 1), plan.obstacles
+    share = sum(w.elements for w in found) / total
+    some = f"{len(found)} weights" if len(found) > 1 else "a weight"
+    stay = "stay" if len(found) > 1 else "stays"
+    lines = [f"{plan.model}: {some}, {share:.1%} of the parameters, {stay} whole on each of {plan.tp} ranks:"]
+    folded: dict[tuple, list[Weight]] = defaultdict(list)
+    for w in found:
+        folded[block_of(w.name), _bare(w.why), w.limit].append(w)
+    for (name, _, limit), each in folded.items():
+        some = f"{len(each)} x {name}" if len(each) > 1 else each[0].name
+        of = sum(w.elements for w in each) / total
+        fits = f"tp up to {limit} would split it" if limit > 1 else "no tp would split it"
+        lines.append(f"  {some} ({of:.1%}): {each[0].why}; {fits}")
+    limits = [w.limit for w in found if w.limit and w.limit > 1]
+    if limits:
+        lines.append(f"tp = 1 to {min(limits)} would split {'all' if len(limits) == len(found) else 'more'} of them.")
+    return "\n".join(lines)
+
+
+def _bare(why: str) -> str:
+    """A reason with repeats of a block under one name."""
+    return " ".join(block_of(word) for word in why.split())
 
 
 def _folded_seams(seams: Sequence[Seam]) -> list[Seam]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.capture import Captured
 from autotp.text import graph_text
-from passes import Layout, Minimum, assign, decide, enter, localize, minimum, ops, propagate, shard
+from passes import Layout, Minimum, Reason, assign, decide, enter, localize, minimum, ops, propagate, shard
 
 __all__ = ["RankGraph", "Rewritten", "rewrite"]
 
@@ -35,7 +35,7 @@ class Rewritten:
     captured: Captured
     graph: fx.Graph
     stored: Mapping[str, Layout]
-    reasons: Mapping[str, str]
+    reasons: Mapping[str, Reason]
     gathered: list[tuple[fx.Node, str]]
     tp: int
     minimum: Minimum
@@ -86,15 +86,26 @@ def rewrite(
             model has made of a weight that both use.
     """
     facts = propagate(captured.graph)
-    reasons: Mapping[str, str] = {}
+    reasons: Mapping[str, Reason] = {}
     if stored is None:
         decision = decide(captured.graph, facts, tp)
         settled = settled or {}
         stored = {n: x for n, x in (decision.stored | dict(settled)).items() if not x.whole}
-        reasons = decision.reasons | {n: "read by Python that is not captured" for n, x in settled.items() if x.whole}
+        outside = {n: Reason("read by Python that is not captured") for n, x in settled.items() if x.whole}
+        reasons = _confirmed(captured, decision.reasons) | outside
     layouts = assign(captured.graph, facts, stored, tp)
     fewest = minimum(captured.graph, facts, layouts, stored)
     sharder = shard(captured.graph, facts, layouts, dict(stored), tp)
     sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     enter(sharder.graph)
     return Rewritten(captured, sharder.graph, stored, reasons, sharder.gathered, tp, fewest)
+
+
+def _confirmed(captured: Captured, reasons: Mapping[str, Reason]) -> dict[str, Reason]:
+    """Reasons, with the limits only of those weights that are split where there are no more ranks than that."""
+    limits = {reason.limit for reason in reasons.values()} - {None, 1}
+    stored = {n: decide(captured.graph, propagate(captured.graph), n).stored for n in limits if n is not None}
+    return {
+        name: reason if name in stored.get(reason.limit or 0, {name}) else replace(reason, limit=None)
+        for name, reason in reasons.items()
+    }

@@ -15,6 +15,7 @@ from autotp.calls import Programs
 from autotp.errors import check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.parts import Division, Part, divide
+from autotp.planning import announce, plan_of
 from autotp.rewrite import Rewritten
 from autotp.shards import joined, local_part, shards_of
 from passes import fabric
@@ -346,5 +347,5 @@ def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None,
     admit(model)
     args, kwargs = example_call(model, example_inputs)
     division = divide(model, tp, args, kwargs)
-    division.warn()
+    announce(plan_of(division, tp), division)
     return Simulation(model, tp, division, record)

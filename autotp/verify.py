@@ -18,6 +18,7 @@ from autotp.capture import flatten_call
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.parts import Seam, divide
+from autotp.planning import announce, plan_of
 from autotp.simulate import Simulation
 
 __all__ = ["Float64", "Report", "compare", "relative_error", "verify"]
@@ -242,6 +243,6 @@ def verify(
         if example_inputs is None:
             kwargs = _with_labels(dense, args, kwargs)
         division = divide(dense, tp, args, kwargs)
-        division.warn()
+        announce(plan_of(division, tp), division)
         parallel = Simulation(dense, tp, division, record=True)
         return compare(dense, parallel, args, kwargs, 1e-10 if dtype is torch.float64 else 1e-5)

@@ -19,7 +19,7 @@ In the order in which they run:
 
 from passes.assign import assign
 from passes.canonicalize import canonicalize
-from passes.decide import Decision, decide
+from passes.decide import Decision, Reason, decide
 from passes.differentiable import differentiable
 from passes.enter import enter
 from passes.functionalize import functionalize
@@ -35,6 +35,7 @@ __all__ = [
     "IndexSet",
     "Layout",
     "Minimum",
+    "Reason",
     "Shards",
     "assign",
     "canonicalize",

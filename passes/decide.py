@@ -20,7 +20,21 @@ from passes.relayout import on_dims
 from passes.rules.base import Facts
 from passes.units import Factor, components, services_of
 
-__all__ = ["Decision", "deal", "decide"]
+__all__ = ["Decision", "Reason", "deal", "decide"]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a weight stays whole.
+
+    Attributes:
+        text: for a person.
+        limit: the most ranks for which there are pieces to split it into, where there are too few of them for
+            these; 1 if it has no pieces; None if every rank needs all of it, or splitting it does not pay.
+    """
+
+    text: str
+    limit: int | None = None
 
 
 @dataclass
@@ -31,7 +45,7 @@ class Decision:
     """
 
     stored: dict[str, Layout] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, Reason] = field(default_factory=dict)
 
 
 def deal(count: int, ranks: int) -> list[int]:
@@ -161,7 +175,7 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
     """
     weights = [n for n in graph.nodes if n.op == "get_attr" and n.meta.get("grad") and n in facts.values]
     if tp == 1:
-        return Decision(reasons={str(n.target): "tp = 1" for n in weights})
+        return Decision(reasons={str(n.target): Reason("tp = 1") for n in weights})
     banned: dict[int, str] = {}
     while True:
         classes = _Classes(facts)
@@ -276,25 +290,36 @@ def _culprits(facts: Facts, classes: _Classes) -> dict[int, fx.Node]:
 def _reason(
     node: fx.Node, facts: Facts, classes: _Classes, gains: dict[int, float], chosen: set, banned: dict[int, str],
     culprits: dict[int, fx.Node], tp: int,
-) -> str:  # fmt: skip
-    """Why a weight stays whole, for a person."""
-    reasons = []
+) -> Reason:  # fmt: skip
+    """Why a weight stays whole."""
+    texts, limits, shared = [], {}, False
+    used = where(next(iter(node.users), node))
     for factor in facts.values[node].factors:
         units = np.unique(classes.roots[factor.labels])
         c = int(classes.of_unit[units[0]])
+        gain = gains.get(c, 0.0) > 0
+        limit = None
         if len(units) < factor.labels.size and len(units) < tp and int(units[0]) in culprits:
             kept = f"{len(units)} units" if len(units) > 1 else "one piece"
-            reasons.append(f"{kept} for {tp} ranks, kept together by {where(culprits[int(units[0])])}")
+            text, limit = f"{kept} for {tp} ranks, kept together by {where(culprits[int(units[0])])}", len(units)
         elif c in banned:
-            reasons.append(banned[c])
+            text, limit = banned[c], 1
         elif classes.served[units].all():
-            reasons.append("needed by every rank")
+            text, shared = "needed by every rank", True
         elif len(units) < tp:
-            reasons.append(f"{len(units)} units for {tp} ranks")
-        elif gains.get(c, 0.0) <= 0:
-            reasons.append("communication would cost more than is saved")
+            text, limit = f"{len(units)} units for {tp} ranks: {used}", len(units)
+        elif not gain:
+            text = "communication would cost more than is saved"
         elif c not in chosen:
-            reasons.append("what it multiplies is split along other dims, which saves more")
-    if len(shape(node)) == 1 and reasons:
-        return f"runs along features that stay whole ({reasons[0]})" if "kept together" in reasons[0] else reasons[0]
-    return "; ".join(dict.fromkeys(reasons)) or "nothing to split"
+            text = "what it multiplies is split along other dims, which saves more"
+        else:
+            continue
+        texts.append(text)
+        if limit is not None and gain:
+            limits[text] = limit
+    if len(shape(node)) == 1 and texts:  # a bias, a norm's weight: as the features are
+        return Reason(f"runs along features that stay whole ({texts[0]})" if "kept together" in texts[0] else texts[0])
+    limit = max(limits.values(), default=None)
+    if limit is not None and (limit > 1 or not shared):
+        return Reason(next(t for t in limits if limits[t] == limit), limit)
+    return Reason("; ".join(dict.fromkeys(texts)) or "nothing to split")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import fx
 from passes.axes import Size, shape_of
 
 __all__ = ["is_random", "is_tensor", "module_path", "op_name", "shape", "source_line", "where"]
+
+_CAPTURES = str(Path(__file__).parents[1] / "autotp")
 
 
 def op_name(node: fx.Node) -> str:
@@ -71,8 +74,9 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """``path:line`` of the model's code that made the node; the innermost frame outside torch itself."""
+    """``path:line`` of the model's code that made the node; the innermost frame outside torch, and autotp, itself."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = [f for f in frames if not f[0].startswith(_CAPTURES)]
     own = [f for f in frames if "/torch/" not in f[0]] or frames
     return "{}:{}".format(*own[-1]) if own else "unknown source line"
 

@@ -14,6 +14,7 @@ import autotp
 from autotp.verify import relative_error
 from tests import workers
 from tests.models import MLP, SmallGPT, TutorialAttention, make
+from tests.test_obstacles import Mixing
 
 
 def _raised(call: Any) -> str:
@@ -42,6 +43,11 @@ def api(rank: int, world: int) -> dict[str, Any]:
     ids = torch.zeros(2, 8, dtype=torch.long)
     keyword = {"ids": ids} if rank == 0 else {"ids": ids, "targets": ids}
     found["different structure"] = _raised(lambda: autotp.parallelize(_gpt(), 2, example_inputs=keyword))
+
+    found["strict"] = _raised(
+        lambda: autotp.parallelize(Mixing(), 2, example_inputs=(torch.randn(2, 32),), strict=True)
+    )
+    found["strict on one"] = _raised(lambda: autotp.parallelize(_gpt(), 2, strict=rank == 0))
 
     class Broken(SmallGPT):
         def forward(self, ids: torch.Tensor, targets: Any = None) -> Any:
@@ -146,6 +152,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("different models", "MismatchError", "wte.weight"),
         ("different inputs", "MismatchError", "(2, 16) torch.int64 on rank 0"),
         ("different structure", "MismatchError", "structure of the inputs"),
+        ("strict", "PlanError", "kept together by softmax"),
+        ("strict on one", "MismatchError", "strict: True on rank 0, False on rank 1"),
         ("too many ranks", "MismatchError", "torchrun --nproc-per-node 3"),
         ("twice", "AutoTPError", "parallelized already"),
         ("two-dimensional mesh", "MismatchError", "one-dimensional"),

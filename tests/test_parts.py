@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import autotp
 from autotp import backward, observe, parts
-from autotp.plan import Plan, plan_of
+from autotp.plan import Plan
+from autotp.planning import plan_of
 from autotp.simulate import Simulation
 from autotp.verify import Float64, Report, compare, relative_error
 from tests.models import Block

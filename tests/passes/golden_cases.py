@@ -19,7 +19,18 @@ from torch import Tensor, fx, nn
 
 from autotp.capture import Captured, capture
 from autotp.text import graph_text
-from passes import Layout, assign, canonicalize, decide, differentiable, functionalize, localize, propagate, shard
+from passes import (
+    Layout,
+    Reason,
+    assign,
+    canonicalize,
+    decide,
+    differentiable,
+    functionalize,
+    localize,
+    propagate,
+    shard,
+)
 from passes import enter as insert_enters
 from passes import simplify as simplified
 from passes.graphs import op_name
@@ -277,10 +288,13 @@ def propagate_fused() -> str:
 # The plan ------------------------------------------------------------------------------------------
 
 
-def layout_lines(stored: dict[str, Layout], reasons: dict[str, str]) -> str:
-    """The plan: each weight's layout, or why it is whole."""
+def layout_lines(stored: dict[str, Layout], reasons: dict[str, Reason]) -> str:
+    """The plan: each weight's layout, or why it is whole, and up to how many ranks would do."""
     lines = [f"{name:<12} {layout}" for name, layout in stored.items()]
-    return "\n".join(lines + [f"{name:<12} whole: {settled_line(reason)}" for name, reason in reasons.items()])
+    for name, reason in reasons.items():
+        limit = f" (at most {reason.limit} ranks)" if reason.limit else ""
+        lines.append(f"{name:<12} whole{limit}: {settled_line(reason.text)}")
+    return "\n".join(lines)
 
 
 def settled_line(reason: str) -> str:

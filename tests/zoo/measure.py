@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from autotp.capture import capture
 from autotp.errors import AutoTPError, CaptureError
 from autotp.parts import Call, Division, divide_in_parts
-from autotp.plan import Plan, block_of, plan_of
+from autotp.plan import Plan, block_of
+from autotp.planning import plan_of
 from autotp.rewrite import rewrite
 from autotp.simulate import Simulation
 from autotp.verify import Float64, compare
