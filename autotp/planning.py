@@ -35,16 +35,23 @@ def _elements(value: Any) -> tuple[int, int]:
     return total, value.element_size()
 
 
-def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
-    found = []
-    needed: dict[fx.Node, bool] = {}  # whether the captured call needs a gradient of a value
+def _needed(graph: fx.Graph, value: str) -> dict[fx.Node, bool]:
+    """Whether the call that a graph was captured with needs a gradient of each node, whose tensor is in ``value``."""
+    needed: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            needed[node] = node.meta["global"].requires_grad
+            needed[node] = getattr(node.meta[value], "requires_grad", False)
         elif node.op == "get_attr":
             needed[node] = bool(node.meta.get("grad"))
         else:
             needed[node] = bool(node.meta.get("grad")) and any(needed[n] for n in node.all_input_nodes)
+    return needed
+
+
+def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
+    found = []
+    needed = _needed(graph, "global")
+    for node in graph.nodes:
         if node.op != "call_function":
             continue
         module = node.meta.get("module", "")
@@ -139,8 +146,10 @@ def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
                 elements = elements // shards.size * max(shards.counts)
         return elements * itemsize
 
-    needed = {"forward": rewritten.minimum.forward, "backward": rewritten.minimum.backward}
-    return {when: (len(nodes), sum(map(size, nodes))) for when, nodes in needed.items()}
+    needed = _needed(rewritten.captured.graph, "val")
+    backward = [n for n in rewritten.minimum.backward if needed[n]]
+    both = {"forward": rewritten.minimum.forward, "backward": backward}
+    return {when: (len(nodes), sum(map(size, nodes))) for when, nodes in both.items()}
 
 
 def plan_of(division: Division, tp: int) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx
 
 from passes.graphs import is_tensor, op_name
+from passes.outputs import OUTPUTS
 
 __all__ = ["canonicalize"]
 
@@ -28,10 +30,29 @@ def _dim_of(node: fx.Node) -> int:
 
 
 def _slice(origin: fx.Node, source: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
-    """A new slice of ``source``, of what ``origin`` did."""
+    """A slice of ``source``, of what ``origin`` did; of the one part of a ``cat`` that it lies in, or that part."""
+    while (part := _part_of(source, dim, start, stop)) is not None:
+        source, first = part
+        start, stop = start - first, stop - first
+        if (start, stop) == (0, source.meta["val"].shape[dim]):
+            return source
     new = origin.graph.call_function(aten.slice.Tensor, (source, dim, start, stop))
     new.meta = {**origin.meta, "val": source.meta["val"].narrow(dim, start, stop - start)}
     return new
+
+
+def _part_of(joined: fx.Node, dim: int, start: int, stop: int) -> tuple[fx.Node, int] | None:
+    """The one part of a ``cat`` along ``dim`` that a range lies in, and where it begins."""
+    if op_name(joined) != "aten.cat":
+        return None
+    along = joined.args[1] if len(joined.args) > 1 else joined.kwargs.get("dim", 0)
+    sizes = [p.meta["val"].shape[dim] for p in joined.args[0]]
+    if along % joined.meta["val"].dim() != dim or not all(isinstance(n, int) for n in sizes):
+        return None
+    for part, size, last in zip(joined.args[0], sizes, itertools.accumulate(sizes), strict=True):
+        if last - size <= start < stop <= last:
+            return part, last - size
+    return None
 
 
 def _as_slices(node: fx.Node) -> bool:
@@ -54,6 +75,20 @@ def _as_slices(node: fx.Node) -> bool:
                 new.meta = {**node.meta, "val": parts[index]}
             else:
                 new = _slice(node, source, dim, starts[index], starts[index + 1])
+        user.replace_all_uses_with(new)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return True
+
+
+def _as_single(node: fx.Node) -> bool:
+    """Replace an op with several results by one node for each result that is used."""
+    if any(u.target is not operator.getitem for u in node.users):
+        return False
+    for user in list(node.users):
+        with node.graph.inserting_before(user):
+            new = node.graph.call_function(OUTPUTS[node.target][user.args[1]], node.args, dict(node.kwargs))
+        new.meta = {**node.meta, **{k: user.meta[k] for k in ("val", "grad") if k in user.meta}}
         user.replace_all_uses_with(new)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
@@ -150,27 +185,18 @@ def _as_joined(node: fx.Node) -> bool:
 
 def _of_joined(node: fx.Node) -> bool:
     """Replace a slice of a ``cat`` by the one part that it lies in, or a slice of that."""
-    source = node.args[0]
-    if op_name(source) != "aten.cat" or any(isinstance(a, fx.Node) for a in node.args[1:]):
+    source, value = node.args[0], node.meta["val"]
+    dim, *bounds = node.args[1:] or (0,)
+    size = source.meta["val"].shape[dim]
+    if any(isinstance(a, fx.Node) for a in node.args[1:]) or not isinstance(size, int):
         return False
-    rank = node.meta["val"].dim()
-    dim = (node.args[1] if len(node.args) > 1 else 0) % rank
-    along = (source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)) % rank
-    sizes = [p.meta["val"].shape[along] for p in source.args[0]]
-    if dim != along or not all(isinstance(n, int) for n in sizes):
+    start, stop, step = slice(*bounds).indices(size) if bounds else (0, size, 1)
+    if step != 1 or _part_of(source, dim % value.dim(), start, stop) is None:
         return False
-    start, stop, step = slice(*node.args[2:]).indices(sum(sizes)) if len(node.args) > 2 else (0, sum(sizes), 1)
-    first = 0
-    for part, size in zip(source.args[0], sizes, strict=True):
-        if step == 1 and first <= start < stop <= first + size:
-            if stop - start < size:
-                node.args = (part, dim, start - first, stop - first)
-            else:
-                node.replace_all_uses_with(part)
-                node.graph.erase_node(node)
-            return True
-        first += size
-    return False
+    with node.graph.inserting_before(node):
+        node.replace_all_uses_with(_slice(node, source, dim % value.dim(), start, stop))
+    node.graph.erase_node(node)
+    return True
 
 
 def _as_parts(node: fx.Node, constants: Mapping[str, torch.Tensor]) -> bool:
@@ -236,8 +262,8 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
     """One spelling for several: ``chunk``, ``split``, ``tensor_split``, ``unbind`` and indexing by a constant
     vector as slices and selects, ``stack`` and writing to a slice as ``cat``, ``repeat`` and
     ``repeat_interleave`` as expands, ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes,
-    ``new_zeros`` as ``zeros``, empty memory as zeros, and ``view`` as ``reshape`` (a rank's part need not be
-    contiguous where the whole was).
+    ``new_zeros`` as ``zeros``, empty memory as zeros, each result of ``max`` along a dim by itself, and ``view``
+    as ``reshape`` (a rank's part need not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
@@ -250,6 +276,8 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
     for node in list(graph.nodes):
         if op_name(node) in _SPLITS and is_tensor(node.args[0]):
             count += _as_slices(node)
+        elif node.target in OUTPUTS:
+            count += _as_single(node)
         elif op_name(node) in ("aten.repeat", "aten.repeat_interleave") and is_tensor(node.args[0]):
             count += _as_copies(node)
         elif node.target is aten.index.Tensor and constants:

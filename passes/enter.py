@@ -8,11 +8,14 @@ results that others read as whole values too) and the operands of ops on shards;
 bytes of its gradient plus the start of a reduction.
 
 Two norms of one residual that feed attention and MLP side by side are so cut once, at the residual
-(one reduction a block), and the norms' own weights ride along in the same reduction.
+(one reduction a block), and the norms' own weights ride along in the same reduction. Where two smaller
+values made of one are cut instead (the two down-projections of multi-head latent attention), they enter
+side by side, in one reduction.
 """
 
 from __future__ import annotations
 
+import heapq
 import operator
 
 import networkx as nx
@@ -23,7 +26,7 @@ from passes import ops
 from passes.axes import shape_of
 from passes.cost import CostModel
 from passes.fabric import replica_group
-from passes.graphs import ends
+from passes.graphs import ends, levels, op_name
 from passes.layout import Shards
 from passes.state import GROUP
 
@@ -31,6 +34,7 @@ __all__ = ["enter"]
 
 _START = 1 << 16
 """What starting one reduction costs, in elements: a large value prefers few reductions to few bytes."""
+_VIEWS = {"aten.reshape", "aten.transpose", "aten.permute", "aten.unsqueeze", "aten.squeeze", "aten.flatten"}
 
 
 def elements(node: fx.Node) -> int:
@@ -110,6 +114,35 @@ def _several(node: fx.Node) -> bool:
     return isinstance(node.meta["global"], (tuple, list))
 
 
+def _views_apart(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """Let each user of a view have one of its own, so that what it shows can be cut once; each view with its twins."""
+    _, seen = _candidates(graph)
+    twins = []
+    for node in reversed(list(graph.nodes)):
+        if node not in seen or op_name(node) not in _VIEWS:
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_after(node):
+                twin = graph.node_copy(node)
+            twin.meta = dict(node.meta)
+            user.replace_input_with(node, twin)
+            twins.append((node, twin))
+    return twins
+
+
+def _reunite(graph: fx.Graph, twins: list[tuple[fx.Node, fx.Node]]) -> None:
+    """Make twins that still show the same one again."""
+    kept: dict[fx.Node, list[fx.Node]] = {}
+    for node, twin in reversed(twins):
+        others = kept.setdefault(node, [node])
+        same = next((other for other in others if other.args == twin.args), None)
+        if same is None:
+            others.append(twin)
+        else:
+            twin.replace_all_uses_with(same)
+            graph.erase_node(twin)
+
+
 def _candidates(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
     """The whole values that ops on shards read, and all whole values that those are made of."""
     wanted = [n for n in graph.nodes if _is_whole(n) and any(_on_shards(u) for u in n.users)]
@@ -142,7 +175,7 @@ def _cheapest_cut(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
         capacity = {} if _several(node) else {"capacity": elements(node) + start}
         flow.add_edge((node, 0), (node, 1), **capacity)
         inputs = _made_of(node)
-        stays = any(not _on_shards(u) and u not in seen for u in node.users)
+        stays = any(u.meta.get("grad") and not _on_shards(u) and u not in seen for u in node.users)
         if stays or not inputs or not all(_is_whole(n) for n in inputs):
             flow.add_edge(source, (node, 0))
         for n in inputs:
@@ -175,6 +208,36 @@ def _together(graph: fx.Graph, cut: list[fx.Node], inside: set[fx.Node]) -> list
     return groups + list(alone.values())
 
 
+def _side_by_side(graph: fx.Graph, groups: list[list[fx.Node]]) -> list[list[fx.Node]]:
+    """Join groups whose values are made of one value with no communication on the way."""
+    level = levels(graph, lambda n: n.target in (ops.all_reduce, ops.all_gather) or n.meta.get("state") == "pending")
+    made = nx.Graph()
+    for node in graph.nodes:
+        if _is_whole(node) and node.op != "get_attr":
+            made.add_edges_from((n, node) for n in _made_of(node) if level[n] == level[node] and n.op != "get_attr")
+    joined: dict[object, list[fx.Node]] = {}
+    of = {n: i for i, part in enumerate(nx.connected_components(made)) for n in part}
+    for group in groups:
+        joined.setdefault((of.get(group[0], group[0]), _dtype(group[0])), []).extend(group)
+    return list(joined.values())
+
+
+def _in_order(graph: fx.Graph) -> None:
+    """Sort the nodes so that each comes after its inputs, and otherwise as they were."""
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    nodes, missing = list(place), {n: len(n.all_input_nodes) for n in place}
+    ready = [i for i, n in enumerate(nodes) if not missing[n]]
+    last = graph._root
+    while ready:
+        node = nodes[heapq.heappop(ready)]
+        last.append(node)
+        last = node
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, place[user])
+
+
 def _dtype(node: fx.Node) -> object:
     return node.meta["global"].dtype
 
@@ -191,8 +254,9 @@ def enter(graph: fx.Graph) -> int:
         The number of reductions in a backward pass that the inserted nodes stand for.
     """
     _replicas(graph)
+    twins = _views_apart(graph)
     cut, inside = _cheapest_cut(graph)
-    groups = _together(graph, cut, inside)
+    groups = _side_by_side(graph, _together(graph, cut, inside))
     for group in groups:
         users = {n: [u for u in n.users if _on_shards(u) or u in inside] for n in group}
         entered = _enter_together(graph, group, GROUP)
@@ -200,6 +264,8 @@ def enter(graph: fx.Graph) -> int:
             new.meta = {**n.meta, "type": "R", "module": group[0].meta["module"]}
             for user in users[n]:
                 user.replace_input_with(n, new)
+    _reunite(graph, twins)
+    _in_order(graph)
     for node in graph.nodes:
         kind = {"whole": "I", "split": "V", "pending": "P"}.get(node.meta.get("state", ""), "I")
         node.meta.setdefault("type", "R" if node in inside else kind)

@@ -103,5 +103,6 @@ def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], st
         if node not in pending or node in groups:
             inputs = [n for n in node.all_input_nodes if n in together and level[n] == level[node]]
             together.add_edges_from((n, node) for n in inputs)
-    completed = [min(part, key=order.__getitem__) for part in nx.connected_components(together) if part & read]
+    # the last value read stands for them all: it needs a gradient wherever any does
+    completed = [max(part & read, key=order.__getitem__) for part in nx.connected_components(together) if part & read]
     return Minimum((*groups, *losses, *gathered), (*completed, *shared.values()))

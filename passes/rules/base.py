@@ -15,7 +15,7 @@ from passes.units import Factor, Units, Value
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["Alignment", "Facts", "Key", "Rule", "align", "combine", "register", "registered"]
+__all__ = ["Alignment", "Facts", "Key", "Keyed", "Rule", "align", "combine", "register", "registered"]
 
 Key = tuple[str, int]
 """A factor that operands of an op share: the letter of its dim and its place within that dim."""

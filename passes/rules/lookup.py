@@ -1,21 +1,24 @@
-"""Look-ups of rows: ``embedding: "v h, ... -> ... h"``."""
+"""Look-ups: ``embedding: "v h, ... -> ... h"``, ``x[:, indices]``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from passes import ops
-from passes.axes import Size
+from passes.axes import Size, trivial_axes
+from passes.graphs import shape
 from passes.layout import Layout
 from passes.rules.base import Facts, Rule, register
+from passes.rules.movement import Move, behind
 from passes.units import Factor, Value
 
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["Embedding"]
+__all__ = ["Embedding", "Index", "Pick"]
 
 
 @register("aten.embedding")
@@ -58,3 +61,39 @@ class Embedding(Rule):
         starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
         args = (local, sharder.whole(ids), starts, split.size, padding)
         sharder.emit(node, ops.vocab_parallel_embedding, args, pending=True)
+
+
+@register("aten.index_select")
+class Pick(Move):
+    """Indices of one whole dim, in any order: ``x[..., indices]``."""
+
+    def moved(self, node: fx.Node, facts: Facts) -> Value | None:
+        value, out = facts.values[node.args[0]], shape(node)
+        if not value.axes:
+            return None
+        dim = node.args[1] % len(out)
+        inside, axes = value.virtual(dim), trivial_axes(out)[dim]
+        if any(set(f.dims) & set(inside) for f in value.factors):
+            return None
+        factors = behind(value.factors, inside.stop, len(axes) - len(inside))
+        return Value(value.axes[:dim] + (axes,) + value.axes[dim + 1 :], factors)
+
+
+@register("aten.index")
+class Index(Move):
+    """Indices of neighbouring dims by integer tensors: ``x[:, rows, columns]``; the other dims' labels stay."""
+
+    def moved(self, node: fx.Node, facts: Facts) -> Value | None:
+        source, indices = node.args[0], list(node.args[1])
+        at = [d for d, index in enumerate(indices) if index is not None]
+        first, count = at[0], len(at)
+        kinds = {indices[d].meta["val"].dtype for d in at}
+        if at != list(range(first, first + count)) or kinds & {torch.bool, torch.uint8}:
+            return None
+        value, out = facts.values[source], shape(node)
+        inside = range(value.offset(first), value.offset(first + count))
+        new = trivial_axes(out[first : first + len(out) - len(value.axes) + count])
+        kept = [facts.mix(node, f, [v for v in f.dims if v in inside]) for f in value.factors]
+        axes = value.axes[:first] + new + value.axes[first + count :]
+        shift = sum(len(dim) for dim in new) - len(inside)
+        return Value(axes, behind([f for f in kept if f is not None], inside.stop, shift))

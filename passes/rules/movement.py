@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from torch import fx
 
-from passes.axes import Axes, Size, product, trivial_axes, view_axes
+from passes.axes import Axes, Size, common_refinement, product, trivial_axes, view_axes
 from passes.graphs import is_tensor, op_name, shape
 from passes.layout import IndexSet, Layout, Shards
-from passes.rules.base import Facts, Rule, register
+from passes.rules.base import Facts, Keyed, Rule, combine, register
 from passes.units import Factor, Value
 
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["Expand", "Join", "Move", "Part", "Permute", "Regroup"]
+__all__ = ["Complex", "Expand", "Join", "Move", "Part", "Permute", "Regroup", "behind"]
 
 aten = torch.ops.aten
 
 
-def _behind(factors: Iterable[Factor], stop: int, shift: int) -> tuple[Factor, ...]:
+def behind(factors: Iterable[Factor], stop: int, shift: int) -> tuple[Factor, ...]:
     """Factors where the virtual dims from ``stop`` on have moved by ``shift``."""
     return tuple(Factor(tuple(v + shift if v >= stop else v for v in f.dims), f.labels) for f in factors)
 
@@ -91,7 +91,7 @@ class Regroup(Move):
         if any(set(mixed) & set(f.dims) for f in value.factors):
             return None
         axes = value.axes[:first] + trivial_axes(out[first : len(out) - last]) + value.axes[len(was) - last :]
-        return Value(axes, _behind(value.factors, mixed.stop, sum(len(dim) for dim in axes) - len(value.sizes)))
+        return Value(axes, behind(value.factors, mixed.stop, sum(len(dim) for dim in axes) - len(value.sizes)))
 
     @staticmethod
     def _merged(value: Value, facts: Facts) -> Value:
@@ -292,20 +292,17 @@ class Part(Move):
             sharder.emit_take(node, local, dim, positions, layout)
 
 
-@register("aten.index_select")
-class Pick(Move):
-    """Indices of one whole dim, in any order: ``x[..., indices]``."""
+@register("aten.view_as_complex", "aten.view_as_real")
+class Complex(Move):
+    """``"... 2 -> ..."``, or back: real and imaginary part stay together."""
 
-    def moved(self, node: fx.Node, facts: Facts) -> Value | None:
-        value, out = facts.values[node.args[0]], shape(node)
-        if not value.axes:
-            return None
-        dim = node.args[1] % len(out)
-        inside, axes = value.virtual(dim), trivial_axes(out)[dim]
-        if any(set(f.dims) & set(inside) for f in value.factors):
-            return None
-        factors = _behind(value.factors, inside.stop, len(axes) - len(inside))
-        return Value(value.axes[:dim] + (axes,) + value.axes[dim + 1 :], factors)
+    def moved(self, node: fx.Node, facts: Facts) -> Value:
+        value = facts.values[node.args[0]]
+        if op_name(node) == "aten.view_as_real":
+            return Value((*value.axes, (Size(2),)), value.factors)
+        pair = value.virtual(len(value.axes) - 1)
+        kept = [facts.mix(node, f, [v for v in f.dims if v in pair]) for f in value.factors]
+        return Value(value.axes[:-1], tuple(f for f in kept if f is not None))
 
 
 @register("aten.cat")
@@ -323,27 +320,29 @@ class Join(Move):
         if any(len(shape(p)) != len(out) for p in parts) or out[dim].is_one:  # torch skips empty parts
             return None
         values = [v.merged(dim, facts.units) or v for v in (facts.values[p] for p in parts)]
+        finest = values[0].axes
+        for value in values[1:]:
+            both = [common_refinement(a, b) if d != dim else a for d, (a, b) in enumerate(zip(finest, value.axes))]
+            if None in both:
+                return None
+            finest = tuple(x for x in both if x is not None)
+        values = [v.refined((*finest[:dim], v.axes[dim], *finest[dim + 1 :])) for v in values]
         first = values[0]
-        if any(v.axes[d] != first.axes[d] for v in values for d in range(len(out)) if d != dim):
-            return None
         static = all(s.static for v in values for s in v.axes[dim])
         sizes = [v.axes[dim][0].number if v.axes[dim] else 1 for v in values] if static else []
         place = first.offset(dim)
-        factors: list[Factor] = []
+        found: Keyed = []
         for key, labelled in self._by_others(values, dim):
             at = sum(v < place for v in key)
             labels = [x for x, _ in labelled]
-            taken = {v for f in factors for v in f.dims}
             apart = not key or any(varies for _, varies in labelled) or all(n == 1 for n in sizes)
-            complete = static and len(labelled) == len(values) and apart
-            if complete and not taken & {place, *key}:
+            if static and len(labelled) == len(values) and apart:
                 spread = [np.broadcast_to(x, (*x.shape[:at], n, *x.shape[at + 1 :])) for x, n in zip(labels, sizes)]
-                factors.append(Factor(tuple(sorted((*key, place))), np.concatenate(spread, axis=at)))
-            elif key and not taken & set(key):
-                factors.append(Factor(key, self._agreed(node, key, at, labels, facts)))
-            else:
-                for x in labels:
-                    facts.units.unite_all(x)
+                found.append((tuple(("", v) for v in sorted((*key, place))), np.concatenate(spread, axis=at)))
+                continue
+            mixed = [facts.mix(node, Factor((*key[:at], -1, *key[at:]), x), [-1]) for x in labels]
+            found += [(tuple(("", v) for v in key), m.labels) for m in mixed if m is not None]
+        factors = [Factor(tuple(v for _, v in keys), labels) for keys, labels in combine(found, facts.units)]
         facts.alignments[node] = ([v.axes for v in values], sizes)
         return Value(first.axes[:dim] + (trivial_axes(out)[dim],) + first.axes[dim + 1 :], tuple(factors))
 
@@ -364,15 +363,6 @@ class Join(Move):
                 labels = factor.labels if varies else np.expand_dims(factor.labels, at)
                 found.setdefault(key, []).append((labels, varies))
         return sorted(found.items(), key=lambda item: -len(item[0]))
-
-    @staticmethod
-    def _agreed(node: fx.Node, key: tuple[int, ...], at: int, labels: list[np.ndarray], facts: Facts) -> np.ndarray:
-        """The labels on the other dims, on which all parts agree, the joined dim's mixed."""
-        mixed = [facts.mix(node, Factor((*key[:at], -1, *key[at:]), x), [-1]) for x in labels]
-        first, *others = [m.labels for m in mixed if m is not None]
-        for other in others:
-            facts.units.unite(first, other)
-        return first
 
     def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
         layout, parts, dim = sharder.layout(node), list(node.args[0]), self.dim(node)

@@ -45,7 +45,7 @@ def reduced(value: Value, dims: list[int], keep: bool, factors: list[Factor]) ->
 
 @register("aten.amax", "aten.amin", "aten.prod", "aten.var", "aten.std", "aten.argmax", "aten.argmin", "aten.any",
           "aten.all", "aten.logsumexp", "aten.norm", "aten.linalg_vector_norm", "aten.median",
-          "aten.count_nonzero")  # fmt: skip
+          "aten.count_nonzero", "max_values", "max_indices", "min_values", "min_indices")  # fmt: skip
 class Reduction(Rule):
     """Mixes the dims it reduces; the others pass through."""
 

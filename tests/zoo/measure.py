@@ -130,7 +130,6 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
             try:
                 if failed is None:
                     program = rewrite(captured, tp)
-                    fewest = (len(program.minimum.forward), len(program.minimum.backward))
                     division = Division.whole(model, OneProgram(model, program), [Call((), inputs)])
                 else:
                     division = divide_in_parts(model, tp, (), inputs, failed)
@@ -138,7 +137,6 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
                 plan = plan_of(division, tp)
                 report = compare(model, Simulation(model, tp, division, record=True), (), inputs, TOLERANCE)
                 row.at[str(tp)] = at = _of_plan(plan)
-                at.minimum = fewest if failed is None else (at.forward, at.backward)
                 at.ok = report.ok
                 if not at.ok:
                     name, worst = report.worst_gradient
@@ -204,6 +202,7 @@ def _of_plan(plan: Plan) -> At:
         vocabulary=all(w.shards and w.shape[next(iter(w.shards))] == VOCABULARY for w in words),
         forward=plan.count("forward"),
         backward=plan.count("backward"),
+        minimum=(plan.fewest["forward"][0], plan.fewest["backward"][0]),
         per_layer=tuple(round(inside.count(when) / max(len(blocks), 1), 2) for when in ("forward", "backward")),
         whole=sorted({f"{block_of(w.name)} {w.shape}: {w.why}" for w in layers + words if not w.shards}),
     )
