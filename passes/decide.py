@@ -114,19 +114,36 @@ class _Classes:
         for family in np.split(free[order], np.flatnonzero(np.diff(inverse[order])) + 1):
             if family.size:
                 self.families[int(self.of_unit[family[0]])].append(np.sort(family))
-        self.user_classes = nx.DiGraph()
-        pairs = np.unique(self.of_unit[self.sources] * count + self.of_unit[self.users])
-        self.user_classes.add_edges_from((int(p // count), int(p % count)) for p in pairs if p // count != p % count)
+        self._users_of = self._user_classes()
+        self._behind: dict[int, set[int]] = {}
 
     def of(self, labels: np.ndarray) -> int:
         """The class of a factor's labels (one factor's units are all of one class)."""
         return int(self.of_unit[self.roots[labels.flat[0]]])
 
+    def _user_classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Source units, ascending, and the class of a user of each, or of a user of a user that is itself a source."""
+        count = self.facts.units.count
+        pairs = np.unique(self.sources * count + self.of_unit[self.users])
+        between = self.served[self.users]
+        sources, users = self.sources[between], self.users[between]
+        while True:
+            place, of_users = services_of(pairs // count, users)
+            more = np.union1d(pairs, sources[place] * count + pairs[of_users] % count)
+            if more.size == pairs.size:
+                return pairs // count, pairs % count
+            pairs = more
+
     def behind(self, labels: np.ndarray) -> set[int]:
         """The classes that decide whether a factor's labels are split: their own, or their users'."""
-        own = self.of(labels)
-        found = {own} | (nx.descendants(self.user_classes, own) if own in self.user_classes else set())
-        return {c for c in found if c in self.families}
+        found = self._behind.get(id(labels))
+        if found is None:
+            sources, classes = self._users_of
+            units = self.roots[labels].reshape(-1)
+            users = classes[services_of(sources, np.unique(units[self.served[units]]))[1]]
+            every = {int(self.of_unit[units[0]]), *np.unique(users).tolist()}
+            found = self._behind[id(labels)] = {c for c in every if c in self.families}
+        return found
 
     def groups(self, family: np.ndarray) -> np.ndarray:
         """For each unit of a family a number that units served by the same sources share, where those

@@ -34,7 +34,8 @@ def _is_identity(node: fx.Node) -> bool:
     if name == "aten.slice":
         bounds = list(node.args[2:])
         start, end, step = bounds + [0, sys.maxsize, 1][len(bounds) :]
-        return start in (0, None) and end in (None, sys.maxsize, was.shape[node.args[1]]) and step == 1
+        size = was.shape[node.args[1]]
+        return start in (0, None) and end in (None, sys.maxsize, size if isinstance(size, int) else None) and step == 1
     if name == "aten.detach":
         return not source.meta.get("grad", True)
     return True
@@ -44,7 +45,7 @@ def _joined_with_nothing(node: fx.Node) -> fx.Node | None:
     """The one part of a ``cat`` that is not empty, if there is just one (an empty cache, say)."""
     if op_name(node) != "aten.cat":
         return None
-    parts = [p for p in node.args[0] if 0 not in p.meta["val"].shape]
+    parts = [p for p in node.args[0] if not any(isinstance(n, int) and n == 0 for n in p.meta["val"].shape)]
     return parts[0] if len(parts) == 1 and shape(parts[0]) == shape(node) else None
 
 

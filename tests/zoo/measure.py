@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import time
 import traceback
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 import transformers
 from torch import fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from autotp.capture import capture
-from autotp.errors import AutoTPError, CaptureError
+from autotp.errors import CaptureError
 from autotp.parts import Call, Division, divide_in_parts
 from autotp.plan import Plan, block_of
 from autotp.planning import plan_of
@@ -33,8 +35,10 @@ TPS = (2, 3, 4, 8)
 TOLERANCE = 1e-9
 LIMIT = 240.0
 """Seconds for one architecture."""
-ROUTES = {"aten.topk", "aten.sort", "aten._grouped_mm", "aten.argsort"}
-RECURS = {"aten.conv1d", "aten.cumsum", "aten.logcumsumexp", "aten.fft_fft", "aten.fft_fftn", "aten.fft_rfft"}
+MEMORY = 9 << 30
+"""Bytes of address space for one process."""
+ROUTES = {"topk", "sort", "_grouped_mm", "argsort"}
+RECURS = {"conv1d", "cumsum", "logcumsumexp", "fft_fft", "fft_fftn", "fft_rfft"}
 
 
 @dataclass
@@ -111,7 +115,9 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
     try:
         with Float64():
             model, inputs = architecture.build()
-            values = [v for v in tree_leaves(model(**inputs)) if isinstance(v, torch.Tensor) and v.requires_grad]
+            with Called() as called:
+                outputs = model(**inputs)
+            values = [v for v in tree_leaves(outputs) if isinstance(v, torch.Tensor) and v.requires_grad]
             torch.autograd.backward([v.sum() for v in values])
     except Exception as error:
         row.dense_error = _said(error)
@@ -120,11 +126,11 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
         failed: CaptureError | None = None
         try:
             captured = capture(model, (), inputs)
-            row.kind = _kind(captured.graph)
+            row.kind = _kind(_computed(captured.graph))
         except CaptureError as error:
-            row.kind, row.seams, failed = "dense", [" ".join(str(error).split())[:200]], error
-        except AutoTPError as error:
-            row.kind, row.capture_error = "dense", " ".join(str(error).split())[:300]
+            row.kind, row.seams, failed = _kind(called.names), [" ".join(str(error).split())[:200]], error
+        except Exception as error:
+            row.kind, row.capture_error = _kind(called.names), _said(error)
             return row
         for tp in tps:
             try:
@@ -155,6 +161,7 @@ def measure_named(name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"more than {LIMIT:g} s")
@@ -170,10 +177,27 @@ def measure_named(name: str) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _kind(graph: fx.Graph) -> str:
-    """What an architecture is, by what its layers compute with gradients."""
-    names = {op_name(n) for n in graph.nodes if _layer(module_path(n)) and any(
-        i.meta.get("grad") for i in n.all_input_nodes)}  # fmt: skip
+class Called(TorchFunctionMode):
+    """Notes which functions are called on tensors that need gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+            self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def _computed(graph: fx.Graph) -> set[str]:
+    """The ops that a graph's layers compute with gradients."""
+    nodes = [n for n in graph.nodes if _layer(module_path(n)) and any(i.meta.get("grad") for i in n.all_input_nodes)]
+    return {op_name(n).rpartition(".")[2] for n in nodes}
+
+
+def _kind(names: set[str]) -> str:
+    """What an architecture is, by what it computes with gradients."""
     return "mixture of experts" if names & ROUTES else "recurrent" if names & RECURS else "dense"
 
 
