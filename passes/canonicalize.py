@@ -29,6 +29,17 @@ def _dim_of(node: fx.Node) -> int:
     return dim % node.args[0].meta["val"].dim()
 
 
+_ALIASES = {"aten.multiply": aten.mul, "aten.divide": aten.div, "aten.true_divide": aten.div, "aten.subtract": aten.sub,
+            "aten.negative": aten.neg, "aten.absolute": aten.abs, "aten.concat": aten.cat, "aten.concatenate": aten.cat,
+            "aten.clip": aten.clamp}  # fmt: skip
+
+
+def _as_named(node: fx.Node) -> bool:
+    """Replace an op by the one that it is another name of."""
+    node.target = getattr(_ALIASES[op_name(node)], node.target._overloadname)
+    return True
+
+
 def _slice(origin: fx.Node, source: fx.Node, dim: int, start: int, stop: int) -> fx.Node:
     """A slice of ``source``, of what ``origin`` did; of the one part of a ``cat`` that it lies in, or that part."""
     while (part := _part_of(source, dim, start, stop)) is not None:
@@ -262,8 +273,8 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
     """One spelling for several: ``chunk``, ``split``, ``tensor_split``, ``unbind`` and indexing by a constant
     vector as slices and selects, ``stack`` and writing to a slice as ``cat``, ``repeat`` and
     ``repeat_interleave`` as expands, ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes,
-    ``new_zeros`` as ``zeros``, empty memory as zeros, each result of ``max`` along a dim by itself, and ``view``
-    as ``reshape`` (a rank's part need not be contiguous where the whole was).
+    ``new_zeros`` as ``zeros``, empty memory as zeros, each result of ``max`` along a dim by itself, ``multiply`` and
+    its like as ``mul``, and ``view`` as ``reshape`` (a rank's part need not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
@@ -274,6 +285,8 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
     """
     count = 0
     for node in list(graph.nodes):
+        if op_name(node) in _ALIASES:
+            count += _as_named(node)
         if op_name(node) in _SPLITS and is_tensor(node.args[0]):
             count += _as_slices(node)
         elif node.target in OUTPUTS:

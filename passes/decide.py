@@ -107,6 +107,7 @@ class _Classes:
         self.served[self.sources] = True
         self.present = np.flatnonzero(present)
         self.families: dict[int, list[np.ndarray]] = defaultdict(list)
+        self.family_size = np.zeros(count, dtype=np.int64)
         free = self.present[~self.served[self.present]]
         kinds = self.signature[free] + self.of_unit[free].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         _, inverse = np.unique(kinds, return_inverse=True)
@@ -114,6 +115,7 @@ class _Classes:
         for family in np.split(free[order], np.flatnonzero(np.diff(inverse[order])) + 1):
             if family.size:
                 self.families[int(self.of_unit[family[0]])].append(np.sort(family))
+                self.family_size[family] = family.size
         self._users_of = self._user_classes()
         self._behind: dict[int, set[int]] = {}
 
@@ -144,6 +146,11 @@ class _Classes:
             every = {int(self.of_unit[units[0]]), *np.unique(users).tolist()}
             found = self._behind[id(labels)] = {c for c in every if c in self.families}
         return found
+
+    def splits(self, labels: np.ndarray, tp: int) -> bool:
+        """Whether a factor has units enough for ``tp`` ranks, or serves others that may."""
+        units = self.roots[labels].reshape(-1)
+        return bool(self.served[units].any() or (self.family_size[units] >= tp).any())
 
     def groups(self, family: np.ndarray) -> np.ndarray:
         """For each unit of a family a number that units served by the same sources share, where those
@@ -193,10 +200,11 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
     weights = [n for n in graph.nodes if n.op == "get_attr" and n.meta.get("grad") and n in facts.values]
     if tp == 1:
         return Decision(reasons={str(n.target): Reason("tp = 1") for n in weights})
-    banned: dict[int, str] = {}
+    decision, banned = Decision(), dict[int, str]()
+    cost = cost or CostModel.of(graph)
     while True:
         classes = _Classes(facts)
-        gains = _gains(graph, facts, classes, tp, cost or CostModel.of(graph))
+        gains = _gains(graph, facts, classes, tp, cost)
         weighty = {c for n in weights for f in facts.values[n].factors for c in classes.behind(f.labels)}
         able = {
             c: gains.get(c, 0.0)
@@ -206,27 +214,31 @@ def decide(graph: fx.Graph, facts: Facts, tp: int, cost: CostModel | None = None
         conflicts = nx.Graph()
         conflicts.add_nodes_from((c, {"weight": gain}) for c, gain in able.items())
         for value in facts.values.values():
-            behind = [classes.behind(f.labels) & set(able) for f in value.factors]
+            behind = [classes.behind(f.labels) & set(able) for f in value.factors if classes.splits(f.labels, tp)]
             if len(behind) > 1:
                 for i, first in enumerate(behind):
                     for second in behind[i + 1 :]:
                         conflicts.add_edges_from((a, b) for a in first for b in second if a != b)
         chosen = choose(conflicts)
         ranks = _ranks(classes, chosen, tp)
-        trouble = _trouble(facts, classes, ranks, chosen, tp)
+        trouble = _trouble(weights, facts, classes, ranks, chosen, tp)
         if trouble is None:
             if not (idle := {c for c in able if c in chosen} - _splitting(weights, facts, classes, ranks, tp)):
-                return _decision(graph, weights, facts, classes, ranks, gains, chosen, banned, tp)
+                _decide(decision, weights, facts, classes, ranks, gains, chosen, banned, tp)
+                return decision
             banned |= dict.fromkeys(idle, "splits no weight")  # what divides computation only: slots of a router
             continue
         node, factors = trouble
         if len(factors) == 1:  # indices of some rank are no product: keep all but the outermost dim together
             facts.mix(node, factors[0], factors[0].dims[1:])
         else:  # two dims of one value split by the same classes
-            worst = min(
-                (c for f in factors for c in classes.behind(f.labels) if c in chosen), key=lambda c: gains.get(c, 0.0)
-            )
-            banned[worst] = f"two dims of one value would be split at {where(node)}"
+            splitting = {c for f in factors for c in classes.behind(f.labels) if c in chosen}
+            worst = min(splitting, key=lambda c: gains.get(c, 0.0))
+            if gains[worst] > cost.per_parameter * cost.elements(shape(node)) * (1 - 1 / tp):  # a small one stays whole
+                weights.remove(node)
+                decision.reasons[str(node.target)] = Reason("two dims of it would be split by the same units")
+            else:
+                banned[worst] = f"two dims of one value would be split at {where(node)}"
 
 
 def _splitting(weights: list[fx.Node], facts: Facts, classes: _Classes, ranks: np.ndarray, tp: int) -> set[int]:
@@ -249,9 +261,10 @@ def _ranks(classes: _Classes, chosen: Iterable[object], tp: int) -> np.ndarray:
 
 
 def _trouble(
-    facts: Facts, classes: _Classes, ranks: np.ndarray, chosen: Iterable[object], tp: int
+    weights: list[fx.Node], facts: Facts, classes: _Classes, ranks: np.ndarray, chosen: Iterable[object], tp: int
 ) -> tuple[fx.Node, list[Factor]] | None:
     """A value that the plan cannot lay out, with the one factor or the several that are at fault."""
+    stored = set(weights)
     for node, value in facts.values.items():
         split = []
         for factor in value.factors:
@@ -260,7 +273,7 @@ def _trouble(
                 return node, [factor]
             if found:
                 split.append(factor)
-        if len(split) > 1 and node.op == "get_attr":
+        if len(split) > 1 and node in stored:
             return node, split
     return None
 
@@ -276,11 +289,11 @@ def _ragged(factor: Factor, ranks: np.ndarray, tp: int) -> bool:
     return False
 
 
-def _decision(
-    graph: fx.Graph, weights: list[fx.Node], facts: Facts, classes: _Classes, ranks: np.ndarray,
+def _decide(
+    decision: Decision, weights: list[fx.Node], facts: Facts, classes: _Classes, ranks: np.ndarray,
     gains: dict[int, float], chosen: set, banned: dict[int, str], tp: int,
-) -> Decision:  # fmt: skip
-    decision = Decision()
+) -> None:  # fmt: skip
+    """Write down what becomes of the weights."""
     culprits = _culprits(facts, classes)
     for node in weights:
         name = str(node.target)
@@ -291,7 +304,6 @@ def _decision(
             decision.stored[name] = on_dims(Layout.of(split), facts.values[node].axes)
         else:
             decision.reasons[name] = _reason(node, facts, classes, gains, chosen, banned, culprits, tp)
-    return decision
 
 
 def _culprits(facts: Facts, classes: _Classes) -> dict[int, fx.Node]:

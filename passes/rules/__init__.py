@@ -4,6 +4,7 @@
 ``pointwise``             results index by index: add, mul, gelu, where, casts, dropout
 ``movement``              views, transposes, slices, joins, expands
 ``contraction``           products: linear, matmul, addmm, einsum
+``convolution``           products along which something slides or changes: conv1d, grouped matrices
 ``attention``             scaled dot-product attention
 ``reduction``             sums, means, softmax, sorts
 ``normalization``         layer, RMS and group norms
@@ -19,12 +20,23 @@ import torch
 from torch import fx
 
 from passes.graphs import is_tensor, op_name
-from passes.rules import attention, contraction, lookup, loss, movement, normalization, opaque, pointwise, reduction
+from passes.rules import (
+    attention,
+    contraction,
+    convolution,
+    lookup,
+    loss,
+    movement,
+    normalization,
+    opaque,
+    pointwise,
+    reduction,
+)
 from passes.rules.base import Alignment, Facts, Key, Rule, registered
 
 __all__ = ["Alignment", "Facts", "Key", "Rule", "rule_of"]
 
-_FAMILIES = (attention, contraction, lookup, loss, movement, normalization, reduction)
+_FAMILIES = (attention, contraction, convolution, lookup, loss, movement, normalization, reduction)
 _POINTWISE = pointwise.Pointwise()
 _OPAQUE = opaque.Opaque()
 

@@ -7,6 +7,7 @@ a weight's); along a contracted letter it makes the result a pending sum (row pa
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from passes.units import Factor, Value
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["MOVES", "Contraction", "contract"]
+__all__ = ["MOVES", "Contraction", "contract", "without"]
 
 aten = torch.ops.aten
 MOVES = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.reshape", "aten.to", "aten.slice",
@@ -76,6 +77,13 @@ def contract(
     facts.pending[node] = [labels for _, labels in pending]
     facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept + pending])
     return alignment, as_value(alignment, kept)
+
+
+def without(node: fx.Node, value: Value, dims: Sequence[int], facts: Facts) -> Value:
+    """A value with no labels on ``dims``, which ``node`` mixes."""
+    inside = {v for d in dims for v in value.virtual(d)}
+    factors = [facts.mix(node, f, [v for v in f.dims if v in inside]) for f in value.factors]
+    return Value(value.axes, tuple(f for f in factors if f is not None))
 
 
 class Contraction(Rule):
@@ -236,31 +244,3 @@ class Einsum(Contraction):
         if any(len(set(s)) < len(s) for s in spelt):  # a diagonal
             return None
         return operands, spelt, spelled(out, most)
-
-
-@register("aten._grouped_mm", "transformers.grouped_mm_fallback")
-class GroupedMatmul(Contraction):
-    """``"t k, e k n -> t n"``: runs of rows, each with a matrix of its own; where runs end all ranks must know."""
-
-    def propagate(self, node: fx.Node, facts: Facts) -> Value:
-        rows, matrices, *rest = (n for n in node.all_input_nodes if is_tensor(n))
-        facts.opaque(node, rest)
-        if len(shape(rows)) != 2 or len(shape(matrices)) != 3:
-            facts.opaque(node, [rows, matrices])
-            return facts.units.labelled(shape(node))
-        left, right = (self._without_first(node, facts.values[n], facts) for n in (rows, matrices))
-        found = contract(node, [left, right], [["t", "k"], ["e", "k", "n"]], ["t", "n"], facts)
-        if found is None:
-            facts.opaque(node, [rows, matrices])
-            return facts.units.labelled(shape(node))
-        alignment, value = found
-        sizes = tuple(size for (letter, _), size in alignment.sizes.items() if letter != "e")
-        facts.work[node] = (sizes, facts.work[node][1])
-        facts.alignments[node] = alignment, [rows, matrices]
-        return value
-
-    @staticmethod
-    def _without_first(node: fx.Node, value: Value, facts: Facts) -> Value:
-        """An operand whose first dim carries no labels: it is mixed."""
-        factors = [facts.mix(node, f, [v for v in f.dims if v in value.virtual(0)]) for f in value.factors]
-        return Value(value.axes, tuple(f for f in factors if f is not None))

@@ -19,7 +19,7 @@ from passes.units import Factor, Value
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["Complex", "Expand", "Join", "Move", "Part", "Permute", "Regroup", "behind"]
+__all__ = ["Complex", "Expand", "Join", "Move", "Pad", "Part", "Permute", "Regroup", "behind"]
 
 aten = torch.ops.aten
 
@@ -292,6 +292,31 @@ class Part(Move):
             sharder.emit_take(node, local, dim, positions, layout)
 
 
+@register("aten.pad", "aten.constant_pad_nd", "aten.roll")
+class Pad(Move):
+    """What is put beside the indices of some dims, or turns them, mixes those."""
+
+    @staticmethod
+    def dims(node: fx.Node) -> list[int]:
+        """The dims that change."""
+        rank, amounts = len(shape(node)), node.args[1]
+        if op_name(node) == "aten.roll":
+            given = node.args[2] if len(node.args) > 2 else []
+            return [d % rank for d in ([given] if isinstance(given, int) else given)] or list(range(rank))
+        pairs = zip(amounts[::2], amounts[1::2], strict=True)
+        return [rank - 1 - i for i, pair in enumerate(pairs) if any(isinstance(a, fx.Node) or a for a in pair)]
+
+    def moved(self, node: fx.Node, facts: Facts) -> Value:
+        value, out = facts.values[node.args[0]], trivial_axes(shape(node))
+        for dim in sorted(self.dims(node), reverse=True):
+            inside = value.virtual(dim)
+            kept = [facts.mix(node, f, [v for v in f.dims if v in inside]) for f in value.factors]
+            axes = value.axes[:dim] + (out[dim],) + value.axes[dim + 1 :]
+            factors = behind([f for f in kept if f is not None], inside.stop, len(out[dim]) - len(inside))
+            value = Value(axes, factors)
+        return value
+
+
 @register("aten.view_as_complex", "aten.view_as_real")
 class Complex(Move):
     """``"... 2 -> ..."``, or back: real and imaginary part stay together."""
@@ -335,7 +360,7 @@ class Join(Move):
         for key, labelled in self._by_others(values, dim):
             at = sum(v < place for v in key)
             labels = [x for x, _ in labelled]
-            apart = not key or any(varies for _, varies in labelled) or all(n == 1 for n in sizes)
+            apart = not key or any(varies for _, varies in labelled) or self._stacked(labels, sizes, facts)
             if static and len(labelled) == len(values) and apart:
                 spread = [np.broadcast_to(x, (*x.shape[:at], n, *x.shape[at + 1 :])) for x, n in zip(labels, sizes)]
                 found.append((tuple(("", v) for v in sorted((*key, place))), np.concatenate(spread, axis=at)))
@@ -363,6 +388,16 @@ class Join(Move):
                 labels = factor.labels if varies else np.expand_dims(factor.labels, at)
                 found.setdefault(key, []).append((labels, varies))
         return sorted(found.items(), key=lambda item: -len(item[0]))
+
+    @staticmethod
+    def _stacked(labels: list[np.ndarray], sizes: list[int], facts: Facts) -> bool:
+        """Whether parts of size one are different things side by side, not one thing at successive positions."""
+        if any(n != 1 for n in sizes):
+            return False
+        if len(labels) == 2:  # of a rotary embedding, say
+            return True
+        roots = facts.units.roots()
+        return any((roots[x] != roots[labels[0]]).any() for x in labels)
 
     def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
         layout, parts, dim = sharder.layout(node), list(node.args[0]), self.dim(node)

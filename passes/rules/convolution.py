@@ -1,0 +1,105 @@
+"""Products along which something slides or changes: convolutions, and matrices for runs of rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from passes.axes import trivial_axes
+from passes.graphs import is_tensor, shape
+from passes.layout import Layout
+from passes.rules.base import Facts, register
+from passes.rules.contraction import Contraction, contract, without
+from passes.units import Value
+
+if TYPE_CHECKING:
+    from passes.shard import Sharder
+
+__all__ = ["Convolution", "GroupedMatmul"]
+
+aten = torch.ops.aten
+
+
+@register("aten.conv1d", "aten.conv2d", "aten.conv3d")
+class Convolution(Contraction):
+    """``"b i s, o i k, o -> b o t"``; with a group for each channel (depthwise) ``"b c s, c 1 k, c -> b c t"``.
+
+    Positions are never split.
+    """
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        x, weight, bias = node.args[0], node.args[1], self.bias(node)
+        operands = [n for n in (x, weight, bias) if n is not None]
+        out, slid, depthwise = shape(node), len(shape(weight)) - 2, self.depthwise(node)
+        batch = ["b"] * (len(out) - slid - 1)
+        around, kernel, after = ([f"{letter}{i}" for i in range(slid)] for letter in "skt")
+        inner, outer, each = ("c", "c", "one") if depthwise else ("i", "o", "i")
+        letters = [[*batch, inner, *around], [outer, each, *kernel], [outer]][: len(operands)]
+        found = None
+        if depthwise or self.groups(node) == 1:
+            values = [facts.values[n] for n in operands]
+            for k, value in enumerate(values[:2]):  # positions and the kernel's extent
+                values[k] = without(node, value, range(len(value.axes) - slid, len(value.axes)), facts)
+            found = contract(node, values, letters, [*batch, outer, *after], facts)
+        if found is None:
+            facts.opaque(node, operands)
+            return facts.units.labelled(out)
+        alignment, value = found
+        axes = alignment.out[0][:-slid] + trivial_axes(out)[-slid:]
+        named = zip([*batch, outer, *after], axes, strict=True)
+        keys = tuple((letter, k) for letter, dim in named for k in range(len(dim)))
+        facts.alignments[node] = replace(alignment, out=(axes, keys)), operands
+        return Value(axes, value.factors)
+
+    @staticmethod
+    def groups(node: fx.Node) -> int:
+        """The number of groups of channels."""
+        return int(node.args[6]) if len(node.args) > 6 else 1
+
+    def depthwise(self, node: fx.Node) -> bool:
+        """Whether each channel is convolved by itself."""
+        outer, each, *_ = shape(node.args[1])
+        return each.is_one and outer.static and outer.number == self.groups(node) > 1
+
+    def bias(self, node: fx.Node) -> Any:
+        return node.args[2] if len(node.args) > 2 else None
+
+    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder, layout: Layout) -> None:
+        args = list(fx.map_arg(node.args, lambda n: local.get(id(n)) or sharder.rest(n)))
+        if self.depthwise(node):
+            channels = len(shape(node)) - len(shape(node.args[1])) + 1
+            (args[6],) = sharder.local_sizes(node, [args[6]], channels)
+        sharder.emit(node, node.target, tuple(args), dict(node.kwargs), layout=layout)
+
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+        bias, addend = self.bias(node), None
+        if bias is not None:
+            sizes = [-1, *[1] * (len(shape(node.args[1])) - 2)]
+            shaped = (sharder.whole(bias), sizes)
+            addend = sharder.call(aten.reshape.default, shaped, state="whole", value=sharder.value(node))
+        args = (*(local[id(n)] for n in node.args[:2]), None, *node.args[3:])
+        sharder.emit(node, node.target, args, dict(node.kwargs), pending=True, addend=addend)
+
+
+@register("aten._grouped_mm", "transformers.grouped_mm_fallback")
+class GroupedMatmul(Contraction):
+    """``"t k, e k n -> t n"``: runs of rows, each with a matrix of its own; where runs end all ranks must know."""
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        rows, matrices, *rest = (n for n in node.all_input_nodes if is_tensor(n))
+        facts.opaque(node, rest)
+        found = None
+        if len(shape(rows)) == 2 and len(shape(matrices)) == 3:
+            left, right = (without(node, facts.values[n], [0], facts) for n in (rows, matrices))
+            found = contract(node, [left, right], [["t", "k"], ["e", "k", "n"]], ["t", "n"], facts)
+        if found is None:
+            facts.opaque(node, [rows, matrices])
+            return facts.units.labelled(shape(node))
+        alignment, value = found
+        sizes = tuple(size for (letter, _), size in alignment.sizes.items() if letter != "e")
+        facts.work[node] = (sizes, facts.work[node][1])
+        facts.alignments[node] = alignment, [rows, matrices]
+        return value
