@@ -54,6 +54,11 @@ def _on_shards(node: fx.Node) -> bool:
     )
 
 
+def _wants_whole(node: fx.Node) -> bool:
+    """Whether the gradients that a node gives its whole operands are whole."""
+    return node.op == "output" or (bool(node.meta.get("grad")) and not _on_shards(node))
+
+
 def _replicas(graph: fx.Graph) -> None:
     """Let parameters that several ranks hold in part or whole enter over just those ranks.
 
@@ -175,7 +180,7 @@ def _cheapest_cut(graph: fx.Graph) -> tuple[list[fx.Node], set[fx.Node]]:
         capacity = {} if _several(node) else {"capacity": elements(node) + start}
         flow.add_edge((node, 0), (node, 1), **capacity)
         inputs = _made_of(node)
-        stays = any(u.meta.get("grad") and not _on_shards(u) and u not in seen for u in node.users)
+        stays = any(_wants_whole(u) and u not in seen for u in node.users)
         if stays or not inputs or not all(_is_whole(n) for n in inputs):
             flow.add_edge(source, (node, 0))
         for n in inputs:

@@ -42,7 +42,7 @@ def main() -> int:
     recorded = load() if ROWS.exists() else {}
     names.sort(key=lambda n: -recorded[n].seconds if n in recorded else 0.0)  # long ones first
     rows, failures, start = [], [], time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=20) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=8) as pool:
         for data in pool.imap_unordered(measure_named, names):
             row = Row.from_json(data)
             rows.append(row)

@@ -35,7 +35,7 @@ TPS = (2, 3, 4, 8)
 TOLERANCE = 1e-9
 LIMIT = 240.0
 """Seconds for one architecture."""
-MEMORY = 9 << 30
+MEMORY = 11 << 30
 """Bytes of address space for one process."""
 ROUTES = {"topk", "sort", "_grouped_mm", "argsort"}
 RECURS = {"conv1d", "cumsum", "logcumsumexp", "fft_fft", "fft_fftn", "fft_rfft"}
