@@ -228,6 +228,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             exported, outputs = _export(model, leaves, spec, tensors)
+    if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
+        with _quiet():
+            exported = exported.run_decompositions({})
     captured = _flat_graph(exported, outputs, tied)
     if left := _prepare(captured):
         with _quiet():
@@ -235,6 +238,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         if left := _prepare(captured):
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
     return captured
+
+
+def _is_of_functorch(node: fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
 def _export(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.Tensor]) -> tuple[Any, _Outputs]:

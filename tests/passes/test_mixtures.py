@@ -192,6 +192,10 @@ class Heads(nn.Module):
             return F.pad(x, (0, 0, 0, 0, 2, 1))[:, : x.shape[1]].roll(1, 1)
         if self.kind == "rows":
             return x[:, torch.arange(x.shape[1]).flip(0).clamp(max=3)] * torch.multiply(x, 2)
+        if self.kind == "vmap":
+            places = torch.arange(x.shape[1])
+            before = torch.vmap(torch.vmap(lambda q, k: k <= q, (None, 0)), (0, None))(places, places)
+            return torch.einsum("qk,bkhd->bqhd", before.to(x.dtype), x)
         assert self.kind == "stack"
         states, state = [], torch.zeros_like(x[:, 0])
         for i in range(4):
@@ -204,7 +208,7 @@ class Heads(nn.Module):
         return self.down(y.reshape(*y.shape[:2], 48))
 
 
-@pytest.mark.parametrize("kind", ["complex", "maxima", "pad", "rows", "stack"])
+@pytest.mark.parametrize("kind", ["complex", "maxima", "pad", "rows", "stack", "vmap"])
 def test_what_is_done_to_each_head_leaves_heads_apart(kind: str) -> None:
     x = randn(2, 4, WIDTH)
     check(Heads(kind), x, split={"up.weight": 0, "up.bias": 0, "down.weight": 1}, collectives={"all_reduce": 1})

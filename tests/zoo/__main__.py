@@ -10,6 +10,8 @@ import argparse
 import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -24,6 +26,35 @@ def _line(row: Any) -> str:
     return f"{row.name} [{row.kind}] " + ", ".join(each)
 
 
+def _measured(names: list[str], processes: int) -> Iterator[dict[str, Any]]:
+    """The rows of architectures as they come in, each measured in a process of its own, which may die."""
+    from tests.zoo.measure import LIMIT, Row, send_measured
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.zoo.measure"])
+    waiting, running = list(reversed(names)), dict[Connection, tuple[str, Any, float]]()
+    while waiting or running:
+        while waiting and len(running) < processes:
+            name = waiting.pop()
+            mine, its = context.Pipe(duplex=False)
+            process = context.Process(target=send_measured, args=(name, its))
+            process.start()
+            its.close()
+            running[mine] = name, process, time.monotonic()
+        for connection in wait(list(running), timeout=10):
+            assert isinstance(connection, Connection)
+            name, process, _ = running.pop(connection)
+            try:
+                yield connection.recv()
+            except EOFError:
+                process.join()
+                yield Row(name, "dense", capture_error=f"the process ended with {process.exitcode}").to_json()
+            process.join()
+        for _, process, start in running.values():
+            if time.monotonic() - start > 1.5 * LIMIT:  # the alarm did not come through
+                process.kill()
+
+
 def main() -> int:
     """Run, print, record, compare."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__.splitlines()[0])
@@ -34,7 +65,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from tests.zoo.architectures import architectures
-    from tests.zoo.measure import Row, measure_named
+    from tests.zoo.measure import Row
     from tests.zoo.table import ROWS, load, save, worse
 
     every = [str(a) for a in architectures()]
@@ -42,15 +73,14 @@ def main() -> int:
     recorded = load() if ROWS.exists() else {}
     names.sort(key=lambda n: -recorded[n].seconds if n in recorded else 0.0)  # long ones first
     rows, failures, start = [], [], time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=8) as pool:
-        for data in pool.imap_unordered(measure_named, names):
-            row = Row.from_json(data)
-            rows.append(row)
-            print(f"[{len(rows)}/{len(names)}, {time.monotonic() - start:.0f} s] {_line(row)}", flush=True)
-            if args.write and len(rows) % 10 == 0:
-                save({**recorded, **{r.name: r for r in rows}}.values())
-            if args.check and row.name in recorded:
-                failures += worse(recorded[row.name], row)
+    for data in _measured(names, args.processes):
+        row = Row.from_json(data)
+        rows.append(row)
+        print(f"[{len(rows)}/{len(names)}, {time.monotonic() - start:.0f} s] {_line(row)}", flush=True)
+        if args.write and len(rows) % 10 == 0:
+            save({**recorded, **{r.name: r for r in rows}}.values())
+        if args.check and row.name in recorded:
+            failures += worse(recorded[row.name], row)
     if args.write:
         save({**recorded, **{r.name: r for r in rows}}.values())
     for failure in failures:

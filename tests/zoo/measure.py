@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -175,6 +176,11 @@ def measure_named(name: str) -> dict[str, Any]:
         return Row(name, "dense", capture_error=_said(error)).to_json()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def send_measured(name: str, connection: Connection) -> None:
+    """:func:`measure_named`, to the other end of a pipe."""
+    connection.send(measure_named(name))
 
 
 class Called(TorchFunctionMode):

@@ -48,6 +48,10 @@ _RULES: list[tuple[str, int]] = [
     (r"(index_head_dim)", 8),
     (r"(index_n_heads)", 4),
     (r"(index_topk)", 6),
+    (r"(d_latents)", HIDDEN),
+    (r"(num_latents)", 16),
+    (r"(num_self_attends_per_block)", 2),
+    (r"(num_filters)", 2),
 ]
 """(pattern of a whole field name, size)"""
 
