@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers.models.auto import modeling_auto
 
-from tests.zoo.small import small_config
+from tests.zoo.small import HIDDEN, small_config
 
 MAPPINGS = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -78,9 +78,8 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
             _run(model, inputs)
         except TypeError:
             del inputs["use_cache"]
-    if "encoder_hidden_states" in takes and _attends_across(model):
-        width = getattr(model.config, "hidden_size", None) or model.config.d_model
-        inputs["encoder_hidden_states"] = torch.randn(2, 9, width, dtype=torch.float64)
+    if "encoder_hidden_states" in takes and (states := _states_attended_to(model, inputs)) is not None:
+        inputs["encoder_hidden_states"] = states
     if "labels" in takes:
         labelled = {**inputs, "labels": inputs.get("decoder_input_ids", inputs["input_ids"]).clone()}
         try:
@@ -91,11 +90,18 @@ def _inputs(model: nn.Module) -> dict[str, Any]:
     return inputs
 
 
-def _attends_across(model: nn.Module) -> bool:
-    """Whether a decoder has weights that only the states of an encoder would use."""
-    return any(re.search(r"encoder_attn|crossattention|cross_attn", name) for name, _ in model.named_modules())
+def _states_attended_to(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """States of an encoder, where a decoder has a use for them: where others change what it returns."""
+    width = getattr(model.config, "hidden_size", None) or getattr(model.config, "d_model", HIDDEN)
+    one, other = torch.randn(2, 2, 9, width, dtype=torch.float64)
+    try:
+        first, second = (_run(model, {**inputs, "encoder_hidden_states": x}) for x in (one, other))
+    except Exception:  # the model is no decoder after all
+        return None
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return one if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs) else None
 
 
-def _run(model: nn.Module, inputs: dict[str, Any]) -> None:
+def _run(model: nn.Module, inputs: dict[str, Any]) -> Any:
     with torch.no_grad():
-        model(**inputs)
+        return model(**inputs)
