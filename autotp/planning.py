@@ -20,6 +20,7 @@ from autotp.report import obstacles_text
 from autotp.rewrite import Rewritten
 from passes import Layout, Reason, ops
 from passes.graphs import op_name
+from passes.norms import norm_over_shards
 from passes.rules.contraction import MOVES
 
 __all__ = ["announce", "make_plan", "plan_of"]
@@ -61,6 +62,12 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
         elif node.target is ops.vocab_parallel_cross_entropy:
             rows, itemsize = _elements(node.args[1].meta["global"])[0], node.args[0].meta["global"].element_size()
             found.append(Collective("all_gather", "forward", node.name, module, 3 * rows * tp, itemsize, node.args[-1]))
+        elif node.target is norm_over_shards:
+            elements, itemsize = _elements(node.meta["global"])
+            rows = elements // sum(node.args[4])
+            found.append(Collective("all_gather", "forward", node.name, module, 2 * rows * tp, itemsize, node.args[-1]))
+            if needed[node]:
+                found.append(Collective("all_reduce", "backward", node.name, module, 2 * rows, itemsize, node.args[-1]))
         elif node.target in (ops.enter, ops.enter_overlapping):
             entered = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
             if not any(needed[v] for v in entered):
@@ -137,6 +144,9 @@ def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
     """The fewest collectives in a forward and a backward, and their bytes at the example inputs' size."""
 
     def size(node: fx.Node) -> int:
+        if op_name(node) in ("aten.layer_norm", "aten.rms_norm"):
+            elements, itemsize = _elements(node.meta["val"])
+            return 2 * elements // node.meta["val"].shape[-1] * rewritten.tp * itemsize
         if op_name(node) == "aten.cross_entropy_loss":
             rows, itemsize = _elements(node.args[1].meta["val"])[0], _elements(node.args[0].meta["val"])[1]
             return 3 * rows * rewritten.tp * itemsize

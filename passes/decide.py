@@ -175,6 +175,9 @@ def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: Cost
     for node, labels in facts.pending.items():
         for c in {classes.of(each) for each in labels}:
             gains[c] -= cost.per_collective + 2 * cost.per_element * cost.activation(shape(node))
+    for node, labels in facts.exchanged.items():
+        for c in {classes.of(each) for each in labels}:
+            gains[c] -= 2 * (cost.per_collective + 2 * cost.per_element * cost.activation(shape(node)[:-1]))
     for node in {n for each in facts.wanted_whole.values() for n in each}:
         if node.meta.get("grad") and node.op != "get_attr":
             for c in {classes.of(f.labels) for f in facts.values[node].factors}:

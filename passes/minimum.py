@@ -4,7 +4,8 @@ Counted apart from the passes that place collectives, so that what they place ca
 
 Forward: every product, look-up or sum over a split dim makes a pending sum, and a pending sum has to be
 reduced; those that meet in additions before anything else reads them (an attention and an MLP side by
-side) need one reduction for all. A split output is gathered, a loss over split logits shares its sums.
+side) need one reduction for all. A split output is gathered, a loss over split logits shares its sums, and
+so does, in both directions, a norm over split features.
 
 Backward: a whole value that ops on shards read has an incomplete gradient, and needs a reduction; one does
 for all that are made of one another with no forward reduction between them (a residual, its norms), the
@@ -57,6 +58,11 @@ def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], st
     def split(node: fx.Node) -> bool:
         return not layouts.get(node, WHOLE).whole
 
+    def exchanges(node: fx.Node) -> bool:
+        """Whether a norm is over features that are split."""
+        value = facts.values[node]
+        return any(v in value.virtual(len(value.axes) - 1) for v, _ in layouts.get(node, WHOLE).shards)
+
     def sums(node: fx.Node) -> bool:
         return bool(facts.pending.get(node)) and not split(node) and any(split(n) for n in node.all_input_nodes)
 
@@ -73,6 +79,7 @@ def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], st
             node = user
         groups[node] = None
     losses = [n for n in graph.nodes if op_name(n) == "aten.cross_entropy_loss" and split(n.args[0])]
+    norms = [n for n in facts.exchanged if exchanges(n)]
     (output,) = (n for n in graph.nodes if n.op == "output")
     gathered = [n for n in dict.fromkeys(output.all_input_nodes) if split(n)]
 
@@ -105,4 +112,4 @@ def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], st
             together.add_edges_from((n, node) for n in inputs)
     # the last value read stands for them all: it needs a gradient wherever any does
     completed = [max(part & read, key=order.__getitem__) for part in nx.connected_components(together) if part & read]
-    return Minimum((*groups, *losses, *gathered), (*completed, *shared.values()))
+    return Minimum((*groups, *norms, *losses, *gathered), (*completed, *norms, *shared.values()))

@@ -1,12 +1,14 @@
-"""Fused norms: ``"... n, n, n -> ... n"``, mixing ``n``."""
+"""Fused norms: ``"... n, n, n -> ... n"``; over a split ``n`` the ranks exchange a few numbers a row."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import fx
 
-from passes.graphs import is_tensor, shape
+from passes.graphs import is_tensor, op_name, shape
+from passes.norms import norm_over_shards
 from passes.rules.base import Facts, align, as_value, combine, keyed_factors, register
 from passes.rules.pointwise import Pointwise
 from passes.units import Factor, Value
@@ -19,7 +21,7 @@ __all__ = ["Normalization"]
 
 @register("aten.layer_norm", "aten.rms_norm")
 class Normalization(Pointwise):
-    """The normalized dims stay whole; the dims before them may be split (a norm per head)."""
+    """Dims before the normalized ones may be split (a norm per head); so may one normalized dim (a norm over heads)."""
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
@@ -35,16 +37,40 @@ class Normalization(Pointwise):
         factors = []
         for keys, labels in (f for each in keyed_factors(alignment, refined) for f in each):
             mixed = [i for i, k in enumerate(keys) if k[0] in inner]
-            if mixed:
+            if mixed and len(mixed) == len(keys) and normalized == 1:
+                facts.exchanged.setdefault(node, []).append(labels)
+            elif mixed:
                 facts.mix(node, Factor(tuple(range(len(keys))), labels), mixed)
             factors.append((keys, labels))
         facts.alignments[node] = (alignment, operands)
         return as_value(alignment, combine(factors, facts.units))
 
     def shard(self, node: fx.Node, sharder: Sharder) -> None:
-        value, normalized = sharder.value(node), len(node.args[1])
-        inner = {v for d in range(len(value.axes) - normalized, len(value.axes)) for v in value.virtual(d)}
-        if any(v in inner for v, _ in sharder.layout(node).shards):
+        value, layout, normalized = sharder.value(node), sharder.layout(node), len(node.args[1])
+        inner = value.virtual(len(value.axes) - 1)
+        last = {v for d in range(len(value.axes) - normalized, len(value.axes)) for v in value.virtual(d)}
+        if not any(v in last for v, _ in layout.shards):
+            super().shard(node, sharder)
+            return
+        local = self.local_operands(node, sharder)
+        v, shards = layout.shards[0]
+        if normalized > 1 or len(layout.shards) > 1 or local is None or not (shards.disjoint or shards.replicas):
             sharder.copy(node)
             return
-        super().shard(node, sharder)
+        each = math.prod(value.sizes[i].number for i in inner if i != v)
+        first = {group[0] for group in shards.replicas or ()} or set(range(sharder.tp))
+        counts = tuple(each * n if r in first else 0 for r, n in enumerate(shards.counts))
+        centered = op_name(node) == "aten.layer_norm"
+        x, weight, bias, eps = self._arguments(node, centered)
+        args = (local[x], *(None if n is None else local[n] for n in (weight, bias)), eps, counts, centered)
+        sharder.emit(node, norm_over_shards, (*args, sharder.group), layout=layout)
+
+    @staticmethod
+    def _arguments(node: fx.Node, centered: bool) -> tuple[fx.Node, fx.Node | None, fx.Node | None, float | None]:
+        """The input, the weight, the bias and eps."""
+        x, _, *rest = node.args
+        if centered:
+            weight, bias, eps = rest + [None, None, 1e-5][len(rest) :] if len(rest) < 3 else rest[:3]
+        else:
+            (weight, eps), bias = rest + [None, None][len(rest) :], None
+        return x, weight, bias, eps

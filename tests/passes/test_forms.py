@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from passes import minimum
 from passes.assign import assign
 from passes.propagate import propagate
-from tests.passes.harness import captured_of, check, randn, scrambled
+from tests.passes.harness import called, captured_of, check, randn, scrambled
 
 HIDDEN, HEADS, SIZE = 32, 8, 4
 
@@ -97,6 +98,32 @@ def test_a_norm_over_replicated_heads_costs_one_small_reduction() -> None:
     )
     for program in programs:
         assert len(program.minimum.forward) == 2
+
+
+class FusedNorms(Form):
+    """Queries, and fewer keys than ranks, each normed over all heads at once by one op."""
+
+    kv = 2
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = kind(HEADS * SIZE), kind(self.kv * SIZE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.split(self.q_norm(self.q(x)), HEADS), self.split(self.k_norm(self.k(x)), self.kv)
+        k, v = (t.repeat_interleave(HEADS // self.kv, 1) for t in (k, self.split(self.v(x), self.kv)))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_fused_norms_over_all_heads_stay_sharded(kind: type[nn.Module]) -> None:
+    model = FusedNorms(kind)
+    norms = {n: 0 for n, _ in model.named_parameters() if "norm" in n}
+    programs = check(model, randn(2, 5, HIDDEN), split=ALL | norms, collectives={"all_reduce": 1}, tps=(2, 3, 4, 8))
+    for program in programs:
+        assert called(program.graph, ["norm_over_shards"]) == {"norm_over_shards": 2}
+        assert len(program.minimum.forward) == 3
 
 
 class FusedMultiQuery(nn.Module):
