@@ -159,6 +159,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: fabric.Communicator, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group = group
+        ctx.set_materialize_grads(False)  # what no one asks the gradient of has none, as in the dense model
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod

@@ -183,6 +183,13 @@ def _spread(labels: np.ndarray, keys: tuple[Key, ...], over: tuple[Key, ...]) ->
     return labels.reshape([labels.shape[keys.index(k)] if k in keys else 1 for k in over])
 
 
+def _united_but(labels: np.ndarray, keys: tuple[Key, ...], shared: Sequence[Key], units: Units) -> np.ndarray:
+    """Unite labels along all but the shared keys; one for each index of those."""
+    heads = labels[tuple(slice(None) if k in shared else slice(0, 1) for k in keys)]
+    units.unite(labels, heads)
+    return heads.reshape([n for n, k in zip(labels.shape, keys, strict=True) if k in shared])
+
+
 def combine(factors: Keyed, units: Units, across: Collection[Key] = ()) -> Keyed:
     """Reconcile operands' factors: the same keys, the same units; fewer keys, a source that serves.
 
@@ -209,11 +216,11 @@ def combine(factors: Keyed, units: Units, across: Collection[Key] = ()) -> Keyed
                 bound |= set(keys) if lacks else set()
             else:
                 units.serve(wide, _spread(labels, keys, wide_keys))
-        else:
-            units.unite_all(labels)
+        else:  # each has keys that the other lacks: what they share stays apart, if it is one that it shares it with
+            shared = [k for k in keys if len(over) == 1 and k in kept[over[0]][0]]
+            narrow = _united_but(labels, keys, shared, units)
             for i in over:
-                units.unite_all(kept[i][1])
-                units.unite(kept[i][1].reshape(-1)[:1], labels.reshape(-1)[:1])
+                units.unite(_united_but(kept[i][1], kept[i][0], shared, units), narrow)
     return kept
 
 

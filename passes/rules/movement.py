@@ -361,7 +361,7 @@ class Join(Move):
             at = sum(v < place for v in key)
             labels = [x for x, _ in labelled]
             apart = not key or any(varies for _, varies in labelled) or self._stacked(labels, sizes, facts)
-            if static and len(labelled) == len(values) and apart:
+            if static and len(labelled) == len(values) and apart and not any(("", place) in keys for keys, _ in found):
                 spread = [np.broadcast_to(x, (*x.shape[:at], n, *x.shape[at + 1 :])) for x, n in zip(labels, sizes)]
                 found.append((tuple(("", v) for v in sorted((*key, place))), np.concatenate(spread, axis=at)))
                 continue

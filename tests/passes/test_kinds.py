@@ -273,8 +273,10 @@ class Grouped(Attention):
 
 
 @pytest.mark.parametrize("by", ["einsum", "broadcast", "folded"])
-def test_groups_of_queries_that_are_a_dim_of_their_own_are_right(by: str) -> None:
-    check(Grouped(12, 2, by=by), randn(2, 5, D), tps=(2, 4))
+def test_groups_of_queries_that_are_a_dim_of_their_own(by: str) -> None:
+    split = {f"{m}.{p}": 0 for m in "qkv" for p in ("weight", "bias")} | {"o.weight": 1}
+    check(Grouped(12, 4, by=by), randn(2, 5, D), split=split, collectives=ONE, moves={"enter": 1}, tps=(2, 3, 4))
+    check(Grouped(12, 2, by=by), randn(2, 5, D), tps=(4,))  # fewer groups than ranks: right
 
 
 def test_gradients_of_replicated_heads_summed_over_all_ranks_would_be_wrong() -> None:
@@ -587,11 +589,12 @@ def test_weights(name: str) -> None:
     check(Weights(op, *shapes), randn(2, 5, D), split=split, collectives=ONE, moves={"enter": 1}, tps=(4,))
 
 
-def test_weights_stacked_before_use_are_right() -> None:
+def test_weights_stacked_before_use() -> None:
     def stacked(x: Tensor, a: Tensor, b: Tensor, down: Tensor) -> Tensor:
         return torch.einsum("bsi,noi->nbso", x, torch.stack([a, b])).tanh().sum(0) @ down
 
-    check(Weights(stacked, (50, D), (50, D), (50, D)), randn(2, 5, D), tps=(4,))
+    split = {f"weights.{i}": 0 for i in range(3)}
+    check(Weights(stacked, (50, D), (50, D), (50, D)), randn(2, 5, D), split=split, collectives=ONE, tps=(4,))
 
 
 # Values that are results too ---------------------------------------------------------------------------

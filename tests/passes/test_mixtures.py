@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from passes import fabric, ops
 from passes.outputs import OUTPUTS
 from tests.passes.harness import captured_of, check, randn, scrambled
 
@@ -261,3 +262,25 @@ class JoinedTables(nn.Module):
 def test_a_piece_that_cannot_be_split_keeps_no_vocabulary_from_it() -> None:
     (program,) = check(JoinedTables(), torch.arange(10).view(2, 5), tps=(3,))
     assert program.stored["words.weight"].shards[0][0] == 0
+
+
+class _Alone:
+    """A world of one rank, and its only communicator."""
+
+    rank, size = 0, 1
+
+    def group(self, name: str) -> _Alone:
+        return self
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+
+def test_what_no_gradient_reaches_has_none_also_where_it_enters_with_others() -> None:
+    read, unread, other = (torch.ones(3, requires_grad=True) for _ in range(3))
+    with fabric.use(_Alone()):  # type: ignore[arg-type]
+        first, _, third = ops.enter((read, unread, other), "tp")
+        (first * 2 + third * 3).sum().backward()
+    assert read.grad.tolist() == [2.0] * 3
+    assert other.grad.tolist() == [3.0] * 3
+    assert unread.grad is None, "zeros would decay it"
