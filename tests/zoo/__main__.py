@@ -1,4 +1,4 @@
-"""Run the zoo: ``python -m tests.zoo [--write] [--check] [--processes N] [NAME ...]``.
+"""Run the zoo: ``python -m tests.zoo [--write] [--check] [--processes N] [--within SECONDS] [NAME ...]``.
 
 Each architecture is one row (:mod:`tests.zoo.measure`); progress is printed as rows come in. ``--write``
 records the rows and writes ``docs/coverage.md``; ``--check`` exits 1 if a row is worse than recorded.
@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the rows and write docs/coverage.md")
     parser.add_argument("--check", action="store_true", help="exit 1 if a row is worse than recorded")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="leave out what is recorded to take longer")
     args = parser.parse_args()
 
     from tests.zoo.architectures import architectures
@@ -71,6 +72,8 @@ def main() -> int:
     every = [str(a) for a in architectures()]
     names = [n for n in every if not args.names or any(n == x or (x not in every and x in n) for x in args.names)]
     recorded = load() if ROWS.exists() else {}
+    if args.within is not None:
+        names = [n for n in names if n not in recorded or recorded[n].seconds <= args.within]
     names.sort(key=lambda n: -recorded[n].seconds if n in recorded else 0.0)  # long ones first
     rows, failures, start = [], [], time.monotonic()
     for data in _measured(names, args.processes):
