@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from autotp.plan import block_of
 from tests.zoo.measure import TPS, Row
 
 ROWS = Path(__file__).with_name("rows.json")
@@ -22,9 +24,20 @@ def save(rows: Iterable[Row]) -> None:
     """Record rows, and write the table."""
     rows = sorted(rows, key=lambda row: row.name)
     plain = [{**row.to_json(), "seconds": round(row.seconds, 1)} for row in rows]
-    ROWS.write_text("[\n" + ",\n".join(json.dumps(row) for row in plain) + "\n]\n")
+    ROWS.write_text(_without_folders("[\n" + ",\n".join(json.dumps(row) for row in plain) + "\n]\n"))
+    rows = sorted(load().values(), key=lambda row: row.name)
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(text(rows))
+
+
+def _without_folders(text: str) -> str:
+    """A text with the files in it named without the folders that they lie in on this machine."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
+
+
+def _folded(why: str) -> str:
+    """A reason with repeats of a block under one name."""
+    return " ".join(block_of(word) for word in why.split(" "))
 
 
 def worse(was: Row, now: Row) -> list[str]:
@@ -61,8 +74,8 @@ def _cells(row: Row) -> list[str]:
     passed = [tp for tp, at in row.at.items() if at.ok]
     shares = sorted({f"{at.share:.1%}" for at in row.at.values() if at.ok})
     counts = list(dict.fromkeys("{:g} + {:g}".format(*at.per_layer) for at in row.at.values() if at.ok))
-    said = [f"in parts: {seam}" for seam in row.seams[:2]]
-    said += list(dict.fromkeys(x for at in row.at.values() for x in ([at.error] if at.error else at.whole)))
+    said = list(dict.fromkeys(_folded(f"in parts: {seam}") for seam in row.seams))[:2]
+    said += list(dict.fromkeys(_folded(x) for at in row.at.values() for x in ([at.error] if at.error else at.whole)))
     said += [f"vocabulary whole at tp {tp}" for tp, at in row.at.items() if at.ok and not at.vocabulary]
     said += [
         f"tp {tp}: {at.forward} + {at.backward} collectives, {at.minimum[0]} + {at.minimum[1]} needed"
