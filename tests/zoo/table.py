@@ -37,7 +37,7 @@ def _without_folders(text: str) -> str:
 
 def _folded(why: str) -> str:
     """A reason with repeats of a block under one name."""
-    return " ".join(block_of(word) for word in why.split(" "))
+    return " ".join(block_of(word) if "." in word else word for word in why.split(" "))
 
 
 def worse(was: Row, now: Row) -> list[str]:
