@@ -15,7 +15,7 @@ from autotp.errors import PlanError
 from autotp.parts import Seam
 from passes import IndexSet, Layout, Shards
 
-__all__ = ["Collective", "Plan", "Weight", "block_of"]
+__all__ = ["Collective", "Plan", "Weight", "block_of", "folded_text"]
 
 
 @dataclass(frozen=True)
@@ -215,3 +215,8 @@ class Plan:
 def block_of(path: str) -> str:
     """A module path with numbers replaced, so that repeats of a block have one name: ``layers.*.mlp``."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
+def folded_text(text: str) -> str:
+    """A text in which the module paths of repeats of a block have one name."""
+    return " ".join(block_of(word) if "." in word else word for word in text.split(" "))

@@ -143,10 +143,11 @@ def _weights(rewritten: Rewritten, part: Part) -> Iterator[Weight]:
 def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
     """The fewest collectives in a forward and a backward, and their bytes at the example inputs' size."""
 
-    def size(node: fx.Node) -> int:
-        if op_name(node) in ("aten.layer_norm", "aten.rms_norm"):
+    def size(node: fx.Node, when: str) -> int:
+        if node in rewritten.minimum.norms:  # gathered forward, summed backward
             elements, itemsize = _elements(node.meta["val"])
-            return 2 * elements // node.meta["val"].shape[-1] * rewritten.tp * itemsize
+            rows = elements // node.meta["val"].shape[-1]
+            return 2 * rows * itemsize * (rewritten.tp if when == "forward" else 1)
         if op_name(node) == "aten.cross_entropy_loss":
             rows, itemsize = _elements(node.args[1].meta["val"])[0], _elements(node.args[0].meta["val"])[1]
             return 3 * rows * rewritten.tp * itemsize
@@ -159,7 +160,7 @@ def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
     needed = _needed(rewritten.captured.graph, "val")
     backward = [n for n in rewritten.minimum.backward if needed[n]]
     both = {"forward": rewritten.minimum.forward, "backward": backward}
-    return {when: (len(nodes), sum(map(size, nodes))) for when, nodes in both.items()}
+    return {when: (len(nodes), sum(size(n, when) for n in nodes)) for when, nodes in both.items()}
 
 
 def plan_of(division: Division, tp: int) -> Plan:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autotp.parts import Seam
-from autotp.plan import Plan, Weight, block_of
+from autotp.plan import Plan, Weight, block_of, folded_text
 
 if TYPE_CHECKING:
     from autotp.verify import Report
@@ -129,7 +129,7 @@ def obstacles_text(plan: Plan) -> str:
     lines = [f"{plan.model}: {some}, {share:.1%} of the parameters, {stay} whole on each of {plan.tp} ranks:"]
     folded: dict[tuple, list[Weight]] = defaultdict(list)
     for w in found:
-        folded[block_of(w.name), _bare(w.why), w.limit].append(w)
+        folded[block_of(w.name), folded_text(w.why), w.limit].append(w)
     for (name, _, limit), each in folded.items():
         some = f"{len(each)} x {name}" if len(each) > 1 else each[0].name
         of = sum(w.elements for w in each) / total
@@ -139,11 +139,6 @@ def obstacles_text(plan: Plan) -> str:
     if limits:
         lines.append(f"tp = 1 to {min(limits)} would split {'all' if len(limits) == len(found) else 'more'} of them.")
     return "\n".join(lines)
-
-
-def _bare(why: str) -> str:
-    """A reason with repeats of a block under one name."""
-    return " ".join(block_of(word) for word in why.split())
 
 
 def _folded_seams(seams: Sequence[Seam]) -> list[Seam]:

@@ -39,10 +39,12 @@ class Minimum:
     Attributes:
         forward: what is reduced or gathered in a forward.
         backward: whose gradient is reduced in a backward.
+        norms: those of both that are norms over split features, for which a few numbers a row are exchanged.
     """
 
     forward: tuple[fx.Node, ...]
     backward: tuple[fx.Node, ...]
+    norms: frozenset[fx.Node] = frozenset()
 
 
 def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], stored: Mapping[str, Layout]) -> Minimum:
@@ -112,4 +114,4 @@ def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], st
             together.add_edges_from((n, node) for n in inputs)
     # the last value read stands for them all: it needs a gradient wherever any does
     completed = [max(part & read, key=order.__getitem__) for part in nx.connected_components(together) if part & read]
-    return Minimum((*groups, *norms, *losses, *gathered), (*completed, *norms, *shared.values()))
+    return Minimum((*groups, *norms, *losses, *gathered), (*completed, *norms, *shared.values()), frozenset(norms))

@@ -160,3 +160,24 @@ def test_the_plan_keeps_the_fewest_collectives_and_the_limits(tmp_path: Path) ->
     total = sum(c.bytes for c in plan.collectives if c.when == "forward")
     assert plan.fewest["forward"][1] == total
     assert f"at least {plan.fewest['backward'][0]}" in str(plan)
+
+
+class Normed(nn.Module):
+    """An MLP behind a norm of whole features, with or without a norm of its split ones."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(96, 32)
+        self.between = nn.LayerNorm(96) if inside else nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.between(self.up(self.norm(x.softmax(-1)))))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_fewest_bytes_are_of_what_is_communicated(inside: bool) -> None:
+    plan = autotp.plan(Normed(inside), 3, example_inputs=(torch.randn(2, 5, 32, requires_grad=True),))
+    for when in ("forward", "backward"):
+        each = [c for c in plan.collectives if c.when == when]
+        assert len(each) == 1 + inside
+        assert plan.fewest[when] == (len(each), sum(c.bytes for c in each))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,14 @@ class Facts:
     def opaque(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
         """Record that ``node`` needs these operands whole."""
         self.wanted_whole.setdefault(node, []).extend(operands)
+
+
+def without(node: fx.Node, value: Value, dims: Iterable[int], facts: Facts) -> Value:
+    """A value with no labels on ``dims``, which ``node`` mixes."""
+    inside = {v for d in dims for v in value.virtual(d)}
+    touched = [[v for v in f.dims if v in inside] for f in value.factors]
+    kept = [facts.mix(node, f, own) if own else f for f, own in zip(value.factors, touched, strict=True)]
+    return Value(value.axes, tuple(f for f in kept if f is not None))
 
 
 class Rule:

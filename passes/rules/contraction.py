@@ -7,7 +7,6 @@ a weight's); along a contracted letter it makes the result a pending sum (row pa
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from passes.units import Factor, Value
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["MOVES", "Contraction", "contract", "without"]
+__all__ = ["MOVES", "Contraction", "contract"]
 
 aten = torch.ops.aten
 MOVES = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.reshape", "aten.to", "aten.slice",
@@ -77,13 +76,6 @@ def contract(
     facts.pending[node] = [labels for _, labels in pending]
     facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept + pending])
     return alignment, as_value(alignment, kept)
-
-
-def without(node: fx.Node, value: Value, dims: Sequence[int], facts: Facts) -> Value:
-    """A value with no labels on ``dims``, which ``node`` mixes."""
-    inside = {v for d in dims for v in value.virtual(d)}
-    factors = [facts.mix(node, f, [v for v in f.dims if v in inside]) for f in value.factors]
-    return Value(value.axes, tuple(f for f in factors if f is not None))
 
 
 class Contraction(Rule):

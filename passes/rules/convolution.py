@@ -11,8 +11,8 @@ from torch import fx
 from passes.axes import trivial_axes
 from passes.graphs import is_tensor, shape
 from passes.layout import Layout
-from passes.rules.base import Facts, register
-from passes.rules.contraction import Contraction, contract, without
+from passes.rules.base import Facts, register, without
+from passes.rules.contraction import Contraction, contract
 from passes.units import Value
 
 if TYPE_CHECKING:

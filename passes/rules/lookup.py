@@ -11,7 +11,7 @@ from passes import ops
 from passes.axes import Size, trivial_axes
 from passes.graphs import shape
 from passes.layout import Layout
-from passes.rules.base import Facts, Rule, register
+from passes.rules.base import Facts, Rule, register, without
 from passes.rules.movement import Move, behind
 from passes.units import Factor, Value
 
@@ -93,7 +93,7 @@ class Index(Move):
         value, out = facts.values[source], shape(node)
         inside = range(value.offset(first), value.offset(first + count))
         new = trivial_axes(out[first : first + len(out) - len(value.axes) + count])
-        kept = [facts.mix(node, f, [v for v in f.dims if v in inside]) for f in value.factors]
+        kept = without(node, value, at, facts).factors
         axes = value.axes[:first] + new + value.axes[first + count :]
         shift = sum(len(dim) for dim in new) - len(inside)
-        return Value(axes, behind([f for f in kept if f is not None], inside.stop, shift))
+        return Value(axes, behind(kept, inside.stop, shift))

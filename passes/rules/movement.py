@@ -13,7 +13,7 @@ from torch import fx
 from passes.axes import Axes, Size, common_refinement, product, trivial_axes, view_axes
 from passes.graphs import is_tensor, op_name, shape
 from passes.layout import IndexSet, Layout, Shards
-from passes.rules.base import Facts, Keyed, Rule, combine, register
+from passes.rules.base import Facts, Keyed, Rule, combine, register, without
 from passes.units import Factor, Value
 
 if TYPE_CHECKING:
@@ -310,10 +310,9 @@ class Pad(Move):
         value, out = facts.values[node.args[0]], trivial_axes(shape(node))
         for dim in sorted(self.dims(node), reverse=True):
             inside = value.virtual(dim)
-            kept = [facts.mix(node, f, [v for v in f.dims if v in inside]) for f in value.factors]
+            kept = without(node, value, [dim], facts).factors
             axes = value.axes[:dim] + (out[dim],) + value.axes[dim + 1 :]
-            factors = behind([f for f in kept if f is not None], inside.stop, len(out[dim]) - len(inside))
-            value = Value(axes, factors)
+            value = Value(axes, behind(kept, inside.stop, len(out[dim]) - len(inside)))
         return value
 
 
@@ -325,9 +324,7 @@ class Complex(Move):
         value = facts.values[node.args[0]]
         if op_name(node) == "aten.view_as_real":
             return Value((*value.axes, (Size(2),)), value.factors)
-        pair = value.virtual(len(value.axes) - 1)
-        kept = [facts.mix(node, f, [v for v in f.dims if v in pair]) for f in value.factors]
-        return Value(value.axes[:-1], tuple(f for f in kept if f is not None))
+        return Value(value.axes[:-1], without(node, value, [len(value.axes) - 1], facts).factors)
 
 
 @register("aten.cat")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from autotp.plan import block_of
+from autotp.plan import folded_text
 from tests.zoo.measure import TPS, Row
 
 ROWS = Path(__file__).with_name("rows.json")
@@ -33,11 +33,6 @@ def save(rows: Iterable[Row]) -> None:
 def _without_folders(text: str) -> str:
     """A text with the files in it named without the folders that they lie in on this machine."""
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
-
-
-def _folded(why: str) -> str:
-    """A reason with repeats of a block under one name."""
-    return " ".join(block_of(word) if "." in word else word for word in why.split(" "))
 
 
 def worse(was: Row, now: Row) -> list[str]:
@@ -74,8 +69,10 @@ def _cells(row: Row) -> list[str]:
     passed = [tp for tp, at in row.at.items() if at.ok]
     shares = sorted({f"{at.share:.1%}" for at in row.at.values() if at.ok})
     counts = list(dict.fromkeys("{:g} + {:g}".format(*at.per_layer) for at in row.at.values() if at.ok))
-    said = list(dict.fromkeys(_folded(f"in parts: {seam}") for seam in row.seams))[:2]
-    said += list(dict.fromkeys(_folded(x) for at in row.at.values() for x in ([at.error] if at.error else at.whole)))
+    said = list(dict.fromkeys(folded_text(f"in parts: {seam}") for seam in row.seams))[:2]
+    said += list(
+        dict.fromkeys(folded_text(x) for at in row.at.values() for x in ([at.error] if at.error else at.whole))
+    )
     said += [f"vocabulary whole at tp {tp}" for tp, at in row.at.items() if at.ok and not at.vocabulary]
     said += [
         f"tp {tp}: {at.forward} + {at.backward} collectives, {at.minimum[0]} + {at.minimum[1]} needed"
