@@ -233,6 +233,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             exported = exported.run_decompositions({})
     captured = _flat_graph(exported, outputs, tied)
     if left := _prepare(captured):
+        if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
+            raise CaptureError(
+                f"{where(unrecorded[0])} changes a value in place under no_grad, so that gradients pass the change by, "
+                "which no functional graph says",
+                reason="a value changed in place under no_grad",
+            )
         with _quiet():
             captured = _flat_graph(exported.run_decompositions({}), outputs, tied)
         if left := _prepare(captured):

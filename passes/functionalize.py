@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,6 +12,25 @@ from torch import fx
 from passes.graphs import is_tensor, op_name
 
 __all__ = ["functionalize"]
+
+aten = torch.ops.aten
+
+
+def _inverse(permutation: list[int]) -> list[int]:
+    return sorted(range(len(permutation)), key=lambda i: permutation[i] % len(permutation))
+
+
+_WRITTEN: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "aten.slice": lambda base, new, *where: (aten.slice_scatter.default, base, new, *where),
+    "aten.select": lambda base, new, *where: (aten.select_scatter.default, base, new, *where),
+    "aten.unsqueeze": lambda _, new, dim: (aten.squeeze.dim, new, dim),
+    "aten.transpose": lambda _, new, *dims: (aten.transpose.int, new, *dims),
+    "aten.permute": lambda _, new, dims: (aten.permute.default, new, _inverse(dims)),
+}
+"""By view: the call that gives ``base`` with ``new`` in place of what the view shows of it."""
+_VIEWS = {*_WRITTEN, "aten.view", "aten.expand", "aten.squeeze", "aten.split", "aten.split_with_sizes", "aten.chunk",
+          "aten.unbind", "aten.unflatten", "aten.t", "aten.alias", "aten.detach", "getitem"}  # fmt: skip
+"""What shares memory with what it is made of whatever the strides are."""
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -38,6 +59,7 @@ def _inline_no_grad(graph: fx.Graph, node: fx.Node) -> None:
                 results = fx.map_arg(inner.args[0], lambda n: copies[n])
             elif inner.op != "placeholder":
                 copies[inner] = graph.node_copy(inner, lambda n: copies[n])
+                copies[inner].meta["no_grad"] = not enabled
                 if inner.op == "get_attr":  # a region within: regions name theirs alike, so under a name of its own
                     name = f"{region_ref.target}_{inner.target}"
                     setattr(graph.owning_module, name, getattr(region, inner.target))
@@ -71,34 +93,104 @@ def _promotes(functional: torch._ops.OpOverload, node: fx.Node) -> bool:
     return functional(*args, **kwargs).dtype != node.meta["val"].dtype
 
 
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and those that its value may share memory with because it is made of them."""
+    yield node
+    if node.op == "call_function" and _may_alias(node):
+        for source in node.all_input_nodes:
+            yield from _sources(source)
+
+
+def _aliases(node: fx.Node) -> dict[fx.Node, None]:
+    """A node and those whose values may share memory with its own because they are made of it, in order."""
+    found, pending = {node: None}, [node]
+    while pending:
+        made = [u for u in pending.pop().users if u.op == "call_function" and u not in found and _may_alias(u)]
+        found.update(dict.fromkeys(made))
+        pending += made
+    return found
+
+
+def _made_anew(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Replace an in-place op by a function, and make anew what else sees the change; False if that is not known.
+
+    What the op changes is a view of some base: the base is made anew with the result in that place, and its
+    views that are used afterwards are made anew of it, as torch's own functionalization does
+    (https://dev-discuss.pytorch.org/t/965), but on a finished graph and without tracing again.
+    """
+    functional, changed, graph = _out_of_place(node.target), node.args[0] if node.args else None, node.graph
+    if functional is None or not isinstance(changed, fx.Node) or not is_tensor(changed):
+        return False
+
+    def later(n: fx.Node) -> list[fx.Node]:
+        return [u for u in n.users if order[u] > order[node]]
+
+    views: list[fx.Node] = []  # from the base on
+    base = changed
+    while op_name(base) in _WRITTEN:
+        views.insert(0, base)
+        base = base.args[0]
+    seen = sorted((n for n in _aliases(base) if n is not base and order[n] < order[node]), key=order.__getitem__)
+    needed = {n for n in seen if later(n)} | {changed}
+    for n in reversed(seen):
+        if n in needed:
+            needed.update(n.all_input_nodes)
+    again = [n for n in seen if n in needed]
+    outside = node.meta.get("no_grad", False) and not base.meta.get("no_grad", False)
+    node.meta["unrecorded"] = outside and base.meta["val"].is_floating_point()
+    around = {n for source in _sources(base) for n in _aliases(source) if order[n] < order[node]} - {base, *seen}
+    if (
+        any(n.op != "call_function" for n in _sources(base))  # an input, a parameter
+        or any(later(n) for n in around)
+        or any(op_name(n) not in _VIEWS for n in again)
+        or node.meta["unrecorded"]
+        or (op_name(node) != "aten.copy_" and _promotes(functional, node))
+    ):
+        return False
+
+    def call(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.create_node("call_function", target, args, kwargs, name=target.overloadpacket.__name__)
+        made.meta = {**node.meta, "val": like.meta["val"]}
+        order[made] = order[node]
+        return made
+
+    with graph.inserting_before(node):
+        new = call(changed, functional, *node.args, **node.kwargs)
+        for view in reversed(views):
+            target, *args = _WRITTEN[op_name(view)](view.args[0], new, *view.args[1:])
+            new = call(view.args[0], target, *args, **view.kwargs)
+        anew = {base: new}
+        for n in again:
+            anew[n] = call(n, n.target, *fx.map_arg(n.args, lambda a: anew.get(a, a)), **n.kwargs)
+    for old, its in anew.items():
+        for user in later(old):
+            user.replace_input_with(old, its)
+    node.replace_all_uses_with(anew[changed])
+    graph.erase_node(node)
+    return True
+
+
 def functionalize(graph: fx.Graph) -> list[fx.Node]:
-    """Inline no-grad regions and turn in-place ops on values that nothing else sees into functions.
+    """Inline no-grad regions and turn in-place ops into functions.
 
     Args:
         graph: a captured graph, changed in place.
 
     Returns:
-        The nodes that still change an argument (through a view, say): none in a graph that is now
-        functional. The caller captures again with torch's own functionalization if there are some.
+        The nodes that still change an argument, because what else sees the change depends on strides, or is
+        outside the graph, or because a gradient passes it by (``unrecorded`` in its meta): none in a graph
+        that is now functional.
     """
     while regions := [n for n in graph.nodes if op_name(n) == "wrap_with_set_grad_enabled"]:
         for node in regions:
             _inline_no_grad(graph, node)
-    left = []
     order = {node: i for i, node in enumerate(graph.nodes)}
+    left = []
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             continue
-        functional, changed = _out_of_place(node.target), node.args[0] if node.args else None
-        if functional is None or not isinstance(changed, fx.Node) or not is_tensor(changed):
+        if op_name(node) == "aten.detach_":
+            node.target = aten.detach.default
+        elif not _made_anew(node, order):
             left.append(node)
-            continue
-        seen = _may_alias(changed) or any(_may_alias(u) for u in changed.users if order[u] < order[node])
-        if op_name(node) != "aten.detach_" and (seen or _promotes(functional, node)):
-            left.append(node)
-            continue
-        node.target = functional
-        for user in list(changed.users):
-            if order[user] > order[node]:
-                user.replace_input_with(changed, node)
     return left

@@ -150,6 +150,19 @@ def in_place() -> str:
     return before_and_after(raw(Small(run, proj=nn.Linear(4, 6)), x(2, 3, 4)), functionalize)
 
 
+@case("functionalize/written_part")
+def written_part() -> str:
+    """What a view shows is changed: the value is made anew, and so is another view of it that is read afterwards."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        across, first = y.transpose(0, 1), y[..., :2]
+        first.mul_(3)
+        return across + first.sum()
+
+    return before_and_after(raw(Small(run, proj=nn.Linear(4, 6)), x(2, 3, 4)), functionalize)
+
+
 @case("functionalize/no_grad")
 def no_grad() -> str:
     """A region without gradients becomes part of the graph; ``detach`` then stops the gradients."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from autotp.capture import capture
 from autotp.errors import CaptureError
 from tests.passes.harness import check, randn
 from tests.passes.test_rules import PAIR, Between
@@ -45,10 +47,106 @@ def promoted(y: Tensor) -> Tensor:
     return single.to(y.dtype) - y.to(torch.float32).to(y.dtype) + y
 
 
-@pytest.mark.parametrize("op", [part, cast, view_before, chained, promoted])
+def steps(y: Tensor) -> Tensor:
+    """A triangular system solved row by row in place, as gated delta rules are."""
+    y = y.unflatten(-1, (6, 10)) * 1
+    for i in range(1, 6):
+        row, above = y[..., i, :i].clone(), y[..., :i, :i].clone()
+        y[..., i, :i] = row + (row.unsqueeze(-1) * above).sum(-2)
+    return y.flatten(-2)
+
+
+def seen_by_views(y: Tensor) -> Tensor:
+    y = y * 1
+    before, across, part = y[..., 10:50], y.transpose(0, 1), y.view(2, 3, 6, 10)[:, :, 2:]
+    was = before * 1
+    across[1, :, 20:] *= 3
+    return torch.cat([before + was, part.flatten(-2)], -1)[..., :60]
+
+
+def written_twice(y: Tensor) -> Tensor:
+    y = y * 1
+    view = y[0].unsqueeze(0).permute(2, 0, 1)
+    view[:7] += 1
+    view.mul_(2)
+    return y + y[:1]
+
+
+def broadcast(y: Tensor) -> Tensor:
+    y = y * 1
+    y[..., ::7] = y[..., :1]
+    y[:, 0] = torch.arange(60, dtype=torch.int64, device=y.device)
+    return y * 1
+
+
+def filled(y: Tensor) -> Tensor:
+    y = y * 1
+    y[0, :, 3:9] = 0.5
+    y[1].zero_()
+    y[:, 1].fill_(2)
+    return y * y
+
+
+def maybe_a_view(y: Tensor) -> Tensor:
+    flat = (y * 1).reshape(2, -1)
+    flat[:, :30] *= 2
+    return flat.view(2, 3, 60)
+
+
+def maybe_seen(y: Tensor) -> Tensor:
+    y = y * 1
+    flat = y.reshape(2, -1)
+    flat[:, :30] *= 2  # y sees it or does not: as its strides are
+    return y + flat.view(2, 3, 60)
+
+
+def in_a_region(y: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = y.abs().sum((0, 1))
+        scale[20:] /= scale[20:].sum()
+        scale.clamp_(max=3)
+    return y * scale
+
+
+WAYS = [part, cast, view_before, chained, promoted, steps, seen_by_views, written_twice, broadcast, filled,
+        maybe_a_view, maybe_seen, in_a_region]  # fmt: skip
+AGAIN = {promoted, maybe_seen}
+"""Whose views depend on strides or on types, so that torch traces again; the others are made functional as they are."""
+
+
+@pytest.mark.parametrize("op", WAYS)
 def test_in_place_ops(op: Callable[[Tensor], Tensor]) -> None:
     programs = check(Between(op, 60), randn(2, 3, 64))
     assert op is not chained or {n: s.shards[0][0] for n, s in programs[0].stored.items()} == PAIR
+
+
+@pytest.mark.parametrize("op", WAYS)
+def test_which_need_no_second_trace(op: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def traced(*_: object) -> None:
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
+    with pytest.raises(AssertionError, match="traced again") if op in AGAIN else contextlib.nullcontext():
+        capture(Between(op, 60), (randn(2, 3, 64),), {})
+
+
+def halved(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        h.mul_(0.5)
+    return h
+
+
+def clamped_part(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        h[..., 10:].clamp_(max=0.1)
+    return h
+
+
+@pytest.mark.parametrize("op", [halved, clamped_part])
+def test_changes_that_gradients_pass_by_are_refused(op: Callable[[Tensor], Tensor]) -> None:
+    """The gradient of ``h`` is what it was before the change; in a functional graph it would be of the change."""
+    with pytest.raises(CaptureError, match=r"in the model \(test_\w+.py:\d+\) changes a value in place under no_grad"):
+        capture(Between(op, 60), (randn(2, 3, 64),), {})
 
 
 def test_changing_an_input_is_said_to_be_impossible() -> None:
