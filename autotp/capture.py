@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import math
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,17 +131,24 @@ class _Flat(nn.Module):
     """A model behind a signature of tensors only, so that nothing else has to be exportable."""
 
     def __init__(
-        self, model: nn.Module, leaves: list[Any], spec: Any, outputs: _Outputs, repeats: Repeats | None
+        self,
+        model: nn.Module,
+        leaves: list[Any],
+        spec: Any,
+        outputs: _Outputs,
+        around: Sequence[contextlib.AbstractContextManager[Any]],
     ) -> None:
         super().__init__()
         self.model = model
-        self._leaves, self._spec, self._outputs, self._repeats = leaves, spec, outputs, repeats
+        self._leaves, self._spec, self._outputs, self._around = leaves, spec, outputs, around
 
     def forward(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         given = iter(tensors)
         leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        with self._repeats or contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            for context in self._around:
+                stack.enter_context(context)
             result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
         after = pytree.tree_leaves((args, kwargs))
         self._outputs.refills = len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True))
@@ -250,29 +258,55 @@ def _is_of_functorch(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
+class _Eagerly(contextlib.AbstractContextManager[None]):
+    """Lets a model's Python take the ways that it takes when it just runs.
+
+    ``torch.compiler.is_compiling()`` and ``is_exporting()`` are true while torch.export traces, and models
+    then leave out what they think cannot be traced: a mask that is not needed is made all the same, so that
+    no flash kernel takes the attention; a triangular system is solved in a loop of as many steps as rows.
+    """
+
+    def __enter__(self) -> None:
+        self._flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+        torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
+
+    def __exit__(self, *_: object) -> None:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = self._flags
+
+
 def _export(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.Tensor]) -> tuple[Any, _Outputs]:
     """torch's export of a call, and how its outputs go together.
 
-    What repeats is copied; where that fails, or may mislead, torch does all of it alone.
+    The model's Python goes as it does when the model runs; where that cannot be traced, as it does for an
+    export. What repeats is copied; where that fails, or may mislead, torch does all of it alone.
     """
     shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
-    for repeats in (Repeats(), None):
-        outputs = _Outputs()
-        flat = _Flat(model, leaves, spec, outputs, repeats)
+    first: Exception | None = None
+    for eagerly, repeating in itertools.product((True, False), (True, False)):
+        if eagerly and first:
+            continue
+        outputs, repeats = _Outputs(), Repeats()
+        around: list[contextlib.AbstractContextManager[Any]] = [
+            *([_Eagerly()] if eagerly else []),
+            *([repeats] if repeating else []),
+        ]
         try:
             with (
                 OwnBackward(),
                 checked_functions(capturing, refuse_function) as outputs.agreeing,
                 _use_lazy_graph_module(True),  # torch's passes each make a graph's code anew, and none runs it
             ):
+                flat = _Flat(model, leaves, spec, outputs, around)
                 exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
         except Exception as error:
-            if repeats is None or _is_data_dependent(error):
-                raise _explained(model, error) from error
+            first = first or error
+            if not eagerly and (not repeating or _is_data_dependent(error)):
+                said = error if _is_data_dependent(first) else first
+                raise _explained(model, said) from said
         else:
-            if repeats is None or not repeats.misled:
+            if not (repeating and repeats.misled):
                 break
     return exported, outputs
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -78,15 +79,31 @@ def _of_expression(expression: sympy.Expr) -> Size:
     return Size(number, tuple(sorted(symbols)))
 
 
+_KNOWN: WeakKeyDictionary[Any, dict[sympy.Expr, Size]] = WeakKeyDictionary()
+"""By torch's shape environment, which a finished capture does not change: the sizes that expressions have."""
+
+
+def _guarded(environment: Any) -> dict[sympy.Expr, Size]:
+    """The expressions of which a guard of a capture says that they are some number."""
+    equal = [g.expr.args for g in environment.guards if isinstance(g.expr, sympy.Eq)]
+    return {left: Size(int(right)) for left, right in equal if right.is_Integer and right > 0}
+
+
 def size_of(size: int | torch.SymInt) -> Size:
     """The :class:`Size` of one entry of a shape."""
-    if isinstance(size, torch.SymInt):
-        found = _of_expression(size.node.expr)
-        if not all(x.isidentifier() for x in found.symbols):  # such as max(1, s), of s that is two at least
-            bounds = size.node.shape_env.bound_sympy(size.node.expr)
-            return Size(int(bounds.lower)) if bounds.lower == bounds.upper else found
+    if not isinstance(size, torch.SymInt):
+        return Size(int(size))
+    expression, environment = size.node.expr, size.node.shape_env
+    found = _of_expression(expression)
+    if all(x.isidentifier() for x in found.symbols):
         return found
-    return Size(int(size))
+    if environment not in _KNOWN:
+        _KNOWN[environment] = _guarded(environment)
+    known = _KNOWN[environment]
+    if expression not in known:  # such as max(1, s), of s that is two at least
+        bounds = environment.bound_sympy(expression)
+        known[expression] = Size(int(bounds.lower)) if bounds.lower == bounds.upper else found
+    return known[expression]
 
 
 def shape_of(value: Any) -> tuple[Size, ...]:

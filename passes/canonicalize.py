@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,6 +167,13 @@ def _as_made(node: fx.Node) -> bool:
     return True
 
 
+def _is_all(bounds: Sequence[Any]) -> bool:
+    """Whether a slice's bounds take all of a dim, whatever its size."""
+    default: list[Any] = [None, None, 1]
+    start, stop, step = [*bounds, *default[len(bounds) :]]
+    return start in (0, None) and (stop is None or (isinstance(stop, int) and stop >= sys.maxsize)) and step == 1
+
+
 def _as_joined(node: fx.Node) -> bool:
     """Replace a tensor of which a part of one dim is written anew by what is left of it joined with that part."""
     base: fx.Node = node.args[0]
@@ -173,6 +181,10 @@ def _as_joined(node: fx.Node) -> bool:
     value, written, graph = node.meta["val"], part.meta["val"], node.graph
     dim = (node.args[2] if len(node.args) > 2 else 0) % value.dim()
     size, bounds = value.shape[dim], node.args[3:]
+    if op_name(node) == "aten.slice_scatter" and _is_all(bounds):
+        node.replace_all_uses_with(part)
+        node.graph.erase_node(node)
+        return True
     if not isinstance(size, int) or node.kwargs or any(isinstance(b, fx.Node) for b in bounds):
         return False
     selected = op_name(node) == "aten.select_scatter"
@@ -186,10 +198,13 @@ def _as_joined(node: fx.Node) -> bool:
         if selected:
             part = graph.call_function(aten.unsqueeze.default, (part, dim))
             part.meta = {**node.meta, "val": written.unsqueeze(dim)}
-
         before = [_slice(node, base, dim, 0, start)] if start else []
         after = [_slice(node, base, dim, stop, size)] if stop < size else []
         parts = [*before, part, *after]
+    if parts == [part]:
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+        return True
     node.target, node.args = aten.cat.default, (parts, dim)
     return True
 

@@ -66,9 +66,14 @@ def relayout(layout: Layout, axes: Axes, other: Axes, tp: int) -> Layout | None:
     """The same layout stated on other factors of the same dims; None where it cannot be."""
     if axes == other or layout.whole:
         return layout
-    dims, out = layout.dims, {}
+    dims = layout.dims
+    out: dict[int, Shards | None] = {}
     a = b = 0
     for mine, theirs in zip(axes, other, strict=True):
+        if len(mine) == len(theirs) == 1:  # one size, if in other words
+            out[b] = dims.get(a)
+            a, b = a + 1, b + 1
+            continue
         left, right = list(mine), list(theirs)
         while left or right:
             group_a, group_b = [left.pop(0)], [right.pop(0)]

@@ -140,9 +140,10 @@ def align(
             found = common_refinement(found, values[i].axes[d]) if found is not None else None
         if found is None:
             dims = [values[i].axes[d] for i, d in uses]
-            if all(len(dim) == 1 and not dim[0].static for dim in dims):
-                found = dims[0]  # equal at run time, in other words: an expression each
-                for i, d in uses[1:]:
+            known = {dim for dim in dims if all(s.static for s in dim)}
+            if all(len(dim) == 1 for dim in dims) and len(known) <= 1:
+                found = next(iter(known), dims[0])  # equal at run time, in other words: an expression each
+                for i, d in uses:
                     axes = values[i].axes
                     values[i] = Value(axes[:d] + (found,) + axes[d + 1 :], values[i].factors)
             else:

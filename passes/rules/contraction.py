@@ -15,7 +15,7 @@ from torch import fx
 from passes import ops
 from passes.graphs import is_tensor, op_name, shape
 from passes.layout import Layout, Shards
-from passes.rules.base import Alignment, Facts, Key, Rule, align, as_value, combine, keyed_factors, register
+from passes.rules.base import Alignment, Facts, Key, Rule, align, as_value, combine, keyed_factors, register, without
 from passes.units import Factor, Value
 
 if TYPE_CHECKING:
@@ -182,6 +182,30 @@ class Matmul(Contraction):
         la = (lead[batch - (a - 2) :] + ["m", "k"]) if a > 1 else ["k"]
         lb = (lead[batch - (b - 2) :] + ["k", "n"]) if b > 1 else ["k"]
         return [left, right], [la, lb], lead + ["m"] * (a > 1) + ["n"] * (b > 1)
+
+
+@register("aten.linalg_solve_triangular")
+class TriangularSolve(Contraction):
+    """``"... i j, ... j k -> ... i k"``, or ``"... k i, ... i j -> ... k j"`` from the right.
+
+    The system's own dims are never split: each row is solved from others.
+    """
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        system, right = node.args
+        ranks = [len(shape(n)) - 2 for n in (system, right)]
+        lead = [[f"b{i}" for i in range(max(ranks) - rank, max(ranks))] for rank in ranks]
+        left = node.kwargs.get("left", True)
+        letters = [[*lead[0], "i", "j"], [*lead[1], *("jk" if left else "ki")]]
+        out = [*max(lead, key=len), *("ik" if left else "kj")]
+        inside = [[d for d, x in enumerate(each) if x in "ij"] for each in letters]
+        values = [without(node, facts.values[n], dims, facts) for n, dims in zip((system, right), inside, strict=True)]
+        found = contract(node, values, letters, out, facts)
+        if found is None:
+            facts.opaque(node, [system, right])
+            return facts.units.labelled(shape(node))
+        facts.alignments[node] = found[0], [system, right]
+        return found[1]
 
 
 @register("aten.addmm", "aten.baddbmm")

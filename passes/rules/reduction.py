@@ -130,13 +130,18 @@ class Sum(Reduction):
 
 
 @register("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod",
-          "aten.logcumsumexp")  # fmt: skip
+          "aten.logcumsumexp", "aten.tril", "aten.triu")  # fmt: skip
 class Scan(Rule):
-    """Keeps its shape and mixes along one dim."""
+    """Keeps its shape and mixes along one dim, or along both of a matrix."""
+
+    @staticmethod
+    def _dims(node: fx.Node) -> list[int]:
+        rank = len(shape(node))
+        return [rank - 2, rank - 1] if op_name(node) in ("aten.tril", "aten.triu") else dims_of(node)
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         value = facts.values[node.args[0]]
-        inside = {v for d in dims_of(node) for v in value.virtual(d)}
+        inside = {v for d in self._dims(node) for v in value.virtual(d)}
         for factor in value.factors:
             if inside & set(factor.dims):
                 facts.mix(node, factor, [v for v in factor.dims if v in inside])
@@ -145,7 +150,7 @@ class Scan(Rule):
     def shard(self, node: fx.Node, sharder: Sharder) -> None:
         source, layout = node.args[0], sharder.layout(node)
         value = sharder.value(source)
-        inside = {v for d in dims_of(node) for v in value.virtual(d)}
+        inside = {v for d in self._dims(node) for v in value.virtual(d)}
         if layout.whole or any(v in inside for v, _ in layout.shards):
             sharder.copy(node)
             return

@@ -261,6 +261,24 @@ def test_linear(bias: bool) -> None:
     check(Between(torch.tanh, 95, bias=bias), randn(B, S, D), split=pair, collectives=ONE, moves={"enter": 1})
 
 
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_triangular_systems(left: bool, shared: bool) -> None:
+    """A system a head is split by heads; of one system for all, the right-hand sides' columns."""
+
+    def solved(y: Tensor) -> Tensor:
+        heads = y.unflatten(-1, (6, -1)).transpose(1, 2)
+        products = torch.full((S, S), 0.1, dtype=y.dtype).tril(-1) if shared else (heads @ heads.mT).tanh().tril(-1) / 4
+        system = products + torch.eye(S, dtype=y.dtype)
+        if left:
+            found = torch.linalg.solve_triangular(system, heads, upper=False, unitriangular=True)
+        else:
+            found = torch.linalg.solve_triangular(system, heads.mT, upper=False, left=False).mT
+        return found.transpose(1, 2).flatten(-2)
+
+    check(Between(solved, 96), randn(B, S, D), split=PAIR, collectives=ONE, moves={"enter": 1})
+
+
 def test_vectors() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

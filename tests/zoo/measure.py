@@ -27,18 +27,18 @@ from autotp.planning import plan_of
 from autotp.rewrite import rewrite
 from autotp.simulate import Simulation
 from autotp.verify import Float64, compare
-from passes.graphs import module_path, op_name
+from passes.graphs import is_tensor, module_path, op_name
 from tests.passes.harness import OneProgram
 from tests.zoo.architectures import Architecture, architectures
 from tests.zoo.small import VOCABULARY
 
 TPS = (2, 3, 4, 8)
 TOLERANCE = 1e-9
-LIMIT = 240.0
+LIMIT = 480.0
 """Seconds for one architecture."""
 MEMORY = 11 << 30
 """Bytes of address space for one process."""
-ROUTES = {"topk", "sort", "_grouped_mm", "argsort"}
+ROUTES = {"topk", "sort", "_grouped_mm", "argsort", "argmax"}
 RECURS = {"conv1d", "cumsum", "logcumsumexp", "fft_fft", "fft_fftn", "fft_rfft"}
 
 
@@ -184,22 +184,28 @@ def send_measured(name: str, connection: Connection) -> None:
 
 
 class Called(TorchFunctionMode):
-    """Notes which functions are called on tensors that need gradients."""
+    """Notes which functions are called on tensors that need gradients, and which choose among floating ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
-            self.names.add(getattr(func, "__name__", ""))
+        name, tensors = getattr(func, "__name__", ""), [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        if any(x.requires_grad or (name in ROUTES and x.is_floating_point()) for x in tensors):
+            self.names.add(name)
         return func(*args, **(kwargs or {}))
 
 
 def _computed(graph: fx.Graph) -> set[str]:
-    """The ops that a graph's layers compute with gradients."""
-    nodes = [n for n in graph.nodes if _layer(module_path(n)) and any(i.meta.get("grad") for i in n.all_input_nodes)]
-    return {op_name(n).rpartition(".")[2] for n in nodes}
+    """The ops that a graph's layers compute with gradients, and those that choose among floating values."""
+    names: set[str] = set()
+    for node in graph.nodes:
+        name = op_name(node).rpartition(".")[2]
+        inputs = [i for i in node.all_input_nodes if is_tensor(i)] if _layer(module_path(node)) else []
+        if any(i.meta.get("grad") or (name in ROUTES and i.meta["val"].is_floating_point()) for i in inputs):
+            names.add(name)
+    return names
 
 
 def _kind(names: set[str]) -> str:

@@ -27,6 +27,8 @@ _RULES: list[tuple[str, int]] = [
     (r"(num_experts|n_routed_experts|num_local_experts|moe_num_experts)", 4),
     (r"(num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|moe_top_k|top_k_experts)", 2),
     (r"(n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|moe_num_shared_experts)", 1),
+    (r"(first_k_dense_replace|num_dense_layers|num_sparse_(en|de)coder_layers)", 1),
+    (r"((en|de)coder_sparse_step|zero_expert_num)", 2),
     (r"(q_lora_rank)", 24),
     (r"(kv_lora_rank)", 16),
     (r"(qk_rope_head_dim|rotary_dim)", 4),
