@@ -219,9 +219,7 @@ class Part(Move):
         if what is not None and (merged := value.merged(dim, facts.units)) is not None:
             facts.alignments[node] = (merged.axes, dim, what)
             return self._part(merged, dim, remains, what)
-        if any(set(f.dims) & set(value.virtual(dim)) for f in value.factors):
-            return None
-        return self._part(value, dim, remains, slice(None))
+        return self._part(without(node, value, [dim], facts), dim, remains, slice(None))
 
     @staticmethod
     def _part(value: Value, dim: int, remains: Axes, what: slice) -> Value:

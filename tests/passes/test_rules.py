@@ -261,6 +261,18 @@ def test_linear(bias: bool) -> None:
     check(Between(torch.tanh, 95, bias=bias), randn(B, S, D), split=pair, collectives=ONE, moves={"enter": 1})
 
 
+def test_a_part_as_long_as_another_input() -> None:
+    """Bounds that are known at run time only mix the dim that they cut, and no other."""
+
+    class Model(Between):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            wide = self.up(x.cumsum(-1)).unflatten(-1, (12, -1))
+            return self.down(wide[..., : y.shape[1]].sum(-1).tanh()).cumsum(-1)
+
+    model = Model(lambda y: y[..., :12], 96)
+    check(model, randn(B, S, D), randn(B, 5, D), split=PAIR, collectives=ONE, moves={"enter": 1})
+
+
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_triangular_systems(left: bool, shared: bool) -> None:
