@@ -5,32 +5,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import itertools
 import logging
 import math
-import os
 import sys
-import traceback
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
-from autotp.backward import OwnBackward, refuse_function, refuse_own_backward
 from autotp.errors import CaptureError
-from autotp.forwards import as_dense, capturing
-from autotp.functions import checked_functions
+from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
-from autotp.repeats import Repeats
+from autotp.tracing import Outputs, trace
 from passes import canonicalize, differentiable, functionalize, simplify
 from passes.graphs import is_random, is_tensor, where
 
@@ -117,62 +111,6 @@ def _register_transformers_types() -> None:
             register_pytree_node(cls)
 
 
-@dataclass
-class _Outputs:
-    """How the outputs of a capture go together: export undoes what forward sets on the module itself."""
-
-    spec: Any = None
-    leaves: list[tuple[bool, Any]] = field(default_factory=list)
-    refills: bool = False
-    agreeing: Container[type] = ()
-
-
-class _Flat(nn.Module):
-    """A model behind a signature of tensors only, so that nothing else has to be exportable."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        leaves: list[Any],
-        spec: Any,
-        outputs: _Outputs,
-        around: Sequence[contextlib.AbstractContextManager[Any]],
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self._leaves, self._spec, self._outputs, self._around = leaves, spec, outputs, around
-
-    def forward(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        with contextlib.ExitStack() as stack:
-            for context in self._around:
-                stack.enter_context(context)
-            result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
-        after = pytree.tree_leaves((args, kwargs))
-        self._outputs.refills = len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True))
-        outputs, self._outputs.spec = pytree.tree_flatten(result)
-        results: list[torch.Tensor] = []
-        self._outputs.leaves = []
-        for leaf in outputs:
-            if isinstance(leaf, torch.Tensor):
-                self._outputs.leaves.append((True, len(results)))
-                results.append(leaf)
-            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-                self._outputs.leaves.append((False, leaf))
-            else:
-                raise CaptureError(
-                    f"the model returns a {type(leaf).__module__}.{type(leaf).__name__}, into which torch's pytree "
-                    "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
-                    "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
-                )
-        refuse_own_backward(
-            results, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing
-        )
-        return tuple(results)
-
-
 def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str, torch.Tensor]:
     """Tensors of the dense shapes in place of all parameters and buffers; parameters' take no memory."""
     made: dict[int, torch.Tensor] = {}
@@ -235,7 +173,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
-            exported, outputs = _export(model, leaves, spec, tensors)
+            exported, outputs = trace(model, leaves, spec, tensors)
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})
@@ -258,95 +196,12 @@ def _is_of_functorch(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
-class _Eagerly(contextlib.AbstractContextManager[None]):
-    """Lets a model's Python take the ways that it takes when it just runs.
-
-    ``torch.compiler.is_compiling()`` and ``is_exporting()`` are true while torch.export traces, and models
-    then leave out what they think cannot be traced: a mask that is not needed is made all the same, so that
-    no flash kernel takes the attention; a triangular system is solved in a loop of as many steps as rows.
-    """
-
-    def __enter__(self) -> None:
-        self._flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
-        torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
-
-    def __exit__(self, *_: object) -> None:
-        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = self._flags
-
-
-def _export(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.Tensor]) -> tuple[Any, _Outputs]:
-    """torch's export of a call, and how its outputs go together.
-
-    The model's Python goes as it does when the model runs; where that cannot be traced, as it does for an
-    export. What repeats is copied; where that fails, or may mislead, torch does all of it alone.
-    """
-    shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
-    first: Exception | None = None
-    for eagerly, repeating in itertools.product((True, False), (True, False)):
-        if eagerly and first:
-            continue
-        outputs, repeats = _Outputs(), Repeats()
-        around: list[contextlib.AbstractContextManager[Any]] = [
-            *([_Eagerly()] if eagerly else []),
-            *([repeats] if repeating else []),
-        ]
-        try:
-            with (
-                OwnBackward(),
-                checked_functions(capturing, refuse_function) as outputs.agreeing,
-                _use_lazy_graph_module(True),  # torch's passes each make a graph's code anew, and none runs it
-            ):
-                flat = _Flat(model, leaves, spec, outputs, around)
-                exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
-        except CaptureError:
-            raise
-        except Exception as error:
-            first = first or error
-            if not eagerly and (not repeating or _is_data_dependent(error)):
-                said = error if _is_data_dependent(first) else first
-                raise _explained(model, said) from said
-        else:
-            if not (repeating and repeats.misled):
-                break
-    return exported, outputs
-
-
-def _is_data_dependent(error: Exception) -> bool:
-    """Whether the model's Python asked for the values in a tensor."""
-    return "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
-
-
-def _explained(model: nn.Module, error: Exception) -> CaptureError:
-    lines = [x for x in str(error).splitlines() if x.strip()]
-    said = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-    ours = os.path.dirname(__file__)
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and ours not in f.filename
-    ]
-    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    at = f" at {place}" if place else ""
-    if _is_data_dependent(error):
-        return CaptureError(
-            f"{type(model).__name__} cannot be captured as one graph: its Python{at} depends on the values in a "
-            f"tensor (an `if x.any():`, an `.item()`): {said}\n"
-            "Move that out of forward, or use torch.where or torch.cond.",
-            place=place,
-            reason="Python that depends on the values in a tensor",
-        )
-    return CaptureError(
-        f"{type(model).__name__} cannot be captured as one graph: torch.export met an error{at}: {said}\n"
-        "Check that the model runs on these inputs as it is; if it does, the error chained below says what to change.",
-        place=place,
-        reason=said,
-    )
-
-
 def _prepare(captured: Captured) -> list[fx.Node]:
     left = functionalize(captured.graph)
     module = captured.graph.owning_module
     for node in captured.graph.nodes:
         if node.op == "get_attr" and not is_tensor(node):
-            captured.regions[str(node.target)] = getattr(module, str(node.target))
+            captured.regions[str(node.target)] = node.meta["region"] = getattr(module, str(node.target))
     for node in captured.graph.nodes:
         regions = [captured.regions[str(n.target)] for n in node.all_input_nodes if str(n.target) in captured.regions]
         node.meta["random"] = any(is_random(n) for r in regions for n in getattr(r, "graph", fx.Graph()).nodes)
@@ -377,7 +232,7 @@ def _unprefixed(name: str) -> str:
     return name.removeprefix("model.") if name != "model" else ""
 
 
-def _flat_graph(exported: Any, outputs: _Outputs, tied: Mapping[str, str]) -> Captured:
+def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str]) -> Captured:
     """The exported graph with parameters as ``get_attr`` nodes and names as in the user's model."""
     signature = exported.graph_signature
     for spec in signature.output_specs:

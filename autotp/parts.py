@@ -111,9 +111,10 @@ class Division:
 
     @property
     def share_outside(self) -> float:
-        """The share of the model's parameters that stays whole because of the seams."""
+        """The share of the model's parameters that stays whole because of the seams: no part that is split has them."""
         sizes = {n: p.numel() for n, p in self.model.named_parameters()}
-        return sum(sizes[n] for n in self.outside) / max(sum(sizes.values()), 1)
+        idle = {n for part in self.idle for n in part.names.values()} - self.stored.keys()
+        return sum(sizes[n] for n in self.outside | idle) / max(sum(sizes.values()), 1)
 
     def __str__(self) -> str:
         from autotp.report import division_text

@@ -188,8 +188,8 @@ def test_python_between_parts(name: str) -> None:
 @pytest.mark.parametrize("name", ["an autograd function", "a tensor hook"])
 def test_without_the_refusals_those_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward, "_REFUSED", {})
-    monkeypatch.setattr("autotp.capture.refuse_own_backward", lambda *_: None)
-    monkeypatch.setattr("autotp.capture.refuse_function", lambda *_: None)
+    monkeypatch.setattr("autotp.tracing.refuse_own_backward", lambda *_: None)
+    monkeypatch.setattr("autotp.tracing.refuse_function", lambda *_: None)
     report, plan = verified(Net(BETWEEN[name], blocks=1))
     assert not plan.seams
     assert not report.ok

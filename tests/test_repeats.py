@@ -14,8 +14,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import autotp
-from autotp import capture as capturing
-from autotp import repeats
+from autotp import repeats, tracing
 from autotp.capture import Captured, capture
 from autotp.repeats import Repeats
 from tests.models import CASES, make
@@ -70,7 +69,7 @@ def both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[nn.Module, tu
     found = []
     for mode in (_Watched, _Alone):
         torch.manual_seed(0)
-        monkeypatch.setattr(capturing, "Repeats", mode)
+        monkeypatch.setattr(tracing, "Repeats", mode)
         model, args, kwargs = make()
         found.append(_texts(capture(model, args, kwargs)))
     return found, _Watched.made[0]

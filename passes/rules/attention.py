@@ -14,7 +14,7 @@ from torch import fx
 
 from passes import ops
 from passes.axes import Size
-from passes.graphs import shape
+from passes.graphs import is_tensor, shape
 from passes.rules.base import Alignment, Facts, Rule, align, as_value, combine, keyed_factors, register
 from passes.units import Factor, Value
 
@@ -42,7 +42,7 @@ class Attention(Rule):
         operands, letters, out = self._operands(node)
         values = [facts.values[n] for n in operands]
         repeats = Size(1)
-        if node.kwargs.get("enable_gqa"):  # give keys and values the factor that query heads have inside theirs
+        if self._grouped_queries(node):  # give keys and values the factor that query heads have inside theirs
             heads, shared = shape(operands[0])[-3], shape(operands[1])[-3]
             each = heads.over(shared)
             if each is None or not heads.static or not shared.static:
@@ -64,6 +64,10 @@ class Attention(Rule):
         facts.alignments[node] = (self._stored_once(alignment, repeats), operands)
         facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept])
         return as_value(alignment, kept)
+
+    def _grouped_queries(self, node: fx.Node) -> bool:
+        """Whether a head of keys and values serves several of the queries."""
+        return bool(node.kwargs.get("enable_gqa"))
 
     @staticmethod
     def _opaque(node: fx.Node, operands: list[fx.Node], facts: Facts) -> Value:
@@ -124,7 +128,47 @@ class Attention(Rule):
                 return
             local[operand] = sharder.local(operand, wanted)
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local[n] if n in local else sharder.rest(n))
-        target: Any = ops.head_parallel_attention
-        if args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0):
-            target, args = ops.random_per_rank, (node.target, *args)
+        target, args = self._on_heads(node, args, kwargs)
         sharder.emit(node, target, args, kwargs, layout=layout)
+
+    def _on_heads(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+        """What attends with a rank's own heads, and its arguments."""
+        if args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0):
+            return ops.random_per_rank, (node.target, *args)
+        return ops.head_parallel_attention, args
+
+
+@register("flex_attention_outputs")
+class FlexAttention(Attention):
+    """flex_attention, where neither the mask nor what modifies scores tells heads apart."""
+
+    def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]]:
+        lead = [f"b{i}" for i in range(len(shape(node)) - 2)]
+        return list(node.args[:3]), [[*lead, *pair] for pair in ("qd", "kd", "kv")], [*lead, "q", "v"]
+
+    def _grouped_queries(self, node: fx.Node) -> bool:
+        query, key, *_ = node.args
+        return shape(query)[1] != shape(key)[1]
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        operands = list(node.args[:3])
+        rest = [n for n in node.all_input_nodes if is_tensor(n) and n not in operands]
+        facts.opaque(node, rest)
+        scores, (*blocks, mask) = node.args[3], node.args[4]
+        if (
+            _reads(scores, 2)
+            or _reads(mask, 1)
+            or any(len(shape(n)) > 2 and not shape(n)[1].is_one for n in blocks if is_tensor(n))
+        ):
+            return self._opaque(node, operands, facts)
+        return super().propagate(node, facts)
+
+    def _on_heads(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+        return node.target, args
+
+
+def _reads(region: fx.Node, position: int) -> bool:
+    """Whether a function that a graph calls reads its argument at ``position``."""
+    graph = getattr(region.meta.get("region"), "graph", None)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"] if graph is not None else []
+    return graph is None or bool(inputs[position].users)

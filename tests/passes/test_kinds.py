@@ -680,19 +680,57 @@ def test_cross_attention_of_torch_is_right_where_nothing_says_that_batches_are_e
     check(Own(True), randn(2, 5, D), randn(2, 7, D), tps=(3,))
 
 
-class Flex(Heads):
-    """flex_attention, causal by a mask that is made once."""
+class Seq2Seq(nn.Module):
+    """nn.Transformer, which looks at the values of a mask to find out whether it is a causal one."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+        self.t = nn.Transformer(D, 8, 1, 1, 80, dropout=0.0, batch_first=True)
+
+    def forward(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return self.t(source, target, tgt_mask=mask)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_nn_transformer(causal: bool) -> None:
+    """Cross-attention too, and whatever the mask is: two reductions a layer, three where it attends twice."""
+    mask = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    inputs = randn(2, 5, D), randn(2, 7, D), mask if causal else mask.T.contiguous()
+    check(Seq2Seq(), *inputs, collectives={"all_reduce": 5}, moves={"enter": 7}, tps=(3,))
+
+
+class Flex(Heads):
+    """flex_attention by a mask that is made once; scores and mask may differ from head to head."""
+
+    def __init__(self, how: str, length: int = 5) -> None:
+        super().__init__()
+        self.how = how
+        if how == "grouped queries":
+            self.k, self.v = nn.Linear(D, 2 * self.size), nn.Linear(D, 2 * self.size)
+        heads = self.count if how == "a mask a head" else None
+
+        def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return i + h >= j if how == "a mask a head" else i >= j
+
+        self.mask = create_block_mask(allowed, None, heads, length, length, device="cpu")
+
+    def scored(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + (j - i) * (h + 1 if self.how == "a slope a head" else 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (self.apart(p(x)) for p in (self.q, self.k, self.v))
-        return self.o(flex_attention(q, k, v, block_mask=self.mask).transpose(1, 2).flatten(2))
+        q, k, v = (p(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        scored = self.scored if self.how in ("positions", "a slope a head") else None
+        y = flex_attention(q, k, v, scored, self.mask, enable_gqa=self.how == "grouped queries")
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
-def test_flex_attention_is_right_and_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+FLEX = {f"{m}.{n}": 0 for m in "qkv" for n in ("weight", "bias")} | {"o.weight": 1}
+TELLS_HEADS_APART = ("a mask a head", "a slope a head")
+
+
+@pytest.mark.parametrize("how", ["causal", "positions", "grouped queries", *TELLS_HEADS_APART])
+def test_flex_attention(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split by heads; whole where its Python functions are given a head's number to tell heads apart by."""
     flex = importlib.import_module("torch._higher_order_ops.flex_attention")
     one, trace = threading.Lock(), flex.create_fw_bw_graph
 
@@ -704,11 +742,12 @@ def test_flex_attention_is_right_and_computed_whole(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(flex, "create_fw_bw_graph", one_by_one)
     # on a CPU it can compute it, but refuses to, because its fused kernel cannot
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
-    program, *_ = check(Flex(5), randn(2, 5, D), tps=(3,))
-    assert {m for m in "qkv" if f"{m}.weight" in program.stored} == set("qkv")
-    assert [op for _, op in program.gathered].count("flex_attention") == 3
+    apart = how in TELLS_HEADS_APART
+    split, collectives = (None, None) if apart else (FLEX, ONE)
+    program, *_ = check(Flex(how), randn(2, 5, D), split=split, collectives=collectives, tps=(3,))
+    assert [op for _, op in program.gathered].count("flex_attention_outputs") == 3 * apart
 
 
 def test_flex_attention_with_gradients_on_a_cpu_is_refused_in_torchs_words() -> None:
     with pytest.raises(CaptureError, match="FlexAttention does not support backward on CPU"):
-        captured_of(Flex(5), randn(2, 5, D).float())
+        captured_of(Flex("causal"), randn(2, 5, D).float())
