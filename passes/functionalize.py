@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,26 @@ def _may_alias(node: fx.Node) -> bool:
     return op_name(node) == "aten.dropout" or any(a is not None and not a.is_write for a in returned)
 
 
+def _itself(node: fx.Node) -> fx.Node:
+    """The tensor that a cast to its own type returns: itself, which torch.export takes for a new one."""
+    while op_name(node) == "aten.to" and is_tensor(node):
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+        was, value = node.args[0].meta["val"], node.meta["val"]
+        if given.get("copy") or (was.dtype, was.device) != (value.dtype, value.device):
+            break
+        node = node.args[0]
+    return node
+
+
+def _stopped(graph: fx.Graph, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node:
+    """A result of a region without gradients; one that is an input as it was keeps its own."""
+    if node in inputs:
+        return node
+    stopped = graph.call_function(aten.detach.default, (node,))
+    stopped.meta = dict(node.meta)
+    return stopped
+
+
 def _inline_no_grad(graph: fx.Graph, node: fx.Node) -> None:
     """Put the nodes of a ``wrap_with_set_grad_enabled`` region in place of the call.
 
@@ -65,10 +85,7 @@ def _inline_no_grad(graph: fx.Graph, node: fx.Node) -> None:
                     setattr(graph.owning_module, name, getattr(region, inner.target))
                     copies[inner].target = name
         if not enabled:
-            results = [graph.call_function(torch.ops.aten.detach.default, (r,)) if is_tensor(r) else r for r in results]
-            for result in results:
-                if isinstance(result, fx.Node) and "val" not in result.meta:
-                    result.meta = dict(result.args[0].meta)
+            results = [_stopped(graph, _itself(r), inputs) if is_tensor(r) else r for r in results]
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])

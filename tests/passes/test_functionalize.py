@@ -130,6 +130,27 @@ def test_which_need_no_second_trace(op: Callable[[Tensor], Tensor], monkeypatch:
         capture(Between(op, 60), (randn(2, 3, 64),), {})
 
 
+RETURNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "cast": lambda y: y.to(y.dtype),
+    "moved": lambda y: y.to(y.device, non_blocking=True),
+    "copied": lambda y: y.to(y.dtype, copy=True),
+    "contiguous": lambda y: y.contiguous(),
+    "dropout": lambda y: torch.dropout(y, 0.5, False),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_region_without_gradients_returns_as_it_was(name: str) -> None:
+    """The tensor itself comes back, and for torch.export its later uses are of the region's result."""
+
+    def op(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = RETURNED[name](y).abs().sum(0)
+        return y * scale
+
+    check(Between(op, 60), randn(2, 3, 64), collectives={"all_reduce": 1})
+
+
 def halved(h: Tensor) -> Tensor:
     with torch.no_grad():
         h.mul_(0.5)
