@@ -14,7 +14,7 @@ from torch import fx
 from passes.assign import factor_shards, spread_to_sources
 from passes.choose import choose
 from passes.cost import CostModel
-from passes.graphs import shape, where
+from passes.graphs import op_name, shape, where
 from passes.layout import Layout
 from passes.relayout import on_dims
 from passes.rules.base import Facts
@@ -182,9 +182,13 @@ def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: Cost
         if node.meta.get("grad") and node.op != "get_attr":
             for c in {classes.of(f.labels) for f in facts.values[node].factors}:
                 gains[c] -= cost.per_collective + cost.per_element * cost.activation(shape(node))
+    tables = {n.args[0] for n in graph.nodes if op_name(n) == "aten.embedding"}
     for node in graph.nodes:
         if node.op == "get_attr" and node.meta.get("grad") and node in facts.values:
-            for factor in facts.values[node].factors:
+            factors = facts.values[node].factors
+            if node in tables:  # memory is no reason to split a table's columns where its rows can be split
+                factors = tuple(f for f in factors if 0 in f.dims and classes.splits(f.labels, tp)) or factors
+            for factor in factors:
                 for c in classes.behind(factor.labels):
                     gains[c] += cost.per_parameter * cost.elements(shape(node)) * share
     return gains

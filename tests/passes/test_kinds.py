@@ -645,6 +645,25 @@ def test_gradients_of_results_between_where_values_enter_and_shards_are_counted_
     check(SideBySide(which), randn(2, 5, D), split=split, collectives=ONE, moves={"enter": 1}, tps=(3,))
 
 
+class Factored(nn.Module):
+    """A table narrower than the model, normalised and projected, as ALBERT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.wide = nn.Embedding(3001, 48), nn.LayerNorm(48), nn.Linear(48, D)
+        self.up, self.down = nn.Linear(D, 80), nn.Linear(80, D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wide(self.norm(self.table(ids)))
+        return x + self.down(self.up(x).tanh())
+
+
+def test_a_table_is_split_over_its_rows_though_its_columns_could_be() -> None:
+    """Columns would save as much memory, and some of the projection's, for a wider reduction and a norm's exchange."""
+    program, *_ = check(Factored(), torch.randint(0, 3001, (2, 5)), tps=(3,))
+    assert program.stored["table.weight"].shards[0][0] == 0
+
+
 # Torch's own attention and flex_attention ------------------------------------------------------------
 
 

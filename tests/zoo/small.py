@@ -16,6 +16,8 @@ _RULES: list[tuple[str, int]] = [
     (r"(vocab_size|.*_vocab_size|vocab_size_per_layer_input)", VOCABULARY),
     (r"(num_(hidden_|decoder_|encoder_|neck_hidden_)?layers|n_layers?|(en|de)coder_layers|num_blocks|depth)", 2),
     (r"(hidden_size|d_model|n_embd|dim|emb_dim|embedding_size|embedding_dim|word_embed_proj_dim|d_embed)", HIDDEN),
+    (r"((in|out)put_embedding_size)", HIDDEN),
+    (r"((pronunciation|shape)_embed_dim)", HIDDEN // 2),
     (r"((attention|encoder|cross_attention|pooler)_hidden_size|projection_dim)", HIDDEN),
     (r"((num_|(en|de)coder_)?(swa_)?attention_heads|num_attention_heads|num_heads|n_heads?)", HEADS),
     (r"(swa_num_attention_heads|num_(en|de)coder_attention_heads)", HEADS),
