@@ -26,7 +26,7 @@ from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
 from autotp.tracing import Outputs, trace
 from passes import canonicalize, differentiable, functionalize, simplify
-from passes.graphs import is_random, is_tensor, where
+from passes.graphs import is_random, is_tensor, op_name, where
 
 __all__ = ["Captured", "Dense", "capture", "flatten_call", "tied_names"]
 
@@ -181,12 +181,16 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     if left := _prepare(captured):
         if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
             raise CaptureError(
-                f"{where(unrecorded[0])} changes a value in place under no_grad, so that gradients pass the change by, "
-                "which no functional graph says",
-                reason="a value changed in place under no_grad",
+                f"{where(unrecorded[0])} changes a value in place that gradients pass by (no_grad, detach), or that "
+                "shares memory in a way that torch does not declare: no functional graph says what then happens",
+                reason="a value changed in place that others see in ways no graph can say",
             )
-        with _quiet():
-            captured = _flat_graph(exported.run_decompositions({}), outputs, tied)
+        try:
+            with _quiet():
+                captured = _flat_graph(exported.run_decompositions({}), outputs, tied)
+        except RuntimeError as error:
+            said = str(error).split("\n")[0]
+            raise CaptureError(f"{where(left[0])} changes a tensor in place: {said}", reason=said) from error
         if left := _prepare(captured):
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
     return captured
@@ -207,6 +211,9 @@ def _prepare(captured: Captured) -> list[fx.Node]:
         node.meta["random"] = any(is_random(n) for r in regions for n in getattr(r, "graph", fx.Graph()).nodes)
     captured.graph.owning_module = None  # its get_attr nodes now name the model's own parameters
     differentiable(captured.graph, captured.parameters)
+    if any(op_name(n) == "aten.detach" and n.args[0].meta.get("grad") for n in captured.graph.nodes):
+        for node in left:  # tracing again would follow the change where gradients stop
+            node.meta["unrecorded"] = True
     while simplify(captured.graph):
         pass
     canonicalize(captured.graph, captured.constants)

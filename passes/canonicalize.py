@@ -181,6 +181,8 @@ def _as_joined(node: fx.Node) -> bool:
     value, written, graph = node.meta["val"], part.meta["val"], node.graph
     dim = (node.args[2] if len(node.args) > 2 else 0) % value.dim()
     size, bounds = value.shape[dim], node.args[3:]
+    if written.dtype != value.dtype:  # cast on being written
+        return False
     if op_name(node) == "aten.slice_scatter" and _is_all(bounds):
         node.replace_all_uses_with(part)
         node.graph.erase_node(node)

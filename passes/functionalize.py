@@ -31,6 +31,16 @@ _WRITTEN: dict[str, Callable[..., tuple[Any, ...]]] = {
 _VIEWS = {*_WRITTEN, "aten.view", "aten.expand", "aten.squeeze", "aten.split", "aten.split_with_sizes", "aten.chunk",
           "aten.unbind", "aten.unflatten", "aten.t", "aten.alias", "aten.detach", "getitem"}  # fmt: skip
 """What shares memory with what it is made of whatever the strides are."""
+_UNDECLARED = {"aten.einsum", "aten.meshgrid", "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes",
+               "aten.broadcast_tensors", "aten.cartesian_prod", "aten.tensordot"}  # fmt: skip
+_DROPS = {"aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.feature_alpha_dropout"}
+_UNDECLARED |= _DROPS
+"""What may share memory though its schema does not say so."""
+_OVERLAPPING = {"aten.unfold", "aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided"}
+"""Views that may show one element more than once."""
+_ITSELF = {"aten.to", "aten.dropout", "aten.real", "aten.resolve_conj", "aten.resolve_neg", "aten.atleast_1d",
+           "aten.atleast_2d", "aten.atleast_3d"}  # fmt: skip
+"""What may return its argument itself, which torch.export takes for a new tensor."""
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -42,15 +52,17 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     returned = [r.alias_info for r in node.target._schema.returns]
-    return op_name(node) == "aten.dropout" or any(a is not None and not a.is_write for a in returned)
+    return op_name(node) in _UNDECLARED or any(a is not None and not a.is_write for a in returned)
 
 
 def _itself(node: fx.Node) -> fx.Node:
-    """The tensor that a cast to its own type returns: itself, which torch.export takes for a new one."""
-    while op_name(node) == "aten.to" and is_tensor(node):
+    """The argument that an op returned as it was: of a cast to its own type, of dropout that drops nothing."""
+    while op_name(node) in _ITSELF and is_tensor(node) and is_tensor(node.args[0]):
         given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
         was, value = node.args[0].meta["val"], node.meta["val"]
-        if given.get("copy") or (was.dtype, was.device) != (value.dtype, value.device):
+        if given.get("copy") or given.get("memory_format") is not None or given.get("train"):
+            break
+        if (was.dtype, was.device, was.dim()) != (value.dtype, value.device, value.dim()):
             break
         node = node.args[0]
     return node
@@ -136,6 +148,8 @@ def _made_anew(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     (https://dev-discuss.pytorch.org/t/965), but on a finished graph and without tracing again.
     """
     functional, changed, graph = _out_of_place(node.target), node.args[0] if node.args else None, node.graph
+    if torch.Tag.inplace_view in node.target.tags:  # changes the shape, not the elements
+        return False
     if functional is None or not isinstance(changed, fx.Node) or not is_tensor(changed):
         return False
 
@@ -153,11 +167,12 @@ def _made_anew(node: fx.Node, order: dict[fx.Node, int]) -> bool:
         if n in needed:
             needed.update(n.all_input_nodes)
     again = [n for n in seen if n in needed]
-    outside = node.meta.get("no_grad", False) and not base.meta.get("no_grad", False)
-    node.meta["unrecorded"] = outside and base.meta["val"].is_floating_point()
-    around = {n for source in _sources(base) for n in _aliases(source) if order[n] < order[node]} - {base, *seen}
+    sources = list(_sources(base))
+    inside = all(n.meta.get("no_grad") for n in sources)  # made where gradients are not followed either
+    node.meta["unrecorded"] = bool(node.meta.get("no_grad")) and base.meta["val"].is_floating_point() and not inside
+    around = {n for source in sources for n in _aliases(source) if order[n] < order[node]} - {base, *seen}
     if (
-        any(n.op != "call_function" for n in _sources(base))  # an input, a parameter
+        any(n.op != "call_function" or op_name(n) in _OVERLAPPING for n in sources)  # an input, a parameter
         or any(later(n) for n in around)
         or any(op_name(n) not in _VIEWS for n in again)
         or node.meta["unrecorded"]
@@ -195,8 +210,8 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
 
     Returns:
         The nodes that still change an argument, because what else sees the change depends on strides, or is
-        outside the graph, or because a gradient passes it by (``unrecorded`` in its meta): none in a graph
-        that is now functional.
+        outside the graph, or because gradients or values may pass it by unseen (``unrecorded`` in its meta):
+        none in a graph that is now functional.
     """
     while regions := [n for n in graph.nodes if op_name(n) == "wrap_with_set_grad_enabled"]:
         for node in regions:
@@ -210,4 +225,9 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
             node.target = aten.detach.default
         elif not _made_anew(node, order):
             left.append(node)
+            changed = node.args[0]
+            if is_tensor(changed):  # torch's own functionalization would lose where the region ends, and these views
+                around = {n for source in _sources(changed) for n in _aliases(source)}
+                stopped = node.meta.get("no_grad") and changed.meta["val"].is_floating_point()
+                node.meta["unrecorded"] = bool(stopped) or any(op_name(n) in _UNDECLARED - _DROPS for n in around)
     return left

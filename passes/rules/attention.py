@@ -140,7 +140,7 @@ class Attention(Rule):
 
 @register("flex_attention_outputs")
 class FlexAttention(Attention):
-    """flex_attention, where neither the mask nor what modifies scores tells heads apart."""
+    """flex_attention, where neither the mask nor what modifies scores tells apart what is split."""
 
     def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]]:
         lead = [f"b{i}" for i in range(len(shape(node)) - 2)]
@@ -155,11 +155,14 @@ class FlexAttention(Attention):
         rest = [n for n in node.all_input_nodes if is_tensor(n) and n not in operands]
         facts.opaque(node, rest)
         scores, (*blocks, mask) = node.args[3], node.args[4]
-        if (
-            _reads(scores, 2)
-            or _reads(mask, 1)
-            or any(len(shape(n)) > 2 and not shape(n)[1].is_one for n in blocks if is_tensor(n))
-        ):
+        sizes = [shape(n) for n in blocks if is_tensor(n) and len(shape(n)) > 2]
+        batches, heads = (
+            _reads(scores, dim + 1) or _reads(mask, dim) or not all(each[dim].is_one for each in sizes)
+            for dim in (0, 1)
+        )
+        values = [facts.values[n] for n in operands]
+        folded = any(set(f.dims) & set(v.virtual(0)) for v in values for f in v.factors)  # heads in the batch dim
+        if heads or (batches and folded) or any(n.meta.get("grad") for n in rest):
             return self._opaque(node, operands, facts)
         return super().propagate(node, facts)
 
