@@ -215,8 +215,8 @@ class RealPart(Pair):
 
 WAYS = [WriteElsewhere, WriteInside, WriteThroughReshape, DetachedSeenBefore, DetachedClamped, DetachedPart,
         DetachedView, TransposedInPlace, SwappedInPlace, TransposedSeenBefore, UnsqueezedInPlace, ViewUnsqueezedInPlace,
-        SqueezedInPlace, FloatsIntoIntegers, FloatsIntoAnIntegerRow, IntegersIntoFloats, EinsumDiagonal, EinsumTransposed,
-        Meshgrid, UnsafeChunk, DropoutThatDropsNothing, AtLeast2d, RealPart]  # fmt: skip
+        SqueezedInPlace, FloatsIntoIntegers, FloatsIntoAnIntegerRow, IntegersIntoFloats, EinsumDiagonal,
+        EinsumTransposed, Meshgrid, UnsafeChunk, DropoutThatDropsNothing, AtLeast2d, RealPart]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", WAYS)
