@@ -25,7 +25,7 @@ from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
 from autotp.tracing import Outputs, trace
-from passes import canonicalize, differentiable, functionalize, simplify
+from passes import canonicalize, differentiable, functionalize, inline, simplify
 from passes.graphs import is_random, is_tensor, op_name, where
 
 __all__ = ["Captured", "Dense", "capture", "flatten_call", "tied_names"]
@@ -201,6 +201,8 @@ def _is_of_functorch(node: fx.Node) -> bool:
 
 
 def _prepare(captured: Captured) -> list[fx.Node]:
+    """Make a graph functional and plain; the nodes for which that did not succeed."""
+    inline(captured.graph)
     left = functionalize(captured.graph)
     module = captured.graph.owning_module
     for node in captured.graph.nodes:

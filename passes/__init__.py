@@ -3,7 +3,8 @@
 In the order in which they run:
 
 =================  ==================================================================================
-``functionalize``  no node changes another's value, no region hides nodes
+``inline``         no region without gradients hides nodes
+``functionalize``  no node changes another's value
 ``differentiable`` which nodes gradients flow through
 ``simplify``       what computes nothing is gone
 ``canonicalize``   one spelling for each way to take a part
@@ -23,6 +24,7 @@ from passes.decide import Decision, Reason, decide
 from passes.differentiable import differentiable
 from passes.enter import enter
 from passes.functionalize import functionalize
+from passes.inline import inline
 from passes.layout import IndexSet, Layout, Shards
 from passes.localize import localize
 from passes.minimum import Minimum, minimum
@@ -43,6 +45,7 @@ __all__ = [
     "differentiable",
     "enter",
     "functionalize",
+    "inline",
     "localize",
     "minimum",
     "propagate",

@@ -179,9 +179,12 @@ def _gains(graph: fx.Graph, facts: Facts, classes: _Classes, tp: int, cost: Cost
         for c in {classes.of(each) for each in labels}:
             gains[c] -= 2 * (cost.per_collective + 2 * cost.per_element * cost.activation(shape(node)[:-1]))
     for node in {n for each in facts.wanted_whole.values() for n in each}:
-        if node.meta.get("grad") and node.op != "get_attr":
+        if node.meta.get("grad"):
             for c in {classes.of(f.labels) for f in facts.values[node].factors}:
                 gains[c] -= cost.per_collective + cost.per_element * cost.activation(shape(node))
+    for node, labels in facts.picked.items():
+        for c in {classes.of(each) for each in labels}:
+            gains[c] -= cost.per_collective + cost.per_element * cost.activation(shape(node.args[0]))
     tables = {n.args[0] for n in graph.nodes if op_name(n) == "aten.embedding"}
     for node in graph.nodes:
         if node.op == "get_attr" and node.meta.get("grad") and node in facts.values:

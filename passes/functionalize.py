@@ -1,9 +1,9 @@
-"""functionalize: no node changes another's value, and no region hides nodes."""
+"""functionalize: no node changes another's value."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,14 +33,11 @@ _VIEWS = {*_WRITTEN, "aten.view", "aten.expand", "aten.squeeze", "aten.split", "
 """What shares memory with what it is made of whatever the strides are."""
 _UNDECLARED = {"aten.einsum", "aten.meshgrid", "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes",
                "aten.broadcast_tensors", "aten.cartesian_prod", "aten.tensordot"}  # fmt: skip
-_DROPS = {"aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.feature_alpha_dropout"}
-_UNDECLARED |= _DROPS
 """What may share memory though its schema does not say so."""
+_DROPS = {"aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.feature_alpha_dropout"}
+"""What returns its argument itself where nothing is dropped, as torch's own functionalization knows."""
 _OVERLAPPING = {"aten.unfold", "aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided"}
 """Views that may show one element more than once."""
-_ITSELF = {"aten.to", "aten.dropout", "aten.real", "aten.resolve_conj", "aten.resolve_neg", "aten.atleast_1d",
-           "aten.atleast_2d", "aten.atleast_3d"}  # fmt: skip
-"""What may return its argument itself, which torch.export takes for a new tensor."""
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -52,59 +49,7 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     returned = [r.alias_info for r in node.target._schema.returns]
-    return op_name(node) in _UNDECLARED or any(a is not None and not a.is_write for a in returned)
-
-
-def _itself(node: fx.Node) -> fx.Node:
-    """The argument that an op returned as it was: of a cast to its own type, of dropout that drops nothing."""
-    while op_name(node) in _ITSELF and is_tensor(node) and is_tensor(node.args[0]):
-        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
-        was, value = node.args[0].meta["val"], node.meta["val"]
-        if given.get("copy") or given.get("memory_format") is not None or given.get("train"):
-            break
-        if (was.dtype, was.device, was.dim()) != (value.dtype, value.device, value.dim()):
-            break
-        node = node.args[0]
-    return node
-
-
-def _stopped(graph: fx.Graph, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node:
-    """A result of a region without gradients; one that is an input as it was keeps its own."""
-    if node in inputs:
-        return node
-    stopped = graph.call_function(aten.detach.default, (node,))
-    stopped.meta = dict(node.meta)
-    return stopped
-
-
-def _inline_no_grad(graph: fx.Graph, node: fx.Node) -> None:
-    """Put the nodes of a ``wrap_with_set_grad_enabled`` region in place of the call.
-
-    Where the region switched gradients off, its results are detached, which stops them all the same.
-    """
-    enabled, region_ref, *inputs = node.args
-    region = getattr(graph.owning_module, region_ref.target)
-    with graph.inserting_before(node):
-        copies = dict(zip([n for n in region.graph.nodes if n.op == "placeholder"], inputs, strict=True))
-        for inner in region.graph.nodes:
-            if inner.op == "output":
-                results = fx.map_arg(inner.args[0], lambda n: copies[n])
-            elif inner.op != "placeholder":
-                copies[inner] = graph.node_copy(inner, lambda n: copies[n])
-                copies[inner].meta["no_grad"] = not enabled
-                if inner.op == "get_attr":  # a region within: regions name theirs alike, so under a name of its own
-                    name = f"{region_ref.target}_{inner.target}"
-                    setattr(graph.owning_module, name, getattr(region, inner.target))
-                    copies[inner].target = name
-        if not enabled:
-            results = [_stopped(graph, _itself(r), inputs) if is_tensor(r) else r for r in results]
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        user.replace_all_uses_with(results[user.args[1]])
-        graph.erase_node(user)
-    graph.erase_node(node)
-    if not region_ref.users:
-        graph.erase_node(region_ref)
+    return op_name(node) in _UNDECLARED | _DROPS or any(a is not None and not a.is_write for a in returned)
 
 
 def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -169,13 +114,13 @@ def _made_anew(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     again = [n for n in seen if n in needed]
     sources = list(_sources(base))
     inside = all(n.meta.get("no_grad") for n in sources)  # made where gradients are not followed either
-    node.meta["unrecorded"] = bool(node.meta.get("no_grad")) and base.meta["val"].is_floating_point() and not inside
+    passed_by = node.meta.get("no_grad") and base.meta["val"].is_floating_point() and not inside
     around = {n for source in sources for n in _aliases(source) if order[n] < order[node]} - {base, *seen}
     if (
         any(n.op != "call_function" or op_name(n) in _OVERLAPPING for n in sources)  # an input, a parameter
         or any(later(n) for n in around)
         or any(op_name(n) not in _VIEWS for n in again)
-        or node.meta["unrecorded"]
+        or passed_by
         or (op_name(node) != "aten.copy_" and _promotes(functional, node))
     ):
         return False
@@ -203,19 +148,16 @@ def _made_anew(node: fx.Node, order: dict[fx.Node, int]) -> bool:
 
 
 def functionalize(graph: fx.Graph) -> list[fx.Node]:
-    """Inline no-grad regions and turn in-place ops into functions.
+    """Turn in-place ops into functions.
 
     Args:
-        graph: a captured graph, changed in place.
+        graph: a captured graph without regions, changed in place.
 
     Returns:
         The nodes that still change an argument, because what else sees the change depends on strides, or is
         outside the graph, or because gradients or values may pass it by unseen (``unrecorded`` in its meta):
         none in a graph that is now functional.
     """
-    while regions := [n for n in graph.nodes if op_name(n) == "wrap_with_set_grad_enabled"]:
-        for node in regions:
-            _inline_no_grad(graph, node)
     order = {node: i for i, node in enumerate(graph.nodes)}
     left = []
     for node in list(graph.nodes):
@@ -229,5 +171,5 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
             if is_tensor(changed):  # torch's own functionalization would lose where the region ends, and these views
                 around = {n for source in _sources(changed) for n in _aliases(source)}
                 stopped = node.meta.get("no_grad") and changed.meta["val"].is_floating_point()
-                node.meta["unrecorded"] = bool(stopped) or any(op_name(n) in _UNDECLARED - _DROPS for n in around)
+                node.meta["unrecorded"] = bool(stopped) or any(op_name(n) in _UNDECLARED for n in around)
     return left

@@ -8,6 +8,7 @@ from passes.axes import product
 from passes.graphs import is_tensor, shape
 from passes.rules import rule_of
 from passes.rules.base import Facts
+from passes.units import Value
 
 __all__ = ["propagate"]
 
@@ -52,5 +53,6 @@ def propagate(graph: fx.Graph) -> Facts:
             assert len(sizes) == len(shape(node)), (node, value.axes, shape(node))
             assert all(a == b or not (a.static and b.static) for a, b in zip(sizes, shape(node), strict=True)), (
                 node, value.axes, shape(node))  # fmt: skip
-            facts.values[node] = value
+            held = tuple(f for f in value.factors if f.labels.size)  # a part of no elements has nothing to split
+            facts.values[node] = value if len(held) == len(value.factors) else Value(value.axes, held)
     return facts

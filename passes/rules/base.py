@@ -44,6 +44,7 @@ class Facts:
         alignments: per node, the correspondence its rule worked out (rules may keep other things here).
         pending: per node, the labels over which its result is a pending sum if they are split.
         exchanged: per node, the labels for which, if they are split, ranks exchange a few numbers a row.
+        picked: per node, the labels of which it takes one: if they are split, every rank needs another's.
         wanted_whole: per node, the operands that it needs whole.
         work: per node, its floating-point operations (a size) and the labels that divide them.
         reasons: per label, why nothing can be split along it (the node that mixes it).
@@ -54,6 +55,7 @@ class Facts:
     alignments: dict[fx.Node, Any] = field(default_factory=dict)
     pending: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
     exchanged: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
+    picked: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
     wanted_whole: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     work: dict[fx.Node, tuple[Dim, list[np.ndarray]]] = field(default_factory=dict)
     mixed: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)

@@ -218,6 +218,9 @@ class Part(Move):
         what = self.taken(node, shape(node.args[0])[dim])
         if what is not None and (merged := value.merged(dim, facts.units)) is not None:
             facts.alignments[node] = (merged.axes, dim, what)
+            if not remains:
+                alone = [f.labels for f in merged.factors if set(f.dims) <= set(merged.virtual(dim))]
+                facts.picked.update({node: alone} if alone else {})
             return self._part(merged, dim, remains, what)
         return self._part(without(node, value, [dim], facts), dim, remains, slice(None))
 

@@ -27,6 +27,7 @@ from passes import (
     decide,
     differentiable,
     functionalize,
+    inline,
     localize,
     propagate,
     shard,
@@ -138,6 +139,18 @@ class Small(nn.Module):
 # The captured graph, cleaned -----------------------------------------------------------------------
 
 
+@case("inline/no_grad")
+def no_grad() -> str:
+    """A region without gradients becomes part of the graph; ``detach`` then stops the gradients."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.exp().sum()
+        return self.proj(x) * scale
+
+    return before_and_after(raw(Small(run, proj=nn.Linear(4, 6)), x(2, 3, 4)), inline)
+
+
 @case("functionalize/in_place")
 def in_place() -> str:
     """An in-place op on a value that nothing else sees becomes a function, and later readers read its result."""
@@ -159,18 +172,6 @@ def written_part() -> str:
         across, first = y.transpose(0, 1), y[..., :2]
         first.mul_(3)
         return across + first.sum()
-
-    return before_and_after(raw(Small(run, proj=nn.Linear(4, 6)), x(2, 3, 4)), functionalize)
-
-
-@case("functionalize/no_grad")
-def no_grad() -> str:
-    """A region without gradients becomes part of the graph; ``detach`` then stops the gradients."""
-
-    def run(self: Any, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            scale = x.exp().sum()
-        return self.proj(x) * scale
 
     return before_and_after(raw(Small(run, proj=nn.Linear(4, 6)), x(2, 3, 4)), functionalize)
 

@@ -135,7 +135,7 @@ def check(
         model: any module; its parameters are overwritten by random ones.
         inputs: its inputs.
         split: which parameters should be split, and along which dim; all others should be whole.
-        collectives: the collectives of the forward pass, by name (default: one ``all_reduce``).
+        collectives: the collectives of the forward pass, by name (not looked at by default).
         moves: how many ``enter``, ``enter_overlapping``, ``narrow`` (not looked at by default).
         tps: the numbers of ranks.
         stored: the weights' layouts for a number of ranks, instead of those that ``decide`` chooses.

@@ -196,3 +196,21 @@ def test_the_minimum_counts_what_a_plan_needs_and_no_more() -> None:
     facts = propagate(captured.graph)
     nothing = minimum(captured.graph, facts, assign(captured.graph, facts, {}, 4), {})
     assert nothing.forward == nothing.backward == ()
+
+
+class Mixed(Form):
+    """A residual stream weighed by a few learnt numbers, each read by itself; a part of no elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([0.7, 1.3]))
+        self.table = nn.Parameter(torch.randn(4, HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.weights[0] * x + self.weights[1] * super().forward(x) + self.table[1] * self.table[3]
+        nothing = torch.fill(h[:, 3:3], 2.0)
+        return torch.slice_scatter(h, nothing, 1, 3, 3)
+
+
+def test_weights_of_which_single_entries_are_read_are_not_split() -> None:
+    check(Mixed(), randn(2, 5, HIDDEN), split=ALL, collectives={"all_reduce": 1})
