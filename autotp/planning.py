@@ -22,6 +22,7 @@ from passes import Layout, Reason, ops
 from passes.graphs import op_name
 from passes.norms import norm_over_shards
 from passes.rules.contraction import MOVES
+from passes.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
 
 __all__ = ["announce", "make_plan", "plan_of"]
 
@@ -59,9 +60,10 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
         if node.target in (ops.all_reduce, ops.all_gather, ops.settle):
             kind = "all_gather" if node.target is ops.all_gather else "all_reduce"
             found.append(Collective(kind, "forward", node.name, module, *_elements(node.meta["global"]), node.args[-1]))
-        elif node.target is ops.vocab_parallel_cross_entropy:
+        elif node.target is vocab_parallel_cross_entropy:
             rows, itemsize = _elements(node.args[1].meta["global"])[0], node.args[0].meta["global"].element_size()
-            found.append(Collective("all_gather", "forward", node.name, module, 3 * rows * tp, itemsize, node.args[-1]))
+            elements, group = (3 + bool(node.args[8])) * rows * tp, node.args[6]
+            found.append(Collective("all_gather", "forward", node.name, module, elements, max(itemsize, 4), group))
         elif node.target is norm_over_shards:
             elements, itemsize = _elements(node.meta["global"])
             rows = elements // sum(node.args[4])
@@ -87,7 +89,7 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
 _STYLES = {
     **dict.fromkeys(ops.ROW_PARALLEL.values(), "row"),
     **dict.fromkeys(ops.COLUMN_PARALLEL.values(), "column"),
-    ops.vocab_parallel_embedding: "vocabulary",
+    vocab_parallel_embedding: "vocabulary",
 }
 
 
@@ -150,7 +152,8 @@ def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
             return 2 * rows * itemsize * (rewritten.tp if when == "forward" else 1)
         if op_name(node) == "aten.cross_entropy_loss":
             rows, itemsize = _elements(node.args[1].meta["val"])[0], _elements(node.args[0].meta["val"])[1]
-            return 3 * rows * rewritten.tp * itemsize
+            smoothed = len(node.args) > 5 and bool(node.args[5])
+            return (3 + smoothed) * rows * rewritten.tp * max(itemsize, 4)
         elements, itemsize = _elements(node.meta["val"])
         if node.op == "get_attr":
             for _, shards in rewritten.stored[str(node.target)].shards:

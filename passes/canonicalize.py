@@ -24,6 +24,13 @@ _MADE = {"aten.empty": aten.zeros.default, "aten.new_empty": aten.zeros.default,
 """What makes a tensor of given sizes; memory that nobody has written to is zeroed, for ranks hold other leftovers."""
 
 
+def _call(origin: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A node, put in where the graph inserts, for part of what ``origin`` did."""
+    new = origin.graph.call_function(target, args)
+    new.meta = {**origin.meta, "val": target(*fx.map_arg(args, lambda n: n.meta["val"]))}
+    return new
+
+
 def _dim_of(node: fx.Node) -> int:
     position = 1 if op_name(node) == "aten.unbind" else 2
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
@@ -48,9 +55,7 @@ def _slice(origin: fx.Node, source: fx.Node, dim: int, start: int, stop: int) ->
         start, stop = start - first, stop - first
         if (start, stop) == (0, source.meta["val"].shape[dim]):
             return source
-    new = origin.graph.call_function(aten.slice.Tensor, (source, dim, start, stop))
-    new.meta = {**origin.meta, "val": source.meta["val"].narrow(dim, start, stop - start)}
-    return new
+    return _call(origin, aten.slice.Tensor, source, dim, start, stop)
 
 
 def _part_of(joined: fx.Node, dim: int, start: int, stop: int) -> tuple[fx.Node, int] | None:
@@ -83,8 +88,7 @@ def _as_slices(node: fx.Node) -> bool:
         index = user.args[1] % len(parts)
         with node.graph.inserting_before(user):
             if op_name(node) == "aten.unbind":
-                new = node.graph.call_function(aten.select.int, (source, dim, index))
-                new.meta = {**node.meta, "val": parts[index]}
+                new = _call(node, aten.select.int, source, dim, index)
             else:
                 new = _slice(node, source, dim, starts[index], starts[index + 1])
         user.replace_all_uses_with(new)
@@ -111,11 +115,8 @@ def _as_cat(node: fx.Node) -> bool:
     """Replace ``stack`` by ``cat`` of its inputs with a dim of size one each."""
     value = node.meta["val"]
     dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % value.dim()
-    parts = []
     with node.graph.inserting_before(node):
-        for part in node.args[0]:
-            parts.append(node.graph.call_function(aten.unsqueeze.default, (part, dim)))
-            parts[-1].meta = {**node.meta, "val": part.meta["val"].unsqueeze(dim)}
+        parts = [_call(node, aten.unsqueeze.default, part, dim) for part in node.args[0]]
     node.target, node.args, node.kwargs = aten.cat.default, (parts, dim), {}
     return True
 
@@ -125,7 +126,7 @@ def _as_copies(node: fx.Node) -> bool:
 
     ``repeat`` by ``r`` along a dim is ``(r n)``, ``repeat_interleave`` is ``(n r)``.
     """
-    source, graph = node.args[0], node.graph
+    source = new = node.args[0]
     if op_name(node) == "aten.repeat":
         counts, inner = list(node.args[1]), False
     else:
@@ -133,29 +134,22 @@ def _as_copies(node: fx.Node) -> bool:
             return False
         rank = node.meta["val"].dim()
         counts, inner = [node.args[1] if d == node.args[2] % rank else 1 for d in range(rank)], True
-    new = source
-
-    def call(target: Any, *args: Any) -> None:
-        nonlocal new
-        value = target(*fx.map_arg((new, *args), lambda n: n.meta["val"]))
-        new = graph.call_function(target, (new, *args))
-        new.meta = {**node.meta, "val": value}
-
-    with graph.inserting_before(node):
+    with node.graph.inserting_before(node):
         for _ in range(len(counts) - source.meta["val"].dim()):
-            call(aten.unsqueeze.default, 0)
+            new = _call(node, aten.unsqueeze.default, new, 0)
         for d, count in enumerate(counts):
             if isinstance(count, int) and count == 1:
                 continue
             alone = new.meta["val"].shape[d] == 1
             if not alone:
-                call(aten.unsqueeze.default, d + inner)
+                new = _call(node, aten.unsqueeze.default, new, d + inner)
             at = d + inner if not alone else d
-            call(aten.expand.default, [count if e == at else -1 for e in range(new.meta["val"].dim())])
+            sizes = [count if e == at else -1 for e in range(new.meta["val"].dim())]
+            new = _call(node, aten.expand.default, new, sizes)
             if not alone:
-                call(aten.flatten.using_ints, d, d + 1)
+                new = _call(node, aten.flatten.using_ints, new, d, d + 1)
     node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    node.graph.erase_node(node)
     return True
 
 
@@ -198,8 +192,7 @@ def _as_joined(node: fx.Node) -> bool:
         return False
     with graph.inserting_before(node):
         if selected:
-            part = graph.call_function(aten.unsqueeze.default, (part, dim))
-            part.meta = {**node.meta, "val": written.unsqueeze(dim)}
+            part = _call(node, aten.unsqueeze.default, part, dim)
         before = [_slice(node, base, dim, 0, start)] if start else []
         after = [_slice(node, base, dim, stop, size)] if stop < size else []
         parts = [*before, part, *after]
@@ -268,8 +261,7 @@ def _as_values(node: fx.Node) -> bool:
     value, new = node.meta["val"], source
     with graph.inserting_before(node):
         if source.meta["val"].dtype != value.dtype:
-            new = graph.call_function(aten.to.dtype, (source, value.dtype))
-            new.meta = {**node.meta, "val": source.meta["val"].to(value.dtype)}
+            new = _call(node, aten.to.dtype, source, value.dtype)
         if source.meta["val"].shape != value.shape:
             new = graph.call_function(aten.expand.default, (new, _sizes_of(into)))
             new.meta = dict(node.meta)
@@ -286,12 +278,57 @@ def _with_sizes(node: fx.Node) -> bool:
     return True
 
 
+def _as_cross_entropy(node: fx.Node) -> bool:
+    """Replace ``nll_loss`` of ``log_softmax`` by the cross entropy that it is, of the logits."""
+    source, *rest = node.args
+    softmax, reshaped = source, None
+    if op_name(source) in ("aten.view", "aten.reshape", "aten.flatten") and source.meta["val"].dim() == 2:
+        softmax, reshaped = source.args[0], source
+    if op_name(softmax) != "aten.log_softmax":
+        return False
+    logits, dim, *_ = softmax.args
+    value = softmax.meta["val"]
+    last, classes = value.dim() - 1, source.meta["val"].shape[-1]
+    if dim % value.dim() != (min(1, last) if reshaped is None else last) or value.shape[-1] != classes:
+        return False
+    if reshaped is not None and not isinstance(classes, int):
+        return False
+    with node.graph.inserting_before(node):
+        if logits.meta["val"].dtype != value.dtype:
+            logits = _call(node, aten.to.dtype, logits, value.dtype)
+        if reshaped is not None:
+            logits = _call(node, reshaped.target, logits, *reshaped.args[1:])
+    node.target, node.args = aten.cross_entropy_loss.default, (logits, *rest)
+    return True
+
+
+def _as_rows(node: fx.Node) -> bool:
+    """Give the cross entropy of ``(batch, classes, ...)`` rows of classes, ``(batch * ..., classes)``."""
+    logits, target, *rest = node.args
+    rank = logits.meta["val"].dim()
+    if rank < 3 or target.meta["val"].is_floating_point():
+        return False
+    each = len(rest) > 1 and rest[1] == 0
+    sizes = _sizes_of(target) if each else []
+    with node.graph.inserting_before(node):
+        logits = _call(node, aten.permute.default, logits, [0, *range(2, rank), 1])
+        rows = _call(node, aten.flatten.using_ints, logits, 0, rank - 2)
+        target = _call(node, aten.flatten.using_ints, target, 0, -1)
+        loss = _call(node, node.target, rows, target, *rest)
+        if each:
+            loss = _call(node, aten.reshape.default, loss, sizes)
+    node.replace_all_uses_with(loss)
+    node.graph.erase_node(node)
+    return True
+
+
 def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None = None) -> int:
     """One spelling for several: ``chunk``, ``split``, ``tensor_split``, ``unbind`` and indexing by a constant
     vector as slices and selects, ``stack`` and writing to a slice as ``cat``, ``repeat`` and
     ``repeat_interleave`` as expands, ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes,
     ``new_zeros`` as ``zeros``, empty memory as zeros, each result of ``max`` along a dim by itself, ``multiply`` and
-    its like as ``mul``, and ``view`` as ``reshape`` (a rank's part need not be contiguous where the whole was).
+    its like as ``mul``, ``nll_loss`` of ``log_softmax`` as cross entropy, and that over rows of classes, and ``view``
+    as ``reshape`` (a rank's part need not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
@@ -325,10 +362,15 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
             count += _as_joined(node)
         elif op_name(node) == "aten.copy":
             count += _as_values(node)
+        elif op_name(node) in ("aten.nll_loss_nd", "aten.nll_loss") and is_tensor(node.args[0]):
+            count += _as_cross_entropy(node)
         elif op_name(node) in ("aten.view_as", "aten.reshape_as", "aten.expand_as"):
             count += _with_sizes(node)
         elif op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:
             node.target = aten.reshape.default
             count += 1
+    for node in list(graph.nodes):
+        if op_name(node) == "aten.cross_entropy_loss":
+            count += _as_rows(node)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return count

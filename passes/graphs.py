@@ -12,7 +12,7 @@ from torch import fx
 
 from passes.axes import Size, shape_of
 
-__all__ = ["is_random", "is_tensor", "module_path", "op_name", "shape", "source_line", "where"]
+__all__ = ["is_last", "is_random", "is_tensor", "module_path", "op_name", "shape", "source_line", "where"]
 
 _CAPTURES = str(Path(__file__).parents[1] / "autotp")
 
@@ -86,3 +86,16 @@ def where(node: fx.Node) -> str:
     path = module_path(node)
     op = op_name(node).removeprefix("aten.") or node.name
     return f"{op} in {path or 'the model'} ({source_line(node).rpartition('/')[2]})"
+
+
+def is_last(node: fx.Node) -> bool:
+    """Whether no weight is applied to what is made of a value: logits, and what is made of them."""
+    seen, pending = {node}, [node]
+    while pending:
+        for user in pending.pop().users:
+            if any(n.op == "get_attr" and n.meta.get("grad") for n in user.all_input_nodes):
+                return False
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return True

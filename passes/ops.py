@@ -48,8 +48,6 @@ __all__ = [
     "row_parallel_matmul",
     "settle",
     "take",
-    "vocab_parallel_cross_entropy",
-    "vocab_parallel_embedding",
 ]
 
 Runs = tuple[tuple[int, int], ...]
@@ -340,93 +338,3 @@ def random_per_rank(op: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any
     """A random op on shards: each rank draws its own numbers."""
     with fabric.current().random(False, x.device):
         return op(x, *args, **kwargs)
-
-
-# Vocabulary parallel -------------------------------------------------------------------------------
-
-
-def _check_range(inside: torch.Tensor, message: str) -> None:
-    """Refuse an index that no rank holds as torch does: at once on a CPU, by an assertion on the device else."""
-    if inside.device.type != "cpu":
-        torch._assert_async(inside.all(), message)
-    elif not inside.all():
-        raise IndexError(message)
-
-
-def vocab_parallel_embedding(
-    weight: torch.Tensor, ids: torch.Tensor, start: int, words: int, padding_idx: int = -1
-) -> torch.Tensor:
-    """Look up the words that the rank holds; zeros for the others. A pending sum.
-
-    Args:
-        weight: ``(local words, features)``, the rows from ``start`` of the whole table.
-        ids: any shape, integer.
-        start: the first word that the rank holds.
-        words: the words of the whole table.
-        padding_idx: a word (of the whole table) whose row gets no gradient; -1 for none.
-
-    Raises:
-        IndexError: an id is not in the whole table (on a CPU; on other devices their assertion fails).
-    """
-    _check_range((ids >= 0) & (ids < words), f"index out of range: token ids must be at least 0 and less than {words}")
-    local = ids - start
-    elsewhere = (local < 0) | (local >= weight.shape[0])
-    padding = padding_idx - start if start <= padding_idx < start + weight.shape[0] else -1
-    rows = torch.embedding(weight, local.masked_fill(elsewhere, 0), padding)
-    return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, start: int, ignore: int, group: fabric.Communicator
-    ) -> torch.Tensor:
-        highest = logits.amax(-1)
-        total = (logits - highest.unsqueeze(-1)).exp_().sum(-1)
-        local = target - start
-        here = (local >= 0) & (local < logits.shape[-1]) & (target != ignore)
-        local = local.masked_fill(~here, 0)
-        chosen = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0)
-        mine = torch.stack([highest, total, chosen])
-        every = torch.stack(group.all_gather(mine, [mine.shape] * group.size))
-        top = every[:, 0].amax(0)
-        log_sum = ((every[:, 0] - top).exp() * every[:, 1]).sum(0).log() + top
-        ignored = target == ignore
-        ctx.save_for_backward(logits, log_sum, local, here, ignored)
-        return (log_sum - every[:, 2].sum(0)).masked_fill(ignored, 0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        logits, log_sum, local, here, ignored = ctx.saved_tensors
-        grad = (logits - log_sum.unsqueeze(-1)).exp_()
-        grad.scatter_add_(-1, local.unsqueeze(-1), -here.to(grad.dtype).unsqueeze(-1))
-        return grad.mul_(grads[0].masked_fill(ignored, 0).unsqueeze(-1)), None, None, None, None
-
-
-def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, start: int, classes: int, reduction: int, ignore_index: int, group: str
-) -> torch.Tensor:
-    """V -> I: cross entropy of logits of which each rank holds some classes, with one small all-gather.
-
-    The ranks exchange, per row, the maximum, the sum of exponentials and the target's logit
-    (Megatron-LM, section 3, in one collective instead of three).
-
-    Args:
-        logits: ``(rows, local classes)``, the classes from ``start``.
-        target: ``(rows,)``, integer classes.
-        start: the first class that the rank holds.
-        classes: the classes of all ranks.
-        reduction: 0 none, 1 mean over the rows that count, 2 sum (torch's own code).
-        ignore_index: rows with this target do not count.
-        group: the group's name.
-
-    Raises:
-        IndexError: a target is no class (on a CPU; on other devices their assertion fails).
-    """
-    inside = ((target >= 0) & (target < classes)) | (target == ignore_index)
-    _check_range(inside, f"target is out of bounds: it must be at least 0 and less than {classes}, or {ignore_index}")
-    losses = _CrossEntropy.apply(logits, target, start, ignore_index, fabric.current().group(group))
-    if reduction == 0:
-        return losses
-    return losses.sum() / (target != ignore_index).sum() if reduction == 1 else losses.sum()

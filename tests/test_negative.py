@@ -16,6 +16,7 @@ from autotp.simulate import Simulation
 from autotp.verify import Float64, Report, compare
 from passes import ops
 from passes.state import PerRank
+from passes.vocabulary import vocab_parallel_embedding
 from tests import breakages
 from tests.models import make
 from tests.passes.harness import OneProgram
@@ -82,7 +83,7 @@ def test_without_an_enter_only_gradients_are_wrong() -> None:
 
 def test_a_shard_shifted_by_one_is_found() -> None:
     def damage(graph: fx.Graph) -> None:
-        node = next(n for n in graph.nodes if n.target is ops.vocab_parallel_embedding)
+        node = next(n for n in graph.nodes if n.target is vocab_parallel_embedding)
         starts = node.args[2].values
         node.args = (*node.args[:2], PerRank((starts[0], *(s + 1 for s in starts[1:]))), *node.args[3:])
 

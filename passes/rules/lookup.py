@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from passes import ops
 from passes.axes import Size, trivial_axes
 from passes.graphs import shape
 from passes.layout import Layout
 from passes.rules.base import Facts, Rule, register, without
 from passes.rules.movement import Move, behind
 from passes.units import Factor, Value
+from passes.vocabulary import vocab_parallel_embedding
 
 if TYPE_CHECKING:
     from passes.shard import Sharder
@@ -60,7 +60,7 @@ class Embedding(Rule):
         padding = rest[0] if rest else -1
         starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
         args = (local, sharder.whole(ids), starts, split.size, padding)
-        sharder.emit(node, ops.vocab_parallel_embedding, args, pending=True)
+        sharder.emit(node, vocab_parallel_embedding, args, pending=True)
 
 
 @register("aten.index_select")

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from passes import ops
 from passes.graphs import is_tensor, shape
 from passes.layout import Layout
 from passes.rules.base import Facts, Rule, register
 from passes.units import Value
+from passes.vocabulary import vocab_parallel_cross_entropy
 
 if TYPE_CHECKING:
     from passes.shard import Sharder
@@ -24,11 +24,8 @@ class CrossEntropy(Rule):
 
     @staticmethod
     def _plain(node: fx.Node) -> bool:
-        logits, target, *rest = node.args
-        weight = rest[0] if rest else None
-        smoothing = rest[3] if len(rest) > 3 else 0.0
-        value = target.meta["val"]
-        return weight is None and not smoothing and not value.is_floating_point() and len(shape(logits)) == 2
+        logits, target = node.args[:2]
+        return not target.meta["val"].is_floating_point() and len(shape(logits)) == 2
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         logits = facts.values[node.args[0]]
@@ -56,6 +53,7 @@ class CrossEntropy(Rule):
             return
         local = sharder.local(logits, Layout.of({classes[0]: split.owned}))
         starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
-        _, reduction, ignore = rest[:3] + [None, 1, -100][len(rest[:3]) :]
-        args = (local, sharder.whole(target), starts, split.size, reduction, ignore, sharder.group)
-        sharder.emit(node, ops.vocab_parallel_cross_entropy, args)
+        weight, reduction, ignore, smoothing = rest + [None, 1, -100, 0.0][len(rest) :]
+        weight = sharder.whole(weight) if weight is not None else None
+        args = (local, sharder.whole(target), starts, split.size, reduction, ignore, sharder.group, weight, smoothing)
+        sharder.emit(node, vocab_parallel_cross_entropy, args)

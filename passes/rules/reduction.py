@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from passes.graphs import op_name, shape
+from passes.graphs import is_last, op_name, shape
 from passes.layout import Layout
 from passes.rules.base import Facts, Rule, register
 from passes.units import Factor, Value
@@ -43,6 +43,21 @@ def reduced(value: Value, dims: list[int], keep: bool, factors: list[Factor]) ->
     return Value(axes, tuple(Factor(tuple(place[v] for v in f.dims), f.labels) for f in factors))
 
 
+_OF_LOGITS = {"aten.softmax", "aten.log_softmax", "aten.logsumexp", "aten.argmax", "max_values", "max_indices"}
+
+
+def of_logits(node: fx.Node, value: Value, inside: set[int], facts: Facts) -> bool:
+    """Whether an op mixes logits, at a model's end: they are gathered for it, for every rank's own head costs more.
+
+    Logits have labels on the mixed (virtual) dims alone.
+    """
+    apart = value.factors and all(set(f.dims) <= inside for f in value.factors)
+    if op_name(node) not in _OF_LOGITS or not apart or not is_last(node):
+        return False
+    facts.opaque(node, [node.args[0]])
+    return True
+
+
 @register("aten.amax", "aten.amin", "aten.prod", "aten.var", "aten.std", "aten.argmax", "aten.argmin", "aten.any",
           "aten.all", "aten.logsumexp", "aten.norm", "aten.linalg_vector_norm", "aten.median",
           "aten.count_nonzero", "max_values", "max_indices", "min_values", "min_indices")  # fmt: skip
@@ -65,6 +80,8 @@ class Reduction(Rule):
         value, dims = facts.values[node.args[0]], self.dims(node)
         inside = {v for d in dims for v in value.virtual(d)}
         kept, pending = [], []
+        if of_logits(node, value, inside, facts):
+            return reduced(value, dims, self.keeps(node), [])
         for factor in value.factors:
             if not inside & set(factor.dims):
                 kept.append(factor)
@@ -142,6 +159,8 @@ class Scan(Rule):
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         value = facts.values[node.args[0]]
         inside = {v for d in self._dims(node) for v in value.virtual(d)}
+        if of_logits(node, value, inside, facts):
+            return Value(value.axes)
         for factor in value.factors:
             if inside & set(factor.dims):
                 facts.mix(node, factor, [v for v in factor.dims if v in inside])

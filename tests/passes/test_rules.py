@@ -557,11 +557,58 @@ def test_cross_entropy(options: dict[str, object]) -> None:
           collectives={"all_reduce": 2, "vocab_parallel_cross_entropy": 1})  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "options", [{"label_smoothing": 0.1}, {"weight": torch.ones(601).double()}], ids=["smooth", "weighted"]
-)
-def test_a_loss_without_a_rule_gets_whole_logits(options: dict[str, object]) -> None:
-    check(Language(601, tied=True, **options), ids(601), ids(601), collectives={"all_reduce": 2, "all_gather": 1})
+CLASS_WEIGHTS = torch.rand(601, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 0.5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_smoothed_labels_and_weighted_classes(reduction: str, smoothing: float, weighted: bool) -> None:
+    weight = CLASS_WEIGHTS if weighted else None
+    model = Language(601, tied=True, reduction=reduction, label_smoothing=smoothing, weight=weight)
+    check(model, ids(601), ids(601, ignore=-100), split={"embed.weight": 0} | MLP,
+          collectives={"all_reduce": 2, "vocab_parallel_cross_entropy": 1})  # fmt: skip
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "flat": lambda x, t: F.nll_loss(F.log_softmax(x.flatten(0, 1), -1), t.flatten()),
+    "flattened after": lambda x, t: F.nll_loss(x.log_softmax(-1).view(-1, 601), t.view(-1), reduction="sum"),
+    "cast": lambda x, t: F.nll_loss(F.log_softmax(x, -1, dtype=torch.float64).flatten(0, 1), t.flatten()),
+    "classes second": lambda x, t: F.cross_entropy(x.transpose(1, 2), t),
+    "classes second, each": lambda x, t: F.cross_entropy(x.transpose(1, 2), t, reduction="none", ignore_index=5) * 2,
+    "classes second, by hand": lambda x, t: F.nll_loss(F.log_softmax(x.mT, 1), t, weight=CLASS_WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_written_by_hand(name: str) -> None:
+    class Model(Language):
+        def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+            return LOSSES[name](super().forward(ids), labels)
+
+    labels = ids(601, ignore=5 if "each" in name else -100)
+    check(Model(601, tied=True), ids(601), labels, split={"embed.weight": 0} | MLP,
+          collectives={"all_reduce": 2, "vocab_parallel_cross_entropy": 1})  # fmt: skip
+
+
+ENDS: dict[str, Callable[[Tensor], object]] = {
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "softmax": lambda x: (x / 0.7).softmax(-1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "the best": lambda x: x.argmax(-1),
+    "the best and its logit": lambda x: x.max(-1),
+    "the last one's best": lambda x: x[:, -1].argmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_logits_are_gathered_for_what_mixes_them(name: str) -> None:
+    class Model(Language):
+        def forward(self, ids: Tensor, labels: Tensor | None = None) -> object:
+            return ENDS[name](super().forward(ids))
+
+    split = {"embed.weight": 0, "head.weight": 0, "head.bias": 0} | MLP
+    check(Model(601, tied=False), ids(601), split=split, collectives={"all_reduce": 2, "all_gather": 1})
 
 
 def test_detach_stops_gradients() -> None:
