@@ -32,12 +32,19 @@ _VIEWS = {*_WRITTEN, "aten.view", "aten.expand", "aten.squeeze", "aten.split", "
           "aten.unbind", "aten.unflatten", "aten.t", "aten.alias", "aten.detach", "getitem"}  # fmt: skip
 """What shares memory with what it is made of whatever the strides are."""
 _UNDECLARED = {"aten.einsum", "aten.meshgrid", "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes",
-               "aten.broadcast_tensors", "aten.cartesian_prod", "aten.tensordot"}  # fmt: skip
-"""What may share memory though its schema does not say so."""
+               "aten.broadcast_tensors", "aten.cartesian_prod"}  # fmt: skip
+"""What may share memory though its schema does not say so; einsum where it multiplies nothing."""
 _DROPS = {"aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.feature_alpha_dropout"}
 """What returns its argument itself where nothing is dropped, as torch's own functionalization knows."""
 _OVERLAPPING = {"aten.unfold", "aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided"}
 """Views that may show one element more than once."""
+
+
+def _is_undeclared(node: fx.Node) -> bool:
+    """Whether a node's value may share memory with its input though the schema does not say so."""
+    if op_name(node) == "aten.einsum" and len(node.args[1]) > 1:  # a product, in memory of its own
+        return False
+    return op_name(node) in _UNDECLARED
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -49,7 +56,7 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     returned = [r.alias_info for r in node.target._schema.returns]
-    return op_name(node) in _UNDECLARED | _DROPS or any(a is not None and not a.is_write for a in returned)
+    return _is_undeclared(node) or op_name(node) in _DROPS or any(a is not None and not a.is_write for a in returned)
 
 
 def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -171,5 +178,5 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
             if is_tensor(changed):  # torch's own functionalization would lose where the region ends, and these views
                 around = {n for source in _sources(changed) for n in _aliases(source)}
                 stopped = node.meta.get("no_grad") and changed.meta["val"].is_floating_point()
-                node.meta["unrecorded"] = bool(stopped) or any(op_name(n) in _UNDECLARED for n in around)
+                node.meta["unrecorded"] = bool(stopped) or any(_is_undeclared(n) for n in around)
     return left

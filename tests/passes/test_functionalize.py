@@ -34,6 +34,13 @@ def view_before(y: Tensor) -> Tensor:
     return view.flatten(-2)
 
 
+def product(y: Tensor) -> Tensor:
+    y = y.unflatten(-1, (6, 10))
+    scores = torch.einsum("bshd,bthd->bhst", y, y)
+    scores += torch.ones(2, 1, 3, 3, dtype=y.dtype)  # a product's memory is its own
+    return torch.einsum("bhst,bthd->bshd", scores, y).flatten(-2)
+
+
 def chained(y: Tensor) -> Tensor:
     y = y * 1
     y.add_(1).mul_(2)
@@ -109,7 +116,7 @@ def in_a_region(y: Tensor) -> Tensor:
 
 
 WAYS = [part, cast, view_before, chained, promoted, steps, seen_by_views, written_twice, broadcast, filled,
-        maybe_a_view, maybe_seen, in_a_region]  # fmt: skip
+        maybe_a_view, maybe_seen, in_a_region, product]  # fmt: skip
 AGAIN = {promoted, maybe_seen}
 """Whose views depend on strides or on types, so that torch traces again; the others are made functional as they are."""
 

@@ -73,7 +73,8 @@ def _cells(row: Row) -> list[str]:
     said += list(
         dict.fromkeys(folded_text(x) for at in row.at.values() for x in ([at.error] if at.error else at.whole))
     )
-    said += [f"vocabulary whole at tp {tp}" for tp, at in row.at.items() if at.ok and not at.vocabulary]
+    if at_tps := ", ".join(str(tp) for tp, at in row.at.items() if at.ok and not at.vocabulary):
+        said.append(f"a table is whole or split over its columns instead of the vocabulary at tp {at_tps}")
     said += [
         f"tp {tp}: {at.forward} + {at.backward} collectives, {at.minimum[0]} + {at.minimum[1]} needed"
         for tp, at in row.at.items()
