@@ -10,6 +10,8 @@ from autotp.errors import (
     MismatchError,
     PartialCaptureWarning,
     PlanError,
+    ProofError,
+    UnprovedWarning,
     WholeWeightWarning,
 )
 from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
@@ -26,8 +28,10 @@ __all__ = [
     "PartialCaptureWarning",
     "Plan",
     "PlanError",
+    "ProofError",
     "Report",
     "Simulation",
+    "UnprovedWarning",
     "WholeWeightWarning",
     "full_gradients",
     "full_state_dict",

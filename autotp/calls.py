@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from autotp.agreement import checksum, digest
 from autotp.capture import Captured, Dense, capture, flatten_call
 from autotp.comparison import Comparison, is_constant, kinds
-from autotp.errors import CaptureError
+from autotp.errors import CaptureError, ProofError, UnprovedWarning
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.watch import Watch, dotted
 from passes import Layout
@@ -49,6 +49,8 @@ class Programs:
         captures: how many times the module has been captured.
         rank: the rank whose shards the module's parameters are; None while they are whole.
         comparison: how the ranks compare each call; None for one process.
+        proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
+            none is looked at.
     """
 
     def __init__(
@@ -64,10 +66,13 @@ class Programs:
         self.last: Rewritten | None = None
         self.rank: int | None = None
         self.comparison: Comparison | None = None
+        self.proof: bool | str = False
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
-        return Programs(model, self.tp, self.dense, self.stored)
+        copy = Programs(model, self.tp, self.dense, self.stored)
+        copy.proof = self.proof
+        return copy
 
     def shape(self, name: str) -> Sequence[int]:
         """The shape that a parameter has here."""
@@ -133,6 +138,7 @@ class Programs:
         agreement = self.comparison.agreement if self.comparison is not None else None
         with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
             program = rewrite(self._capture(args, kwargs, key), self.tp, self.stored, self.settled)
+            self._prove(program)
         if agreement is not None:
             constants = {n: checksum(t) for n, t in program.captured.constants.items()}
             text = f"{program.graph} {constants}"
@@ -166,6 +172,34 @@ class Programs:
 
     def _check(self, captured: Captured) -> None:
         """Refuse a graph that would not do what the module does."""
+
+    def prove(self, proof: bool | str) -> None:
+        """Look at all programs made so far, and from now on at each that is made.
+
+        Raises:
+            ProofError: one is not proved, and ``proof`` is True.
+        """
+        self.proof = proof
+        for program in (p for each in self._by_structure.values() for p in each):
+            self._prove(program)
+
+    def _prove(self, program: Rewritten) -> None:
+        if not self.proof:
+            return
+        verdict = program.verdict
+        if verdict.proved:
+            return
+        where = f"the graph of {type(self.model).__name__}" + (f" ({self.path})" if self.path else "")
+        said = (
+            f"{where} for {self.tp} ranks is not proved to be the dense model's: {verdict}. That is a mistake of "
+            "autotp's: please report it"
+        )
+        if self.proof == "warn":
+            warnings.warn(said, UnprovedWarning, stacklevel=2)
+        else:
+            raise ProofError(
+                f'{said}. check="warn" or check=False runs it all the same; autotp.verify compares numbers'
+            )
 
     def graph(self, program: Rewritten, rank: int) -> RankGraph:
         """One rank's graph of a program."""

@@ -1,4 +1,4 @@
-"""The command line: ``autotp inspect MODEL --tp N`` and ``autotp verify MODEL --tp N``."""
+"""The command line: ``autotp inspect``, ``autotp check`` and ``autotp verify``, each of ``MODEL --tp N``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     verify_ = commands.add_parser(
         "verify", help="compare the parallel model with the dense one, all ranks in one process"
     )
-    for command in (inspect, verify_):
+    check = commands.add_parser("check", help="prove that the ranks' graphs are the dense model's, without running any")
+    for command in (inspect, check, verify_):
         command.add_argument(
             "model",
             metavar="MODEL",
@@ -114,6 +115,21 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> int:
+    size = (options.batch, options.sequence or 128)
+    with _progress("building the model"):
+        loaded = load(options.model, options.settings, weights=False, size=size)
+    with _progress("capturing and rewriting"):
+        division = _division(loaded, options.tp, options.model, options.settings, size)
+    proved = True
+    for part in division.parts:
+        program = part.programs.last
+        if program is not None:
+            print(f"{part.path}: {program.verdict}" if part.path else program.verdict)
+            proved = proved and program.verdict.proved
+    return 0 if proved else 1
+
+
 def _memory() -> int:
     """Bytes of memory that this machine has."""
     try:
@@ -148,14 +164,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0 fine, 1 not equal (``verify``), 2 bad input."""
+    """Run the command line; the exit code: 0 fine, 1 not equal or not proved, 2 bad input."""
     options = _parser().parse_args(arguments)
     try:
         if not 1 <= options.tp <= 62:
             raise BadModelError(f"--tp {options.tp}: the number of ranks is 1 or more, 62 at most")
         if options.batch < 1 or (options.sequence is not None and options.sequence < 1):
             raise BadModelError("--batch and --sequence are 1 or more")
-        return _inspect(options) if options.command == "inspect" else _verify(options)
+        return {"inspect": _inspect, "check": _check, "verify": _verify}[options.command](options)
     except (BadModelError, AutoTPError) as error:
         print(f"autotp: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PartialCaptureWarning", "PlanError",
-           "WholeWeightWarning", "check_tp"]  # fmt: skip
+           "ProofError", "UnprovedWarning", "WholeWeightWarning", "check_tp"]  # fmt: skip
 
 
 def check_tp(tp: int) -> None:
@@ -39,6 +39,14 @@ class WholeWeightWarning(UserWarning):
 
 class PlanError(AutoTPError):
     """A plan that does not fit the model or the number of ranks, or splits less than was asked for."""
+
+
+class ProofError(AutoTPError):
+    """A rewritten graph is not proved to be the dense model's: a mistake of autotp's, not of the model."""
+
+
+class UnprovedWarning(UserWarning):
+    """A rewritten graph that is not proved runs all the same, because ``check="warn"`` says so."""
 
 
 class LaunchError(AutoTPError):

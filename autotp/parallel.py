@@ -77,6 +77,7 @@ def parallelize(
     timeout: timedelta = TIMEOUT,
     debug: bool = False,
     strict: bool = False,
+    check: bool | str = True,
 ) -> nn.Module:
     """Split ``model`` over ``tp`` ranks, in place, and return it.
 
@@ -103,6 +104,9 @@ def parallelize(
             whole, not only the call's structure. Every rank reads all of them at each call.
         strict: refuse what is otherwise a warning: weights, 1% of the parameters or more, that have too few pieces
             for so many ranks and so stay whole on all of them, and a model that is captured in parts.
+        check: run a rewritten graph only if it is proved to compute, on every rank, what the dense model does,
+            values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
+            ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
 
     Returns:
         The same object.
@@ -114,6 +118,7 @@ def parallelize(
             weights.
         PlanError: the plan is for another model or another ``tp``; with ``strict``, something stays whole that is
             worth splitting. It names the layer, the line of its code, the reason and the ``tp`` that would do.
+        ProofError: a graph is not proved (a mistake of autotp's); it names the node, the line, and what would be wrong.
         AutoTPError: the model is compiled, wrapped or quantized; nothing has been changed.
 
     Afterwards calls, ``full_state_dict``, ``full_gradients`` and ``clip_grad_norm_`` are compared among the
@@ -123,15 +128,19 @@ def parallelize(
         >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
         >>> model(input_ids=ids).logits
     """
+    if check not in (True, False, "warn"):
+        raise ValueError(f'check is True, False or "warn", not {check!r}')
     if "_autotp" in model.__dict__:
         raise AutoTPError(f"this {type(model).__name__} is parallelized already")
     with torch.inference_mode(False):  # else the shards would be tensors that never train
-        return _parallelize(model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict)
+        return _parallelize(
+            model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict, check
+        )
 
 
 def _parallelize(
     model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool,
-    strict: bool,
+    strict: bool, check: bool | str,
 ) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
         meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
@@ -139,8 +148,13 @@ def _parallelize(
             raise AutoTPError(f"{meta} is on the meta device: load its weights (model.to_empty, load_state_dict) first")
         admit(model)
         args, kwargs = example_call(model, example_inputs)
-    place.agree({"debug": debug, "timeout": timeout, "strict": strict} | _structure(model, args, kwargs))
+    place.agree(
+        {"debug": debug, "timeout": timeout, "strict": strict, "check": check} | _structure(model, args, kwargs)
+    )
     division = _division(model, place, args, kwargs, plan)
+    with place.together("proving the graphs"):
+        for part in division.parts:
+            part.programs.prove(check)
     with place.together("looking at what stays whole"):
         announce(plan_of(division, place.tp), division, strict, stacklevel=4)
     stored = division.stored

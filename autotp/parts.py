@@ -294,7 +294,7 @@ class _PartPrograms(Programs):
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the part, in ``root``: the same layouts, and graphs yet to be made."""
         programs = _PartPrograms(model, self.tp, self.dense, self.stored, self.path)
-        programs.root = root
+        programs.root, programs.proof = root, self.proof
         return programs
 
     def _check(self, captured: Captured) -> None:

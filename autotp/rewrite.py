@@ -13,7 +13,21 @@ from torch.utils import _pytree as pytree
 
 from autotp.capture import Captured
 from autotp.text import graph_text
-from passes import Layout, Minimum, Reason, assign, decide, enter, localize, minimum, ops, propagate, shard
+from passes import (
+    Layout,
+    Minimum,
+    Reason,
+    Verdict,
+    assign,
+    check,
+    decide,
+    enter,
+    localize,
+    minimum,
+    ops,
+    propagate,
+    shard,
+)
 
 __all__ = ["RankGraph", "Rewritten", "rewrite"]
 
@@ -44,6 +58,11 @@ class Rewritten:
     def random(self) -> bool:
         """Whether the program draws random numbers."""
         return any(n.target in (ops.random_same, ops.random_per_rank) for n in self.graph.nodes)
+
+    @functools.cached_property
+    def verdict(self) -> Verdict:
+        """Whether the program is proved to be the captured graph's on every rank, forward and backward."""
+        return check(self.captured.graph, self.graph, self.stored, self.captured.parameters, self.tp)
 
     def unflatten(self, results: tuple[torch.Tensor, ...]) -> Any:
         """The model's own output structure from the graph's results."""

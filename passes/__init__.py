@@ -13,6 +13,7 @@ In the order in which they run:
 ``assign``         each value's layout from the weights' layouts
 ``shard``          the rewritten graph for all ranks, with its collectives
 ``enter``          where whole values enter computation on shards, for complete gradients
+``check``          a proof that the result is the captured graph, from rules of its own (:mod:`passes.proof`)
 ``localize``       one rank's graph
 ``minimum``        the fewest collectives the layouts leave possible, to hold the result against
 =================  ==================================================================================
@@ -20,6 +21,7 @@ In the order in which they run:
 
 from passes.assign import assign
 from passes.canonicalize import canonicalize
+from passes.check import Verdict, check
 from passes.decide import Decision, Reason, decide
 from passes.differentiable import differentiable
 from passes.enter import enter
@@ -39,8 +41,10 @@ __all__ = [
     "Minimum",
     "Reason",
     "Shards",
+    "Verdict",
     "assign",
     "canonicalize",
+    "check",
     "decide",
     "differentiable",
     "enter",

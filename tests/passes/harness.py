@@ -20,6 +20,7 @@ from autotp.capture import Captured, Dense, capture
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.simulate import Simulation
 from passes import Layout, Shards
+from passes import check as prove
 
 CLOSE = 1e-10
 torch.set_num_threads(1)  # the ranks are threads already
@@ -156,6 +157,8 @@ def check(
             assert called(program.graph, COLLECTIVES) == dict(collectives), f"tp {tp}\n{program.graph}"
         if moves is not None:
             assert called(program.graph, MOVES) == dict(moves), f"tp {tp}\n{program.graph}"
+        verdict = prove(captured.graph, program.graph, program.stored, captured.parameters, tp)
+        assert verdict.proved, f"tp {tp}: {verdict}\n{program.graph}"
         parallel = simulation(model, program)
         for name, difference in dense.differences(run(parallel, model, inputs)).items():
             assert difference < CLOSE, f"tp {tp}: {name} is off by {difference:.2g}\n{program.graph}"

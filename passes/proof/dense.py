@@ -1,0 +1,354 @@
+"""What the dense model computes: its captured graph read as terms."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+import sys
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.axes import Size, product, shape_of, size_of
+from passes.graphs import is_random, is_tensor, op_name
+from passes.proof.terms import ONE, Coefficient, Terms, canonical, spelled, with_dims
+
+__all__ = ["VIEWS", "Equation", "dims_of", "equation", "order_of", "read", "taken"]
+
+aten = torch.ops.aten
+VIEWS = {"aten.reshape", "aten.view", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.unsqueeze",
+         "aten.squeeze"}  # fmt: skip
+PERMUTES = {"aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes", "aten.numpy_T", "aten.mT"}
+PARTS = {"aten.slice", "aten.select", "aten.narrow", "aten.flip"}
+EXPANDS = {"aten.expand", "aten.broadcast_to"}
+PRODUCTS = {"aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.addmm", "aten.baddbmm",
+            "aten.einsum"}  # fmt: skip
+CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
+NORMS = {"aten.layer_norm", "aten.rms_norm"}
+NO_GRADIENT = {
+    "aten.detach",
+    "aten.zeros_like",
+    "aten.ones_like",
+    "aten.full_like",
+    "aten.rand_like",
+    "aten.randn_like",
+}
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A product as an einsum: its operands, a letter for each of their dims, the result's letters, and what is
+    added to it with which weight."""
+
+    operands: tuple[Any, ...]
+    letters: tuple[tuple[str, ...], ...]
+    out: tuple[str, ...]
+    weight: Any = 1
+    added: tuple[tuple[Any, Any], ...] = ()
+
+    def key(self, terms: Sequence[int]) -> Hashable:
+        """What the product is, whoever spells it."""
+        names = dict.fromkeys(x for each in (*self.letters, self.out) for x in each)
+        number = {x: i for i, x in enumerate(names)}
+        return (
+            "product",
+            tuple(tuple(number[x] for x in each) for each in self.letters),
+            tuple(number[x] for x in self.out),
+            tuple(terms),
+        )
+
+
+def equation(name: str, args: Mapping[str, Any], rank: Callable[[Any], int]) -> Equation | None:
+    """A product's einsum; None for one that takes a diagonal."""
+    if name == "aten.linear":
+        x, weight, bias = args["input"], args["weight"], args.get("bias")
+        lead = tuple(f"b{i}" for i in range(rank(x) - 1))
+        added = () if bias is None else ((bias, 1),)
+        rows = ("o", "i")[-rank(weight) :]
+        return Equation((x, weight), ((*lead, "i"), rows), (*lead, *rows[:-1]), 1, added)
+    if name in ("aten.addmm", "aten.baddbmm"):
+        left, right = [args[k] for k in (("mat1", "mat2") if name == "aten.addmm" else ("batch1", "batch2"))]
+        lead = () if name == "aten.addmm" else ("b",)
+        added = ((args["self"], args.get("beta", 1)),) if args.get("beta", 1) else ()
+        letters = (*lead, "m", "k"), (*lead, "k", "n")
+        return Equation((left, right), letters, (*lead, "m", "n"), args.get("alpha", 1), added)
+    if name == "aten.einsum":
+        return _einsum(args["equation"].replace(" ", ""), list(args["tensors"]), rank)
+    left, right = list(args.values())[:2]
+    a, b = rank(left), rank(right)
+    batch = max(a - 2, b - 2, 0)
+    names = [f"b{i}" for i in range(batch)]
+    one = (*names[batch - (a - 2) :], "m", "k") if a > 1 else ("k",)
+    two = (*names[batch - (b - 2) :], "k", "n") if b > 1 else ("k",)
+    return Equation((left, right), (one, two), (*names, *["m"] * (a > 1), *["n"] * (b > 1)))
+
+
+def _einsum(text: str, operands: list[Any], rank: Callable[[Any], int]) -> Equation | None:
+    inputs, arrow, out = text.partition("->")
+    written = inputs.split(",")
+    if not arrow:
+        letters = sorted(set(re.sub(r"[^A-Za-z]", "", inputs)))
+        out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
+    dots = [rank(n) - len(t.replace("...", "")) for n, t in zip(operands, written, strict=True)]
+    most = max(dots)
+
+    def each(term: str, count: int) -> tuple[str, ...]:
+        before, _, after = term.partition("...")
+        return (*before, *(f"b{i}" for i in range(most - count, most)), *after) if "..." in term else tuple(term)
+
+    letters_of = tuple(each(t, d) for t, d in zip(written, dots, strict=True))
+    if any(len(set(x)) < len(x) for x in letters_of):
+        return None
+    return Equation(tuple(operands), letters_of, each(out, most))
+
+
+def order_of(target: Any, rank: int, rest: Sequence[Any]) -> tuple[int, ...]:
+    """For each dim of a permuted value, the dim that it was."""
+    probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
+    return tuple(n - 2 for n in target(probe, *rest).shape)
+
+
+def dims_of(dims: Any, rank: int) -> tuple[int, ...]:
+    """Dims named in a call; all for none."""
+    if dims is None or dims == [] or dims == ():
+        return tuple(range(rank))
+    return tuple(sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])))
+
+
+def taken(name: str, args: Mapping[str, Any], size: int) -> range | None:
+    """The indices that a part takes of a static dim; None if that is not constant."""
+    if name == "aten.flip":
+        return range(size - 1, -1, -1)
+    if name == "aten.slice":
+        start, stop, step = args.get("start"), args.get("end"), args.get("step", 1)
+        stop = None if isinstance(stop, int) and stop >= sys.maxsize else stop
+        if any(not isinstance(b, int) and b is not None for b in (start, stop, step)):
+            return None
+        return range(*slice(start, stop, step).indices(size))
+    first = args["index"] if name == "aten.select" else args["start"]
+    length = 1 if name == "aten.select" else args["length"]
+    if not isinstance(first, int) or not isinstance(length, int) or not size:
+        return None
+    return range(first % size, first % size + length)
+
+
+class _Reader:
+    def __init__(self, parameters: Collection[str]) -> None:
+        self.terms, self.values = Terms(), dict[fx.Node, Any]()
+        self.parameters = parameters
+        self._fresh = itertools.count()
+
+    def key(self, value: Any) -> Any:
+        """An argument with its nodes replaced by what they stand for."""
+        if isinstance(value, fx.Node):
+            found = self.values[value]
+            return ("term", found) if isinstance(found, int) else found
+        if isinstance(value, (list, tuple)):
+            return tuple(self.key(v) for v in value)
+        return canonical(value)
+
+    def run(self, graph: fx.Graph) -> None:
+        inputs = itertools.count()
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                number = next(inputs)
+                self.values[node] = self.terms.atom(("input", number), shape_of(value), value.requires_grad)
+            elif node.op == "get_attr":
+                if is_tensor(node):
+                    grad = str(node.target) in self.parameters
+                    self.values[node] = self.terms.atom(("attr", str(node.target)), shape_of(value), grad)
+                else:
+                    self.values[node] = ("region", str(node.target))
+                    self.terms.regions[str(node.target)] = getattr(node.meta.get("region"), "graph", None)
+            elif node.op == "call_function":
+                self.values[node] = self.value(node, value)
+                if isinstance(self.values[node], int):
+                    self.terms.nodes.setdefault(self.values[node], node)
+
+    def value(self, node: fx.Node, value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            size = size_of(value)
+            self.terms.placed["size", 0].setdefault((op_name(node), self.key(node.args)), size)  # type: ignore[arg-type]
+            return size
+        if isinstance(value, (int, float, bool)) or value is None or isinstance(value, (torch.SymFloat, torch.SymBool)):
+            return ("number", op_name(node), self.key(node.args))
+        if node.target is operator.getitem:
+            return self.general(node, value)
+        return self.tensor(node, value) if isinstance(value, torch.Tensor) else self.general(node, value)
+
+    def grad(self, node: fx.Node, value: Any) -> bool:
+        outs = value if isinstance(value, (tuple, list)) else [value]
+        floats = any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in outs)
+        made = any(
+            isinstance(self.values.get(n), int) and self.terms.grads[self.values[n]] for n in node.all_input_nodes
+        )
+        return floats and made and op_name(node) not in NO_GRADIENT
+
+    def general(self, node: fx.Node, value: Any) -> int:
+        key = (op_name(node), _named(self, node))
+        if is_random(node):
+            drawn = self.terms.atom(("draw", next(self._fresh)), shape_of(value), self.grad(node, value))
+            self.terms.draws[key].append(drawn)
+            return drawn
+        shape = shape_of(value) if isinstance(value, torch.Tensor) else ()
+        return self.terms.atom(key, shape, self.grad(node, value))
+
+    def tensor(self, node: fx.Node, value: torch.Tensor) -> int:
+        name, shape = op_name(node), shape_of(value)
+        args = spelled(node.target, node.args, node.kwargs)
+        if name in ("aten.add", "aten.sub", "aten.neg", "aten.mul", "aten.div", "aten.mean", "aten.sum"):
+            found = self.linear(node, name, args, shape)
+            if found is not None:
+                return found
+        if name in PRODUCTS:
+            found = self.product(name, args, shape)
+            if found is not None:
+                return found
+        if name in VIEWS and node.target is not aten.view.dtype:
+            if name in ("aten.reshape", "aten.view"):  # sizes as they are asked for, not as torch works them out
+                asked = [
+                    self.values[n] if isinstance(n, fx.Node) else Size(n) if n > 0 else None
+                    for n in list(args.values())[1]
+                ]
+                shape = tuple(n if isinstance(n, Size) else s for n, s in zip(asked, shape, strict=True))
+            viewed = self.terms.view(self.values[node.args[0]], shape, known=True)
+            self.terms.placed["call", self.values[node.args[0]]][name, _named(self, node)] = viewed
+            return viewed
+        if name in PERMUTES:
+            return self.permute(node, shape)
+        if name in EXPANDS:
+            source = self.values[node.args[0]]
+            if self.terms.shapes[source] == shape:
+                return source
+            made = self.terms.atom(("expand", source, shape), shape, self.terms.grads[source])
+            self.terms.placed["expand", source][shape] = made
+            return made
+        if name in PARTS:
+            found = self.part(node, name, args, shape)
+            if found is not None:
+                return found
+        if name in CONVOLUTIONS and args.get("bias") is not None:
+            return self.convolution(node, name, args, shape)
+        made = self.general(node, value)
+        if name in NORMS:
+            self.terms.placed["norm", self.values[node.args[0]]][name, _named(self, node)] = made
+        return made
+
+    def linear(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int | None:
+        """Sums and multiples, taken apart."""
+        items = list(args.values())
+        if name in ("aten.mean", "aten.sum"):
+            source = self.values[items[0]]
+            sizes = self.terms.shapes[source]
+            dims, keep = dims_of(args.get("dim"), len(sizes)), bool(args.get("keepdim", False))
+            key = ("total", source, dims, keep, args.get("dtype"))
+            total = self.terms.atom(key, shape, self.terms.grads[source])
+            if name == "aten.sum":
+                return total
+            count = Coefficient.of(product(sizes[d] for d in dims))
+            by = count.inverse() if count else None
+            return None if by is None else self.terms.added([(total, by)], shape)
+        weights = [ONE, Coefficient.of(args.get("alpha", 1)) or ONE]
+        if set(args) - {"self", "other", "alpha"}:
+            return None
+        if name == "aten.neg":
+            minus = Coefficient.of(-1)
+            assert minus is not None
+            return self.terms.added([(self.values[items[0]], minus)], shape)
+        if name in ("aten.mul", "aten.div"):
+            left, right = args["self"], args["other"]
+            if name == "aten.mul" and not is_tensor(left):
+                left, right = right, left
+            if not is_tensor(left) or is_tensor(right):
+                return None
+            by = Coefficient.of(self.values[right] if isinstance(right, fx.Node) else right)
+            by = by.inverse() if by is not None and name == "aten.div" else by
+            if by is None or not node.meta["val"].is_floating_point():
+                return None
+            return self.terms.added([(self.values[left], by)], shape)
+        found = list[tuple[int, Coefficient]]()
+        for item, weight in zip((args["self"], args["other"]), weights, strict=True):
+            minus = Coefficient.of(-1) if name == "aten.sub" and item is args["other"] and found else None
+            if is_tensor(item):
+                term, by = self.values[item], weight
+            else:
+                number = Coefficient.of(self.values[item] if isinstance(item, fx.Node) else item)
+                if number is None:
+                    return None
+                term, by = self.terms.number(), number * weight
+            found.append((term, by * minus if minus is not None else by))
+        return self.terms.added(found, shape)
+
+    def product(self, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int | None:
+        found = equation(name, args, lambda n: n.meta["val"].dim())
+        if found is None:
+            return None
+        operands = [self.values[n] for n in found.operands]
+        term = self.terms.atom(found.key(operands), shape, any(self.terms.grads[t] for t in operands))
+        weights = [Coefficient.of(w) for w in (found.weight, *(w for _, w in found.added))]
+        if any(w is None for w in weights):
+            return None
+        pairs = zip([term, *(self.values[n] for n, _ in found.added)], weights, strict=True)
+        return self.terms.added([(t, w) for t, w in pairs if w is not None], shape)
+
+    def permute(self, node: fx.Node, shape: tuple[Size, ...]) -> int:
+        source = self.values[node.args[0]]
+        order = order_of(node.target, len(shape), [*node.args[1:], *node.kwargs.values()])
+        if order == tuple(range(len(shape))):
+            return source
+        return self.terms.atom(("permute", source, order), shape, self.terms.grads[source])
+
+    def part(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int | None:
+        source = self.values[node.args[0]]
+        sizes = self.terms.shapes[source]
+        dim = args.get("dim", 0) if name != "aten.flip" else args["dims"]
+        if isinstance(dim, (list, tuple)):
+            if len(dim) != 1:
+                return None
+            (dim,) = dim
+        dim %= len(sizes)
+        if not sizes[dim].static:
+            return None
+        what = taken(name, {k: self.number(v) for k, v in args.items()}, sizes[dim].number)
+        if what is None:
+            return None
+        removed = name == "aten.select"
+        if what == range(sizes[dim].number) and not removed:
+            return source
+        key = (dim, what, removed)
+        made = self.terms.atom(("part", source, key), shape, self.terms.grads[source])
+        self.terms.placed["part", source][key] = made
+        return made
+
+    def number(self, value: Any) -> Any:
+        """A size computed in the graph as the number that it is, if it is one."""
+        found = self.values.get(value) if isinstance(value, fx.Node) else value
+        return found.number if isinstance(found, Size) and found.static else found
+
+    def convolution(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int:
+        bare = (name, tuple((k, self.key(v)) for k, v in sorted(args.items()) if k != "bias"))
+        operands = [self.values[n] for n in node.all_input_nodes if is_tensor(n)]
+        term = self.terms.atom(bare, shape, any(self.terms.grads[t] for t in operands))
+        slid = len(shape_of(node.args[1].meta["val"])) - 2
+        bias = self.values[args["bias"]]
+        shaped = self.terms.view(bias, (*self.terms.shapes[bias], *[Size(1)] * slid), known=True)
+        return self.terms.added([(term, ONE), (shaped, ONE)], shape)
+
+
+def _named(reader: Any, node: fx.Node) -> Hashable:
+    tensors = [n for n in node.all_input_nodes if isinstance(reader.values[n], int)]
+    rank = len(reader.terms.shapes[reader.values[tensors[0]]]) if tensors else 0
+    args = with_dims(spelled(node.target, node.args, node.kwargs), rank)
+    return tuple(sorted((k, reader.key(v)) for k, v in args.items()))
+
+
+def read(graph: fx.Graph, parameters: Collection[str]) -> tuple[Terms, dict[fx.Node, Any]]:
+    """A captured graph as terms, and what each of its nodes stands for: a term, a :class:`Size`, a region."""
+    reader = _Reader(parameters)
+    reader.run(graph)
+    return reader.terms, reader.values

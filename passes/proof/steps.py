@@ -1,0 +1,272 @@
+"""Steps: what a proof keeps while it walks a rewritten graph, and what every rule asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from passes.axes import Size
+from passes.layout import Layout
+from passes.proof.claims import Claim, Dim, Unproved, agreed, held_once, is_whole, split_of
+from passes.proof.terms import Terms, canonical, with_dims
+from passes.state import PerRank
+
+__all__ = ["Proof", "Rule", "Sizes", "Step", "dims_by_layout", "wholly"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A size computed in the graph: each rank's own."""
+
+    ranks: tuple[Size, ...]
+
+
+def wholly(shape: Sequence[Size]) -> tuple[Dim, ...]:
+    """Dims of which every rank holds all."""
+    return tuple(() if size.is_one else ((size, None),) for size in shape)
+
+
+def dims_by_layout(shape: Sequence[Size], layout: Layout) -> tuple[Dim, ...]:
+    """What ranks hold of a parameter, from its layout on its dims."""
+    found: list[Dim] = []
+    for d, size in enumerate(shape):
+        shards = layout.dims.get(d)
+        split = None if shards is None else split_of(shards.size, [s.indices for s in shards.ranks])
+        found.append(() if size.is_one else ((size, split),))
+    return tuple(found)
+
+
+@dataclass
+class Step:
+    """One call of the rewritten graph: its op's name and target, and its arguments by name."""
+
+    node: fx.Node
+    name: str
+    target: Any
+    args: dict[str, Any]
+
+
+class Proof:
+    """The claims proved so far."""
+
+    def __init__(self, terms: Terms, tp: int) -> None:
+        self.terms, self.tp = terms, tp
+        self.values: dict[fx.Node, Any] = {}
+        self.chosen: dict[fx.Node, Claim] = {}
+        self.draws: list[tuple[Hashable, int]] = []
+
+    # Arguments -----------------------------------------------------------------------------------
+
+    def value(self, node: fx.Node) -> Any:
+        """What is known of a node; of several true claims the one at hand."""
+        return self.chosen.get(node, self.values.get(node))
+
+    def claim(self, node: Any) -> Claim:
+        """The claim of a tensor argument."""
+        found = self.value(node) if isinstance(node, fx.Node) else None
+        if not isinstance(found, Claim):
+            raise Unproved("a tensor", repr(node), "the op cannot be read")
+        return found
+
+    def is_tensor(self, value: Any) -> bool:
+        """Whether an argument is a tensor."""
+        return isinstance(value, fx.Node) and isinstance(self.value(value), Claim)
+
+    def at(self, value: Any, rank: int) -> Any:
+        """An argument as one rank has it; sizes computed in the graph as :class:`Size`."""
+        if isinstance(value, PerRank):
+            return self.at(value.values[rank], rank)
+        if isinstance(value, fx.Node):
+            found = self.value(value)
+            return found.ranks[rank] if isinstance(found, Sizes) else found
+        if isinstance(value, (list, tuple)):
+            return tuple(self.at(v, rank) for v in value)
+        return value
+
+    def ranks(self, value: Any) -> list[Any]:
+        """An argument on each rank."""
+        return [self.at(value, r) for r in range(self.tp)]
+
+    def same(self, value: Any, what: str = "this argument") -> Any:
+        """An argument that all ranks must have alike."""
+        each = self.ranks(value)
+        if any(x != each[0] for x in each):
+            raise Unproved(f"{what} to be the same on all ranks", f"{each}", "the ranks would compute different things")
+        return each[0]
+
+    def key(self, value: Any) -> Any:
+        """An argument as in the key of a term."""
+        if isinstance(value, fx.Node):
+            found = self.value(value)
+            if isinstance(found, Claim):
+                return ("term", found.term)
+            return self.same(value) if isinstance(found, Sizes) else found
+        if isinstance(value, PerRank):
+            return canonical(self.same(value))
+        if isinstance(value, (list, tuple)):
+            return tuple(self.key(v) for v in value)
+        return canonical(value)
+
+    def named(self, args: Mapping[str, Any]) -> Hashable:
+        """All arguments as in the key of a term."""
+        tensors = self.tensors(dict(args))
+        args = with_dims(args, len(tensors[0].dims) if tensors else 0)
+        return tuple(sorted((k, self.key(v)) for k, v in args.items()))
+
+    def tensors(self, value: Any) -> list[Claim]:
+        """The claims of all tensors among arguments, in order."""
+        if self.is_tensor(value):
+            return [self.claim(value)]
+        if isinstance(value, dict):
+            value = list(value.values())
+        return [c for v in value for c in self.tensors(v)] if isinstance(value, (list, tuple)) else []
+
+    # Terms ---------------------------------------------------------------------------------------
+
+    def known(self, key: Hashable, what: str) -> int:
+        """The term of an atom that the dense model computes too."""
+        term = self.terms.find(key)
+        if term is None:
+            raise Unproved(
+                f"{what} that the dense model computes",
+                "one that it does not",
+                "the values would be of another function",
+            )
+        return term
+
+    def drawn(self, key: Hashable) -> int:
+        """The next random value that the dense model draws in this way."""
+        waiting = self.terms.draws.get(key)
+        if not waiting:
+            raise Unproved("random numbers that the dense model draws", "others", "they would be drawn anew")
+        self.draws.append((key, waiting[0]))
+        return waiting[0]
+
+    def called(self, step: Step) -> int:
+        """The term of a step that the dense model takes with the same arguments."""
+        return self.known((step.name, self.named(step.args)), f"a result of {step.name}")
+
+    # What rules share ------------------------------------------------------------------------------
+
+    def settled(self, claim: Claim, what: str = "a value") -> Claim:
+        """A claim that is no pending sum."""
+        if claim.pending or claim.uncounted is not None:
+            raise Unproved(
+                f"{what} that is reduced", "a pending sum", "each rank would go on with its own part of the sum"
+            )
+        return claim
+
+    def whole(self, claim: Claim) -> Claim:
+        """A claim of a whole value."""
+        if not self.settled(claim).whole:
+            raise Unproved("a whole value", f"one that is {claim}", "each rank would compute of its own part")
+        return claim
+
+    def aligned(self, operands: Sequence[Claim], letters: Sequence[Sequence[str]]) -> dict[str, Dim]:
+        """Per letter what ranks hold of that dim, which operands that have it must agree on."""
+        found: dict[str, Dim] = {}
+        for claim, each in zip(operands, letters, strict=True):
+            self.settled(claim, "an operand")
+            for letter, dim in zip(each, claim.dims, strict=True):
+                if not dim:
+                    found.setdefault(letter, ())
+                    continue
+                before = found.get(letter) or dim
+                both = agreed(before, dim)
+                if both is None:
+                    raise Unproved(
+                        f"the same indices of a dim on every operand ({Claim(0, (before,))})",
+                        f"{Claim(0, (dim,))}",
+                        "elements that do not belong together would be combined",
+                    )
+                found[letter] = both
+        return found
+
+    def gradient(
+        self, term: int, dims: Sequence[Dim], pending: bool, operands: Sequence[tuple[Claim, bool]]
+    ) -> str | None:
+        """What the gradient that arrives at a result is worth, from what its operands need.
+
+        Args:
+            term: the result.
+            dims: what ranks hold of it.
+            pending: whether it is a pending sum.
+            operands: each with whether it is split wherever the result is, so that a rank that holds an element
+                of it holds all results made of that.
+        """
+        if not self.terms.grads[term]:
+            return None
+        flowing = [(c, carries) for c, carries in operands if c.grad is not None]
+        if not flowing:
+            raise Unproved("a value that gradients flow through", "none", "gradients would stop here")
+        parts = [c.grad in ("partial", "both") for c, _ in flowing]
+        if pending:
+            self._enter(flowing, parts)
+            return None
+        splits = tuple(split for dim in dims for _, split in dim if split is not None)
+        if splits and held_once(splits):
+            self._enter(flowing, [p or carries for p, (_, carries) in zip(parts, flowing, strict=True)])
+            return "both"
+        if all(parts):
+            return "partial"
+        self._enter(flowing, [carries and c.grad in ("complete", "both") for c, carries in flowing])
+        return "complete"
+
+    def combined(
+        self, term: int, operands: Sequence[Claim], letters: Sequence[Sequence[str]], out: Sequence[str],
+        whole: Collection[str] = (),
+    ) -> Claim:  # fmt: skip
+        """The claim of a result that is made index by index, along the letters of its dims."""
+        dims = self.aligned(operands, letters)
+        for letter in whole:
+            if not is_whole(dims.get(letter, ())):
+                raise Unproved(
+                    "the dims that the op mixes to be whole", str(Claim(0, (dims[letter],))),
+                    "each rank would mix its own part only",
+                )  # fmt: skip
+        result = tuple(dims.get(x, ()) for x in out)
+        grad = self.gradient(term, result, False, self.carried(operands, letters, out, result))
+        return Claim(term, result).with_grad(grad)
+
+    @staticmethod
+    def carried(
+        operands: Sequence[Claim], letters: Sequence[Sequence[str]], out: Sequence[str], result: Sequence[Dim]
+    ) -> list[tuple[Claim, bool]]:
+        """Each operand with whether it is split wherever the result is."""
+        across = {x for x, dim in zip(out, result, strict=True) if not is_whole(dim)}
+        return [
+            (c, across <= {x for x, dim in zip(each, c.dims, strict=True) if dim})
+            for c, each in zip(operands, letters, strict=True)
+        ]
+
+    def indexwise(self, term: int, operands: Sequence[Claim]) -> Claim:
+        """The claim of a result whose operands broadcast."""
+        rank = len(self.terms.shapes[term])
+        names = [f"d{i}" for i in range(rank)]
+        return self.combined(term, operands, [names[rank - len(c.dims) :] for c in operands], names)
+
+    def of_wholes(self, term: int, operands: Sequence[Claim]) -> Claim:
+        """The claim of a result that every rank computes from whole values."""
+        dims = wholly(self.terms.shapes[term])
+        return Claim(term, dims, self.gradient(term, dims, False, [(c, True) for c in operands]))
+
+    def of_one(self, term: int, dims: Sequence[Dim], claim: Claim, carries: bool = True) -> Claim:
+        """The claim of a result made of one operand."""
+        return Claim(term, tuple(dims)).with_grad(self.gradient(term, dims, False, [(claim, carries)]))
+
+    @staticmethod
+    def _enter(flowing: Sequence[tuple[Claim, bool]], fine: Sequence[bool]) -> None:
+        for (claim, _), ok in zip(flowing, fine, strict=True):
+            if not ok:
+                raise Unproved(
+                    "operands whose gradients are all complete or all in parts, as what is made of them needs",
+                    f"one that is {claim}",
+                    "its gradient would miss the other ranks' parts, or count them more than once",
+                )
+
+
+Rule = Callable[[Proof, Step], Any]
+"""What gives the claim of a step, or several that are all true; it raises :class:`Unproved`."""

@@ -1,0 +1,57 @@
+"""What becomes of a mutant: whether its numbers differ from the dense model's, and whether the proof refuses it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from autotp.capture import Captured, capture
+from autotp.rewrite import Rewritten, rewrite
+from autotp.simulate import Simulation
+from autotp.verify import Float64, compare
+from passes import Verdict, check
+from tests.models import make
+from tests.mutation.mutants import Mutant, mutants
+from tests.passes.harness import OneProgram
+
+__all__ = ["Subject", "subject"]
+
+
+@dataclass
+class Subject:
+    """A model, its capture, and its program for some ranks, which is proved."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    captured: Captured
+    program: Rewritten
+
+    def verdict(self, program: Rewritten) -> Verdict:
+        """What the proof says of a program."""
+        return check(self.captured.graph, program.graph, program.stored, self.captured.parameters, program.tp)
+
+    def differs(self, program: Rewritten) -> bool:
+        """Whether a program fails, or gives other values or gradients than the dense model."""
+        parallel = Simulation(self.model, program.tp, OneProgram(self.model, program), record=True)
+        with Float64():
+            try:
+                return not compare(self.model, parallel, (), self.inputs).ok
+            except Exception:  # of any kind: shapes that no longer fit, indices out of range
+                return True
+
+    def mutants(self) -> Iterator[Mutant]:
+        """All ways to break the program."""
+        return mutants(self.program)
+
+
+@functools.cache
+def subject(name: str, tp: int) -> Subject:
+    """One of :mod:`tests.models` for some ranks."""
+    with Float64():
+        model, inputs = make(name)
+        captured = capture(model, (), inputs)
+    return Subject(model, inputs, captured, rewrite(captured, tp))
