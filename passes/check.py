@@ -212,7 +212,14 @@ class _Walk:
             return Sizes(tuple(claim.local(r)[args[1]] for r in range(self.tp)))
         tensors = [n for n in step.node.all_input_nodes if proof.is_tensor(n)]
         if tensors and not name.startswith("aten.sym_"):
-            return None
+            if name != "aten.item":
+                return None
+            known = self.terms.placed["size", 0].get((name, tuple(proof.key(a) for a in args)))
+            if known is None:
+                return None
+            for operand in tensors:  # a number read out of a tensor
+                proof.whole(proof.claim(operand))
+            return Sizes((known,) * self.tp)  # type: ignore[arg-type]
         operands = [proof.ranks(a) for a in args]
         if step.target in (operator.mul, operator.floordiv) and len(args) == 2:
             found = []

@@ -184,7 +184,7 @@ def regrouped(dims: Sequence[Dim], shape: Sequence[Size]) -> tuple[Dim, ...] | N
     if all(is_whole(dim) for dim in inside):  # sizes that no rank divides may mix as they like
         middle: list[Dim] = [() if s.is_one else ((s, None),) for s in between]
     else:
-        left, middle = [f for dim in inside for f in dim], []
+        left, middle, renamed = [f for dim in inside for f in dim], [], False
         for target in between:
             group: list[Factor] = []
             while not target.is_one:
@@ -192,6 +192,11 @@ def regrouped(dims: Sequence[Dim], shape: Sequence[Size]) -> tuple[Dim, ...] | N
                     return None
                 size, split = left.pop(0)
                 rest = target.over(size)
+                if rest is None and not size.static and split is None and (more := size.over(target)) is not None:
+                    left.insert(0, (more, None))  # of what is whole any factor may come first
+                    size, rest = target, Size(1)
+                if rest is None and not (size.static or target.static or split or renamed):
+                    size, rest, renamed = target, Size(1), True  # as many, in other words, if all else fits
                 if rest is None:
                     if not (size.static and target.static and size.number % target.number == 0):
                         return None
