@@ -220,7 +220,13 @@ class _Walk:
             for operand in tensors:  # a number read out of a tensor
                 proof.whole(proof.claim(operand))
             return Sizes((known,) * self.tp)  # type: ignore[arg-type]
+        if isinstance(step.target, torch._ops.OpOverload) and not tensors and not name.startswith("aten.sym_"):
+            return None
         operands = [proof.ranks(a) for a in args]
+        if all(each == [each[0]] * self.tp for each in operands):
+            known = self.terms.placed["size", 0].get((name, tuple(proof.key(a) for a in args)))
+            if known is not None:
+                return Sizes((known,) * self.tp)  # type: ignore[arg-type]
         if step.target in (operator.mul, operator.floordiv) and len(args) == 2:
             found = []
             for left, right in zip(*operands, strict=True):
@@ -233,15 +239,9 @@ class _Walk:
                 )
             if all(f is not None for f in found):
                 return Sizes(tuple(f for f in found if f is not None))
-        if isinstance(step.target, torch._ops.OpOverload) and not tensors and not name.startswith("aten.sym_"):
-            return None
-        key = (name, tuple(proof.key(a) for a in args))
-        known = self.terms.placed["size", 0].get(key)
-        if known is not None:
-            return Sizes((known,) * self.tp)  # type: ignore[arg-type]
         if isinstance(step.target, torch._ops.OpOverload) or step.target is operator.getitem:
             return None
-        return ("number", name, key[1])
+        return ("number", name, tuple(proof.key(a) for a in args))
 
     def run(self) -> Verdict:
         values, node, seen = 0, None, set()

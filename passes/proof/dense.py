@@ -184,9 +184,11 @@ class _Reader:
     def grad(self, node: fx.Node, value: Any) -> bool:
         outs = value if isinstance(value, (tuple, list)) else [value]
         floats = any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in outs)
-        made = any(
-            isinstance(self.values.get(n), int) and self.terms.grads[self.values[n]] for n in node.all_input_nodes
-        )
+        inputs = node.all_input_nodes
+        if op_name(node) == "aten.type_as" or node.target is aten.to.other:  # the other gives its dtype only
+            inputs = inputs[:1]
+        found = [self.values.get(n) for n in inputs]
+        made = any(isinstance(term, int) and self.terms.grads[term] for term in found)
         return floats and made and op_name(node) not in NO_GRADIENT
 
     def general(self, node: fx.Node, value: Any) -> int:
