@@ -64,7 +64,7 @@ def _places(proof: Proof, claim: Claim, places: Any) -> None:
 def _covered(splits: Sequence[Split]) -> bool:
     """Whether every index of the product of split factors is on some rank."""
     held = np.zeros([s.size for s in splits], dtype=bool)
-    for rank in range(len(splits[0].ranks) if splits else 0):
+    for rank in range(len(splits[0].ranks)):
         held[np.ix_(*(s.ranks[rank] for s in splits))] = True
     return bool(held.all())
 
@@ -75,7 +75,7 @@ def all_gather(proof: Proof, step: Step) -> Claim:
     claim = proof.settled(proof.claim(source))
     _places(proof, claim, places)
     _whole_group(proof, group)
-    if not counted_once(claim.splits) and not _covered(claim.splits):
+    if claim.splits and not counted_once(claim.splits) and not _covered(claim.splits):
         raise Unproved("every index on some rank", str(claim), "places would be left empty")
     if proof.terms.grads[claim.term] and claim.grad not in ("partial", "both"):
         raise Unproved(
