@@ -32,6 +32,29 @@ def test_passes_imports_nothing_of_autotp(path: Path) -> None:
     assert not {m for m in imported(path) if m.split(".")[0] in ("autotp", "transformers", "tests")}
 
 
+WRITERS = {
+    "propagate",
+    "decide",
+    "assign",
+    "shard",
+    "enter",
+    "localize",
+    "minimum",
+    "relayout",
+    "units",
+    "cost",
+    "choose",
+}
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "passes" / "check.py", *sorted((ROOT / "passes" / "proof").glob("*.py"))], ids=str
+)
+def test_the_proof_imports_nothing_of_the_passes_that_write_programs(path: Path) -> None:
+    used = {m.split(".")[1] for m in imported(path) if m.startswith("passes.")}
+    assert not used & (WRITERS | {"rules"})
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 450
