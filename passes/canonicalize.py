@@ -369,7 +369,6 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
         elif op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:
             node.target = aten.reshape.default
             count += 1
-    for node in list(graph.nodes):
         if op_name(node) == "aten.cross_entropy_loss":
             count += _as_rows(node)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))

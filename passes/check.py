@@ -137,7 +137,6 @@ class _Walk:
     ) -> None:
         self.terms, self.dense = read(captured, parameters)
         self.captured, self.graph, self.stored, self.tp = captured, graph, stored, tp
-        self.parameters = parameters
         self.proof = Proof(self.terms, tp)
         self.inputs = itertools.count()
         self.collectives = 0
@@ -187,8 +186,7 @@ class _Walk:
             target, args = args[0], args[1:]
         target = _STANDS_FOR.get(target, target)
         name = str(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else op_name(node)
-        named = {k: v for k, v in spelled(target, args, kwargs).items() if k != "options"}
-        step = Step(node, name, target, named)
+        step = Step(node, name, target, spelled(target, args, kwargs))
         if draws:
             return others.random(self.proof, step)
         sizes = self.size(name, step)
@@ -255,8 +253,11 @@ class _Walk:
                 seen.add(
                     (node.target, *(self.kind(self.proof.values[n]) for n in node.all_input_nodes), self.kind(found))
                 )
-        except Unproved as error:
+        except Exception as error:
             assert node is not None
+            if not isinstance(error, Unproved):  # a call that no rule can read, be it the program's fault or the rule's
+                said = f"{type(error).__name__}: {error}"
+                error = Unproved("a step that the proof can read", said, "what it computes is not known")
             return Verdict(
                 False, values, self.collectives, 0, node.name, node.meta.get("module", module_path(node)),
                 node.meta.get("source", source_line(node)), error.expected, error.found, error.effect,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from passes.axes import Size
 from passes.fabric import parse_group
 from passes.proof.claims import Claim, Dim, Split, Unproved, counted_once, is_whole
 from passes.proof.steps import Proof, Step, wholly
+from passes.proof.terms import plain
 from passes.state import GROUP
 
 __all__ = ["all_gather", "all_reduce", "enter", "enter_overlapping", "norm_over_shards", "settle", "vocab_embedding",
@@ -105,13 +105,19 @@ def enter(proof: Proof, step: Step) -> Any:
     return found if isinstance(source, tuple) else found[0]
 
 
-def _entered(proof: Proof, claim: Claim, group: str) -> Claim:
-    if claim.grad is None:
-        return claim
+def _summed(claim: Claim) -> Claim:
+    """What has entered: the gradient that arrives behind is in parts, for they are summed."""
     if claim.grad != "complete":
         raise Unproved(
             "a value whose gradient is complete", f"one that is {claim}", "its gradient would be summed twice"
         )
+    return Claim(claim.term, claim.dims, "partial")
+
+
+def _entered(proof: Proof, claim: Claim, group: str) -> Claim:
+    if claim.grad is None:
+        return claim
+    entered = _summed(claim)
     parent, parts = parse_group(group)
     if parent != GROUP:
         raise Unproved("the group of all ranks", repr(group), "gradients would be summed over others")
@@ -128,7 +134,7 @@ def _entered(proof: Proof, claim: Claim, group: str) -> Claim:
     total = sum(len(claim.splits[0].ranks[ranks[0]]) for ranks in want) if claim.splits else 0
     if len(claim.splits) > 1 or (claim.splits and total != claim.splits[0].size):
         raise Unproved("ranks that hold the same or nothing in common", str(claim), "overlaps would not be summed")
-    return Claim(claim.term, claim.dims, "partial")
+    return entered
 
 
 def enter_overlapping(proof: Proof, step: Step) -> Claim:
@@ -137,13 +143,9 @@ def enter_overlapping(proof: Proof, step: Step) -> Claim:
     claim = proof.settled(proof.claim(source))
     if claim.grad is None:
         return claim
-    if claim.grad != "complete":
-        raise Unproved(
-            "a value whose gradient is complete", f"one that is {claim}", "its gradient would be summed twice"
-        )
     _places(proof, claim, places)
     _whole_group(proof, group)
-    return Claim(claim.term, claim.dims, "partial")
+    return _summed(claim)
 
 
 def vocab_embedding(proof: Proof, step: Step) -> Claim:
@@ -167,8 +169,7 @@ def _run_of(proof: Proof, dim: Dim, starts: Any, size: Any) -> None:
     if split is None or not counted_once((split,)) or whole.number != proof.same(size):
         raise Unproved("every index on one rank", str(Claim(0, (dim,))), "some would count twice or never")
     for rank in range(proof.tp):
-        start = proof.at(starts, rank)
-        start = start.number if isinstance(start, Size) else start
+        start = plain(proof.at(starts, rank))
         if not np.array_equal(split.ranks[rank], np.arange(start, start + split.counts[rank])):
             raise Unproved(
                 f"indices from {split.ranks[rank][:1].tolist()} on rank {rank}",

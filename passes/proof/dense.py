@@ -15,7 +15,7 @@ from torch import fx
 
 from passes.axes import Size, product, shape_of, size_of
 from passes.graphs import is_random, is_tensor, op_name
-from passes.proof.terms import ONE, Coefficient, Terms, canonical, spelled, with_dims
+from passes.proof.terms import ONE, Coefficient, Terms, canonical, plain, spelled, with_dims
 
 __all__ = ["VIEWS", "Equation", "dims_of", "equation", "order_of", "read", "taken"]
 
@@ -167,8 +167,6 @@ class _Reader:
                     self.terms.regions[str(node.target)] = getattr(node.meta.get("region"), "graph", None)
             elif node.op == "call_function":
                 self.values[node] = self.value(node, value)
-                if isinstance(self.values[node], int):
-                    self.terms.nodes.setdefault(self.values[node], node)
 
     def value(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.SymInt):
@@ -316,7 +314,11 @@ class _Reader:
         dim %= len(sizes)
         if not sizes[dim].static:
             return None
-        what = taken(name, {k: self.number(v) for k, v in args.items()}, sizes[dim].number)
+        what = taken(
+            name,
+            {k: plain(self.values.get(v, v) if isinstance(v, fx.Node) else v) for k, v in args.items()},
+            sizes[dim].number,
+        )
         if what is None:
             return None
         removed = name == "aten.select"
@@ -326,11 +328,6 @@ class _Reader:
         made = self.terms.atom(("part", source, key), shape, self.terms.grads[source])
         self.terms.placed["part", source][key] = made
         return made
-
-    def number(self, value: Any) -> Any:
-        """A size computed in the graph as the number that it is, if it is one."""
-        found = self.values.get(value) if isinstance(value, fx.Node) else value
-        return found.number if isinstance(found, Size) and found.static else found
 
     def convolution(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int:
         bare = (name, tuple((k, self.key(v)) for k, v in sorted(args.items()) if k != "bias"))

@@ -13,6 +13,7 @@ from passes.proof.claims import Claim, Dim, Split, Unproved, agreed, dim_of, is_
 from passes.proof.dense import dims_of, order_of, taken
 from passes.proof.others import general, sliced
 from passes.proof.steps import Proof, Step, wholly
+from passes.proof.terms import plain
 
 __all__ = ["expand", "join", "narrow", "part", "permute", "take", "view"]
 
@@ -176,6 +177,14 @@ def _held(dim: Dim, rank: int) -> tuple[int, np.ndarray] | None:
     return size.number, np.arange(size.number) if split is None else split.ranks[rank]
 
 
+def _static(dim: Dim, rank: int) -> tuple[int, np.ndarray]:
+    """A dim's size and the indices that a rank holds, in its order."""
+    held = _held(dim, rank)
+    if held is None:
+        raise Unproved("a static dim", "a symbolic one", "what a rank holds of it is not known")
+    return held
+
+
 def part(proof: Proof, step: Step) -> Claim | list[Claim]:
     """A slice or one index of a dim: of what each rank holds, it takes what the dense model takes of the whole."""
     source, *_ = step.args.values()
@@ -189,16 +198,12 @@ def part(proof: Proof, step: Step) -> Claim | list[Claim]:
     picks = []
     for rank in range(proof.tp):
         held = _held(claim.dims[dim], rank)
-        args = {k: _number(proof.at(v, rank)) for k, v in list(step.args.items())[1:]}
+        args = {k: plain(proof.at(v, rank)) for k, v in list(step.args.items())[1:]}
         what = None if held is None else taken(step.name, args, len(held[1]))
         if held is None or what is None:
             return sliced(proof, step)
         picks.append(held[1][list(what)] if what else held[1][:0])
     return _picked(proof, claim, dim, picks, step.name == "aten.select")
-
-
-def _number(value: Any) -> Any:
-    return value.number if isinstance(value, Size) and value.static else value
 
 
 def _picked(proof: Proof, claim: Claim, dim: int, picks: Sequence[np.ndarray], removed: bool) -> list[Claim]:
@@ -248,16 +253,13 @@ def narrow(proof: Proof, step: Step) -> Claim:
     source, dim, runs = list(step.args.values())[:3]
     claim = proof.settled(proof.claim(source))
     dim %= len(claim.dims)
-    lists = []
+    lists, size = [], 0
     for rank in range(proof.tp):
-        held = _held(claim.dims[dim], rank)
-        if held is None:
-            raise Unproved("a static dim", "a symbolic one", "what a rank holds of it is not known")
+        size, held = _static(claim.dims[dim], rank)
         mine = np.concatenate([np.arange(a, b) for a, b in proof.at(runs, rank)])
-        if mine.size and mine.max() >= len(held[1]):
+        if mine.size and mine.max() >= len(held):
             raise Unproved("indices that the rank has", "others", "the program would fail")
-        lists.append(held[1][mine])
-    size = held[0] if held else 0
+        lists.append(held[mine])
     dims = (*claim.dims[:dim], ((Size(size), split_of(size, lists)),), *claim.dims[dim + 1 :])
     return proof.of_one(claim.term, dims, claim, carries=False)
 
@@ -267,12 +269,7 @@ def take(proof: Proof, step: Step) -> list[Claim]:
     source, dim, positions = list(step.args.values())[:3]
     claim = proof.settled(proof.claim(source))
     dim %= len(claim.dims)
-    picks = []
-    for rank in range(proof.tp):
-        held = _held(claim.dims[dim], rank)
-        if held is None:
-            raise Unproved("a static dim", "a symbolic one", "what a rank holds of it is not known")
-        picks.append(held[1][list(proof.at(positions, rank))])
+    picks = [_static(claim.dims[dim], r)[1][list(proof.at(positions, r))] for r in range(proof.tp)]
     return _picked(proof, claim, dim, picks, False)
 
 
@@ -292,18 +289,15 @@ def join(proof: Proof, step: Step) -> Claim:
                 raise Unproved("parts that hold the same of the other dims", str(claim), "rows would be mixed up")
             dims[d] = both
     if all(is_whole(c.dims[dim]) for c in parts):
-        size = proof.terms.shapes[term][dim]
-        dims[dim] = () if size.is_one else ((size, None),)
+        dims[dim] = wholly(proof.terms.shapes[term])[dim]
     else:
         lists = []
         for r in range(proof.tp):
             start, found = 0, []
             for claim in parts:
-                held = _held(claim.dims[dim], r)
-                if held is None:
-                    raise Unproved("parts of static sizes", "symbolic ones", "where each begins is not known")
-                found.append(held[1] + start)
-                start += held[0]
+                size, held = _static(claim.dims[dim], r)
+                found.append(held + start)
+                start += size
             lists.append(np.concatenate(found))
         dims[dim] = dim_of([(Size(start), split_of(start, lists))])
     grad = proof.gradient(term, dims, False, [(c, True) for c in parts])

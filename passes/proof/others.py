@@ -13,7 +13,7 @@ from passes.proof.claims import Claim, Unproved, counted_once, is_whole
 from passes.proof.dense import dims_of
 from passes.proof.products import added, attention
 from passes.proof.steps import Proof, Step, wholly
-from passes.proof.terms import ONE, Coefficient
+from passes.proof.terms import ONE, Coefficient, plain
 
 __all__ = ["arithmetic", "complex_pairs", "embedding", "general", "getitem", "index", "norm", "pointwise", "random",
            "reduced", "scan", "shifted", "sliced", "summed"]  # fmt: skip
@@ -40,7 +40,8 @@ def getitem(proof: Proof, step: Step) -> Any:
     if isinstance(found, tuple) and found and not isinstance(found[0], str):
         return found[at]
     term = proof.called(step)
-    return Claim(term, wholly(proof.terms.shapes[term]), found.grad if proof.terms.grads[term] else None)
+    grad = proof.claim(source).grad
+    return Claim(term, wholly(proof.terms.shapes[term]), grad if proof.terms.grads[term] else None)
 
 
 def pointwise(proof: Proof, step: Step) -> Claim:
@@ -55,18 +56,9 @@ def random(proof: Proof, step: Step) -> Claim:
     """Random numbers: alike on whole values, each rank's own on what no two ranks hold."""
     if step.name == "aten.scaled_dot_product_attention":
         return attention(proof, step)
-    operands, alike = proof.tensors(step.args), step.node.target.__name__ != "random_per_rank"
-    for claim in operands:
-        if alike != proof.settled(claim).whole:
-            raise Unproved(
-                "the same draw for whole values, an own one for parts", str(claim),
-                "ranks would drop other elements of the same value",
-            )  # fmt: skip
+    operands = [proof.drawn_from(step, c) for c in proof.tensors(step.args)]
     term = proof.drawn((step.name, proof.named(step.args)))
-    found = proof.indexwise(term, operands) if operands else proof.of_wholes(term, operands)
-    if not alike and not found.apart:
-        raise Unproved("parts that no two ranks hold", str(found), "ranks would drop other elements of the same value")
-    return found
+    return proof.drawn_from(step, proof.indexwise(term, operands) if operands else proof.of_wholes(term, operands))
 
 
 def arithmetic(proof: Proof, step: Step) -> Claim:
@@ -113,8 +105,7 @@ def _counted(claim: Claim, times: Sequence[Any], name: str) -> Claim:
     assert split is not None
     counts = np.zeros(split.size)
     for mine, by in zip(split.ranks, times, strict=True):
-        by = by.number if isinstance(by, Size) else by
-        np.add.at(counts, mine, by if name == "aten.mul" else 1 / by)
+        np.add.at(counts, mine, plain(by) if name == "aten.mul" else 1 / plain(by))
     if (counts != 1).any():
         found = f"some that count {sorted(set(counts.tolist()))[:4]} times"
         raise Unproved("every index to count once over the ranks", found, "the sum would be another")

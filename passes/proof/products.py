@@ -146,8 +146,7 @@ def attention(proof: Proof, step: Step) -> Claim:
     operands = [proof.claim(args[k]) for k in ("query", "key", "value", "attn_mask") if args.get(k) is not None]
     if args.get("dropout_p", 0.0):
         term = proof.drawn((step.name, proof.named(args)))
-        if (step.node.target.__name__ == "random_per_rank") != bool(operands[0].splits):
-            raise Unproved("one draw for whole heads, own ones for parts", str(operands[0]), "ranks would drop alike")
+        proof.drawn_from(step, operands[0])
     else:
         term = proof.called(step)
     lead = [f"b{i}" for i in range(max(len(c.dims) for c in operands) - 2)]

@@ -145,6 +145,17 @@ class Proof:
         self.draws.append((key, waiting[0]))
         return waiting[0]
 
+    def drawn_from(self, step: Step, claim: Claim) -> Claim:
+        """A claim that random numbers may go with: all ranks draw the same for what is whole, own ones for parts."""
+        per_rank = step.node.target.__name__ == "random_per_rank"
+        if not (self.settled(claim).apart if per_rank else claim.whole):
+            raise Unproved(
+                "parts that no two ranks hold" if per_rank else "a whole value",
+                f"one that is {claim}",
+                "ranks would drop other elements of the same value",
+            )
+        return claim
+
     def called(self, step: Step) -> int:
         """The term of a step that the dense model takes with the same arguments."""
         return self.known((step.name, self.named(step.args)), f"a result of {step.name}")

@@ -19,7 +19,7 @@ from torch import fx
 
 from passes.axes import Size
 
-__all__ = ["Coefficient", "Terms", "canonical", "spelled", "with_dims"]
+__all__ = ["Coefficient", "Terms", "canonical", "plain", "spelled", "with_dims"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Coefficient:
 
 
 ONE = Coefficient(Fraction(1))
-Parts = Mapping[int, Coefficient]
+Parts = Mapping[tuple[int, tuple[tuple[str, int], ...]], Fraction]
+"""A sum: how often each atom counts, by atom and by the sizes that multiply it."""
 
 
 @dataclass
@@ -65,7 +66,6 @@ class Terms:
 
     Attributes:
         shapes: per term, its (global) sizes.
-        nodes: per term, the node of the dense model that computes it, if one does.
         views: per term, the shapes in which the dense model views it.
         placed: per kind of op and operand, the placed versions (parts, expands) that the dense model makes of it.
         grads: per term, whether gradients flow through it.
@@ -74,7 +74,6 @@ class Terms:
     """
 
     shapes: list[tuple[Size, ...]] = field(default_factory=list)
-    nodes: dict[int, fx.Node] = field(default_factory=dict)
     views: dict[int, list[tuple[Size, ...]]] = field(default_factory=lambda: defaultdict(list))
     placed: dict[tuple[str, int], dict[Hashable, int]] = field(default_factory=lambda: defaultdict(dict))
     grads: list[bool] = field(default_factory=list)
@@ -98,32 +97,26 @@ class Terms:
 
     def parts(self, term: int) -> Parts:
         """A term as a sum of atoms."""
-        return self._parts.get(term, {term: ONE})
+        return self._parts.get(term, {(term, ()): ONE.number})
 
     def sum(self, parts: Parts, shape: Sequence[Size]) -> int:
         """The term of a sum of atoms."""
         if len(parts) == 1:
-            ((term, coefficient),) = parts.items()
-            if coefficient == ONE:
+            (((term, sizes), number),) = parts.items()
+            if number == 1 and not sizes:
                 return term
-        grad = any(self.grads[t] for t in parts)
+        grad = any(self.grads[t] for t, _ in parts)
         term = self.atom(("sum", frozenset(parts.items())), shape, grad)
         self._parts.setdefault(term, dict(parts))
         return term
 
     def added(self, terms: Sequence[tuple[int, Coefficient]], shape: Sequence[Size]) -> int:
         """The term of a weighted sum of terms."""
-        total: dict[int, Coefficient] = {}
+        total: dict[tuple[int, tuple[tuple[str, int], ...]], Fraction] = defaultdict(Fraction)
         for term, by in terms:
-            for atom, coefficient in self.parts(term).items():
-                scaled = coefficient * by
-                before = total.get(atom)
-                if before is None or before.sizes == scaled.sizes:
-                    number = scaled.number + (before.number if before else 0)
-                    total[atom] = Coefficient(number, scaled.sizes)
-                else:  # multiples by different sizes: kept apart as a term of their own
-                    own = self.atom(("multiple", atom, scaled), self.shapes[atom], self.grads[atom])
-                    total[own] = ONE
+            for (atom, sizes), number in self.parts(term).items():
+                scaled = Coefficient(number, sizes) * by
+                total[atom, scaled.sizes] += scaled.number
         return self.sum(total, shape)
 
     def view(self, term: int, shape: Sequence[Size], known: bool) -> int:
@@ -150,8 +143,10 @@ class Terms:
         """The term of the number one."""
         return self.atom(("one",), (), False)
 
-    def __len__(self) -> int:
-        return len(self.shapes)
+
+def plain(value: Any) -> Any:
+    """A static size as the integer that it is; anything else as it is."""
+    return value.number if isinstance(value, Size) and value.static else value
 
 
 def canonical(value: Any) -> Hashable:

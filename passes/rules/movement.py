@@ -220,7 +220,8 @@ class Part(Move):
             facts.alignments[node] = (merged.axes, dim, what)
             if not remains:
                 alone = [f.labels for f in merged.factors if set(f.dims) <= set(merged.virtual(dim))]
-                facts.picked.update({node: alone} if alone else {})
+                if alone:
+                    facts.picked[node] = alone
             return self._part(merged, dim, remains, what)
         return self._part(without(node, value, [dim], facts), dim, remains, slice(None))
 
