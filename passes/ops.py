@@ -320,7 +320,7 @@ def narrow(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
 
 def take(x: torch.Tensor, dim: int, positions: Sequence[int]) -> torch.Tensor:
     """``x`` at local ``positions`` along ``dim``, in their order."""
-    return x.index_select(dim, torch.tensor(positions, device=x.device))
+    return x.index_select(dim, torch.tensor(positions, dtype=torch.int64, device=x.device))
 
 
 # Randomness ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from passes import fabric
@@ -39,6 +40,8 @@ def vocab_parallel_embedding(
     local = ids - start
     elsewhere = (local < 0) | (local >= weight.shape[0])
     padding = padding_idx - start if start <= padding_idx < start + weight.shape[0] else -1
+    if not weight.shape[0]:  # more ranks than words
+        weight = F.pad(weight, (0, 0, 0, 1))
     rows = torch.embedding(weight, local.masked_fill(elsewhere, 0), padding)
     return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
 
@@ -50,13 +53,15 @@ class _CrossEntropy(torch.autograd.Function):
         weight: torch.Tensor | None, smoothing: float, group: fabric.Communicator,
     ) -> torch.Tensor:  # fmt: skip
         wide = torch.promote_types(logits.dtype, torch.float32)
-        highest = logits.amax(-1)
+        none = not logits.shape[-1]  # more ranks than classes
+        highest = logits.new_full(logits.shape[:-1], -torch.inf) if none else logits.amax(-1)
         total = (logits - highest.unsqueeze(-1)).exp_().sum(-1, dtype=wide)
         ignored = target == ignore
         local = target.to(torch.int64) - start
         here = (local >= 0) & (local < logits.shape[-1]) & ~ignored
         local = local.masked_fill(~here, 0)
-        chosen = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0)
+        chosen = torch.zeros_like(highest) if none else logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
+        chosen = chosen.masked_fill(~here, 0)
         mine = [highest.to(wide), total, chosen.to(wide)]
         own = None if weight is None else weight.narrow(0, start, logits.shape[-1])
         if smoothing:
@@ -81,6 +86,8 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, log_sum, local, here, certain, even, own = ctx.saved_tensors
+        if not logits.shape[-1]:
+            return torch.zeros_like(logits), *[None] * 7
         grad = (logits - log_sum.unsqueeze(-1)).exp_()
         grad.mul_((certain if even is None else certain + even * ctx.all_weights).unsqueeze(-1))
         grad.scatter_add_(-1, local.unsqueeze(-1), -(certain * here).unsqueeze(-1))

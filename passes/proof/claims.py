@@ -58,12 +58,17 @@ class Split:
         return tuple(len(each) for each in self.ranks)
 
     def __str__(self) -> str:
-        def runs(each: np.ndarray) -> str:
-            cuts = np.flatnonzero(np.diff(each) != 1) + 1
-            parts = [f"{p[0]}:{p[-1] + 1}" for p in np.split(each, cuts) if len(p)]
-            return ",".join(parts[:4]) + (",..." if len(parts) > 4 else "") or "-"
+        return _spelled(self)
 
-        return " | ".join(runs(each) for each in self.ranks) + f" of {self.size}"
+
+@lru_cache(maxsize=4096)
+def _spelled(split: Split) -> str:
+    def runs(each: np.ndarray) -> str:
+        cuts = np.flatnonzero(np.diff(each) != 1) + 1
+        parts = [f"{p[0]}:{p[-1] + 1}" for p in np.split(each, cuts) if len(p)]
+        return ",".join(parts[:4]) + (",..." if len(parts) > 4 else "") or "-"
+
+    return " | ".join(runs(each) for each in split.ranks) + f" of {split.size}"
 
 
 _SPLITS: dict[tuple[object, ...], Split] = {}

@@ -55,7 +55,8 @@ def _places(proof: Proof, claim: Claim, places: Any) -> None:
         splits = [split for _, split in dim if split is not None]
         if not splits and d not in named:
             continue
-        if len(dim) != 1 or d not in named or not _is_same(dim[0][1], named[d], dim[0][0].number):
+        once = all(len(np.unique(each)) == len(each) for split in splits for each in split.ranks)
+        if len(dim) != 1 or d not in named or not once or not _is_same(dim[0][1], named[d], dim[0][0].number):
             raise Unproved(
                 "the indices that the ranks hold", f"others, of what is {claim}", "parts would be put in other places"
             )
@@ -237,7 +238,7 @@ def norm_over_shards(proof: Proof, step: Step) -> Claim:
         if count not in (0, split.counts[rank]):
             raise Unproved(f"{split.counts[rank]} features on rank {rank}", str(count), "the norm would be another")
         if count:
-            counted[split.ranks[rank]] += 1
+            np.add.at(counted, split.ranks[rank], 1)
     if (counted != 1).any():
         raise Unproved(
             "every feature to count once", "some that count more than once or never", "the norm would be another"

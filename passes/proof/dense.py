@@ -120,7 +120,7 @@ def dims_of(dims: Any, rank: int) -> tuple[int, ...]:
 
 
 def taken(name: str, args: Mapping[str, Any], size: int) -> range | None:
-    """The indices that a part takes of a static dim; None if that is not constant."""
+    """The indices that a part takes of a static dim; None if that is not constant, or out of bounds."""
     if name == "aten.flip":
         return range(size - 1, -1, -1)
     if name == "aten.slice":
@@ -131,9 +131,9 @@ def taken(name: str, args: Mapping[str, Any], size: int) -> range | None:
         return range(*slice(start, stop, step).indices(size))
     first = args["index"] if name == "aten.select" else args["start"]
     length = 1 if name == "aten.select" else args["length"]
-    if not isinstance(first, int) or not isinstance(length, int) or not size:
+    if not isinstance(first, int) or not isinstance(length, int) or not -size <= first < size:
         return None
-    return range(first % size, first % size + length)
+    return range(first % size, first % size + length) if first % size + length <= size else None
 
 
 class _Reader:
@@ -171,7 +171,7 @@ class _Reader:
     def value(self, node: fx.Node, value: Any) -> Any:
         if isinstance(value, torch.SymInt):
             size = size_of(value)
-            self.terms.placed["size", 0].setdefault((op_name(node), self.key(node.args)), size)  # type: ignore[arg-type]
+            self.terms.sizes.setdefault((op_name(node), self.key(node.args)), size)
             return size
         if isinstance(value, (int, float, bool)) or value is None or isinstance(value, (torch.SymFloat, torch.SymBool)):
             return ("number", op_name(node), self.key(node.args))

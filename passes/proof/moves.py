@@ -195,26 +195,27 @@ def part(proof: Proof, step: Step) -> Claim | list[Claim]:
             return sliced(proof, step)
         (dim,) = dim
     dim %= len(claim.dims)
-    picks = []
+    places = []
     for rank in range(proof.tp):
         held = _held(claim.dims[dim], rank)
         args = {k: plain(proof.at(v, rank)) for k, v in list(step.args.items())[1:]}
         what = None if held is None else taken(step.name, args, len(held[1]))
         if held is None or what is None:
             return sliced(proof, step)
-        picks.append(held[1][list(what)] if what else held[1][:0])
-    return _picked(proof, claim, dim, picks, step.name == "aten.select")
+        places.append(np.array(what, dtype=np.int64))
+    return _picked(proof, claim, dim, places, step.name == "aten.select")
 
 
-def _picked(proof: Proof, claim: Claim, dim: int, picks: Sequence[np.ndarray], removed: bool) -> list[Claim]:
-    size = product(n for n, _ in claim.dims[dim]).number
+def _picked(proof: Proof, claim: Claim, dim: int, places: Sequence[np.ndarray], removed: bool) -> list[Claim]:
+    """The parts of a term that ranks have who take, each at its own places, of what they hold."""
     candidates: list[tuple[Any, int]] = list(proof.terms.placed["part", claim.term].items())
     if not removed:
+        size = product(n for n, _ in claim.dims[dim]).number
         candidates.append(((dim, range(size), False), claim.term))
-    lists, found = tuple(p.tobytes() for p in picks), []
+    lists, found = tuple(p.tobytes() for p in places), []
     for (at, what, gone), term in candidates:
         match = _match(claim.dims[dim], lists, what) if at == dim and gone == removed else None
-        if match is None or ((removed or len(what) == 1) and any(len(p) != 1 for p in picks)):
+        if match is None or ((removed or len(what) == 1) and any(len(p) != 1 for p in places)):
             continue
         exact, split = match
         new: tuple[Dim, ...] = () if removed else (((Size(len(what)), split),) if len(what) != 1 else (),)
@@ -226,22 +227,23 @@ def _picked(proof: Proof, claim: Claim, dim: int, picks: Sequence[np.ndarray], r
     if found:
         return found
     raise Unproved(
-        "the part that the dense model takes", f"indices {[_short(p) for p in picks]} of {size}",
+        "the part that the dense model takes",
+        f"places {[_short(p) for p in places]} of what is {Claim(0, (claim.dims[dim],))}",
         "values would be read at other places",
-    )  # fmt: skip
+    )
 
 
 @lru_cache(maxsize=4096)
-def _match(dim: Dim, picks: tuple[bytes, ...], what: range) -> tuple[bool, Split | None] | None:
-    """Where each rank's picks are in a part, if all are, and whether they are all that the rank holds of it."""
-    inside, exact, places = np.asarray(what), True, []
-    for rank, each in enumerate(picks):
+def _match(dim: Dim, places: tuple[bytes, ...], what: range) -> tuple[bool, Split | None] | None:
+    """Where in a part the ranks' elements are, if all are there, and whether each takes all it holds of it, once."""
+    inside, exact, found = np.asarray(what), True, []
+    for rank, each in enumerate(places):
         mine, held = np.frombuffer(each, dtype=np.int64), _held(dim, rank)
-        if held is None or not np.isin(mine, inside).all():
+        if held is None or not np.isin(held[1][mine], inside).all():
             return None
-        exact = exact and len(mine) == int(np.isin(held[1], inside).sum())
-        places.append((mine - what.start) // what.step)
-    return exact, split_of(len(what), places)
+        exact = exact and len(np.unique(mine)) == len(mine) == int(np.isin(held[1], inside).sum())
+        found.append((held[1][mine] - what.start) // what.step)
+    return exact, split_of(len(what), found)
 
 
 def _short(picks: np.ndarray) -> str:
@@ -256,10 +258,7 @@ def narrow(proof: Proof, step: Step) -> Claim:
     lists, size = [], 0
     for rank in range(proof.tp):
         size, held = _static(claim.dims[dim], rank)
-        mine = np.concatenate([np.arange(a, b) for a, b in proof.at(runs, rank)])
-        if mine.size and mine.max() >= len(held):
-            raise Unproved("indices that the rank has", "others", "the program would fail")
-        lists.append(held[mine])
+        lists.append(_of(held, np.concatenate([np.arange(a, b) for a, b in proof.at(runs, rank)])))
     dims = (*claim.dims[:dim], ((Size(size), split_of(size, lists)),), *claim.dims[dim + 1 :])
     return proof.of_one(claim.term, dims, claim, carries=False)
 
@@ -269,8 +268,17 @@ def take(proof: Proof, step: Step) -> list[Claim]:
     source, dim, positions = list(step.args.values())[:3]
     claim = proof.settled(proof.claim(source))
     dim %= len(claim.dims)
-    picks = [_static(claim.dims[dim], r)[1][list(proof.at(positions, r))] for r in range(proof.tp)]
-    return _picked(proof, claim, dim, picks, False)
+    places = [np.array(proof.at(positions, r), dtype=np.int64) for r in range(proof.tp)]
+    for rank, mine in enumerate(places):
+        _of(_static(claim.dims[dim], rank)[1], mine)
+    return _picked(proof, claim, dim, places, False)
+
+
+def _of(held: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """What a rank holds at its own places."""
+    if places.size and not 0 <= places.min() <= places.max() < len(held):
+        raise Unproved("places that the rank has", f"others than 0 to {len(held) - 1}", "the program would fail")
+    return held[places]
 
 
 def join(proof: Proof, step: Step) -> Claim:

@@ -71,6 +71,7 @@ class Terms:
         grads: per term, whether gradients flow through it.
         draws: per way to draw random numbers, the terms that the dense model draws so, in order.
         regions: the graphs of functions that the graph calls, by name.
+        sizes: the sizes that the dense model computes, by op and arguments.
     """
 
     shapes: list[tuple[Size, ...]] = field(default_factory=list)
@@ -79,6 +80,7 @@ class Terms:
     grads: list[bool] = field(default_factory=list)
     draws: dict[Hashable, list[int]] = field(default_factory=lambda: defaultdict(list))
     regions: dict[str, fx.Graph | None] = field(default_factory=dict)
+    sizes: dict[Hashable, Size] = field(default_factory=dict)
     _numbers: dict[Hashable, int] = field(default_factory=dict)
     _parts: dict[int, Parts] = field(default_factory=dict)
     _views_of: dict[int, int] = field(default_factory=dict)
