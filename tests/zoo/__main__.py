@@ -31,7 +31,7 @@ def _measured(names: list[str], processes: int) -> Iterator[dict[str, Any]]:
     from tests.zoo.measure import LIMIT, Row, send_measured
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.zoo.measure"])
+    context.set_forkserver_preload(["tests.zoo.warm"])
     waiting, running = list(reversed(names)), dict[Connection, tuple[str, Any, float]]()
     while waiting or running:
         while waiting and len(running) < processes:
