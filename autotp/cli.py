@@ -1,4 +1,4 @@
-"""The command line: ``autotp inspect``, ``autotp check`` and ``autotp verify``, each of ``MODEL --tp N``."""
+"""The command line: ``autotp inspect``, ``check`` and ``verify``, each of ``MODEL --tp N``, and ``autotp fuzz``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning, WholeWeightWarning
 from autotp.inputs import example_call
 from autotp.models import BadModelError, Loaded, load
 from autotp.parts import Division, divide
 from autotp.planning import plan_of
+from autotp.reduced import reductions
 from autotp.report import collectives_table, ranks_table, report_text, totals, weights_table
 from autotp.text import graph_dot
-from autotp.verify import verify
+from autotp.verify import verify, with_labels
 
 __all__ = ["main"]
 
@@ -56,7 +60,22 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--dot", action="store_true", help="print the rewritten graph for Graphviz")
     shown.add_argument("--json", action="store_true", help="print the plan as JSON")
     inspect.add_argument("--rank", type=int, default=0, metavar="R", help="whose graph to print (0)")
-    verify_.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="compare in (float64)")
+    verify_.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "bfloat16", "float16", "model"),
+        default="float64",
+        help="compare in (float64); model: in its own",
+    )
+    verify_.add_argument(
+        "--processes", action="store_true", help="on real processes instead of in lockstep in this one"
+    )
+    fuzz = commands.add_parser("fuzz", help="capture, shard, prove and compare random transformers")
+    fuzz.add_argument("--n", type=int, default=200, metavar="N", help="how many (200)")
+    fuzz.add_argument("--seed", type=int, default=0, metavar="S", help="which (0)")
+    fuzz.add_argument("--start", type=int, default=0, metavar="I", help="the number of the first (0)")
+    fuzz.add_argument(
+        "--write", default="fuzz", metavar="DIR", help="where a test file goes for each that fails (fuzz)"
+    )
     return parser
 
 
@@ -138,35 +157,86 @@ def _memory() -> int:
         return 1 << 62
 
 
-def _fits(loaded: Loaded, dtype: torch.dtype) -> None:
-    count = sum(p.numel() for p in loaded.model.parameters())
-    need = count * dtype.itemsize * 5  # the copy, its shards, and both sets of gradients
-    if need > _memory():
-        name = str(dtype).removeprefix("torch.")
-        raise BadModelError(
-            f"verifying {count:,} parameters in {name} takes about {need / 1e9:.0f} GB and this machine has "
-            f"{_memory() / 1e9:.0f} GB: verify a smaller form of it, e.g. --set num_hidden_layers=2"
-        )
+def _fits(model: nn.Module, dtype: torch.dtype | None, ranks: int) -> bool:
+    """Whether this machine can hold what a verification of a model needs."""
+    copies = 5 if ranks == 1 else 4 + 3 * ranks  # the copy, its shards, and both sets of gradients
+    need = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters()) * copies
+    return need <= _memory()
+
+
+def _fitting(options: argparse.Namespace, dtype: torch.dtype | None, size: tuple[int, int]) -> tuple[Loaded, str]:
+    """The model, with weights, or the largest form of it that this machine can hold, and what of it is less."""
+    ranks = options.tp if options.processes else 1
+    whole = load(options.model, options.settings, weights=False, size=size)
+    if _fits(whole.model, dtype, ranks):
+        return load(options.model, options.settings, weights=True, size=size), ""
+    count = sum(p.numel() for p in whole.model.parameters())
+    config = getattr(whole.model, "config", None)
+    for smaller in reductions(config) if hasattr(config, "to_dict") else ():
+        settings = [*options.settings, *smaller]
+        try:
+            fits = _fits(load(options.model, settings, weights=False, size=size).model, dtype, ranks)
+        except BadModelError:  # sizes that do not go together in this architecture
+            continue
+        if fits:
+            said = f"with {' '.join(smaller)} and random weights, as the whole ({count:,} parameters) does not fit here"
+            return load(options.model, settings, weights=True, size=size), said
+    raise BadModelError(
+        f"verifying {count:,} parameters takes more than the {_memory() / 1e9:.0f} GB that this machine has: verify a "
+        "smaller form of it, e.g. --set num_hidden_layers=2"
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:
-    dtype = getattr(torch, options.dtype)
+    dtype = None if options.dtype == "model" else getattr(torch, options.dtype)
     size = (options.batch, options.sequence or 16)
     with _progress("building the model"):
-        _fits(load(options.model, options.settings, weights=False, size=size), dtype)
-        loaded = load(options.model, options.settings, weights=True, size=size)
+        loaded, reduced = _fitting(options, dtype, size)
     with _progress("comparing with the dense model"), warnings.catch_warnings():
         warnings.simplefilter("ignore", PartialCaptureWarning)  # the report says it
         warnings.simplefilter("ignore", WholeWeightWarning)
-        report = verify(loaded.model, options.tp, example_inputs=loaded.example_inputs, dtype=dtype)
+        inputs = loaded.example_inputs
+        if isinstance(inputs, dict):
+            inputs = with_labels(loaded.model, (), inputs)
+        report = verify(loaded.model, options.tp, example_inputs=inputs, dtype=dtype, processes=options.processes)
+    if reduced:
+        print(f"verified at a reduced size: {reduced}")
     print(report_text(report))
     return 0 if report.ok else 1
+
+
+def _fuzz(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from autotp.fuzz import Drawn, fuzz
+
+    console, start, drawn = Console(soft_wrap=True, highlight=False, markup=False), time.monotonic(), list[Drawn]()
+
+    def progress(model: Drawn) -> None:
+        drawn.append(model)
+        if model.failure is not None:
+            console.print(f"model {model.number} at tp {model.tp}: {model.failure.kind}; shrinking {model.recipe}")
+        elif len(drawn) % 50 == 0:
+            console.print(f"{len(drawn)} models in {time.monotonic() - start:.0f} s")
+
+    found = fuzz(options.n, options.seed, start=options.start, directory=Path(options.write), progress=progress)
+    for each in found:
+        console.print(f"model {each.number}: {each.recipe} at tp {each.tp}: {each.failure}")
+    wrong = f"{len(found)} fail, written to {options.write}/" if found else "none fails"
+    split, several = sum(d.split > 0 for d in drawn), sum(d.tp > 1 for d in drawn)
+    console.print(
+        f"{options.n} random models of seed {options.seed}, {several} of them for several ranks, {split} with split "
+        f"weights: {wrong}"
+    )
+    return 1 if found else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0 fine, 1 not equal or not proved, 2 bad input."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "fuzz":
+            return _fuzz(options)
         if not 1 <= options.tp <= 62:
             raise BadModelError(f"--tp {options.tp}: the number of ranks is 1 or more, 62 at most")
         if options.batch < 1 or (options.sequence is not None and options.sequence < 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -196,8 +197,18 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
         f"  gradients  {error:.1e}  {mark(error < limit)}  ({len(report.gradients)} compared"
         + (f", largest for {name})" if name else ")")
     )
+    dense, parallel = report.norm
+    lines.append(f"  norm       {dense:.12g} dense, {parallel:.12g} parallel, of all gradients")
     agree = report.divergence == 0.0
-    how = "equal to the bit" if agree else f"differ by {report.divergence:.1e} from {report.diverging} on"
+    how = (
+        "equal to the bit"
+        if agree
+        else (
+            f"differ by {report.divergence:.1e} from {report.diverging} on"
+            if math.isfinite(report.divergence)
+            else f"differ from {report.diverging} on"
+        )
+    )
     lines.append(f"  ranks      {how}  {mark(agree)}")
     for kind, errors in (("output", report.outputs), ("gradient", report.gradients)):
         lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +20,10 @@ from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.parts import Seam, divide
 from autotp.planning import announce, plan_of
+from autotp.rounding import depth, rounding_error
 from autotp.simulate import Simulation
 
-__all__ = ["Float64", "Report", "compare", "relative_error", "verify"]
+__all__ = ["Float64", "Measured", "Report", "compare", "judge", "measure", "relative_error", "verify", "with_labels"]
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,6 +83,7 @@ class Report:
         gradients: relative error of the gradient of each parameter, by name, and of each input that
             requires one (``input 0``, in flattened order).
         loss: the dense model's and the parallel loss, where the model computes one.
+        norm: the norm of all parameters' gradients, dense and parallel.
         divergence: the largest difference between ranks of a value that is whole on all of them.
         diverging: the first such value.
         tolerance: what errors must stay under.
@@ -94,6 +97,7 @@ class Report:
     outputs: dict[str, float]
     gradients: dict[str, float]
     loss: tuple[float, float] | None
+    norm: tuple[float, float]
     divergence: float
     diverging: str
     tolerance: float
@@ -115,6 +119,8 @@ class Report:
     def ok(self) -> bool:
         """Whether outputs and gradients agree within the tolerance and ranks agree to the bit."""
         within = self.worst_output < self.tolerance and self.worst_gradient[1] < self.tolerance
+        finite = all(map(math.isfinite, self.norm))
+        within = within and (not finite or abs(self.norm[0] - self.norm[1]) <= self.tolerance * self.norm[0])
         return within and self.divergence == 0.0 and not self.missing
 
     def __str__(self) -> str:
@@ -127,7 +133,8 @@ def _outputs(result: Any) -> dict[str, torch.Tensor]:
     found = {}
     for path, leaf in pytree.tree_flatten_with_path(result)[0]:
         if isinstance(leaf, torch.Tensor):
-            found[pytree.keystr(path).lstrip(".") or "output"] = leaf
+            parts = (next(getattr(e, a) for a in ("key", "idx", "name") if hasattr(e, a)) for e in path)
+            found[".".join(map(str, parts)) or "output"] = leaf
     return found
 
 
@@ -147,6 +154,79 @@ def _fresh(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return x.detach().to(dtype or x.dtype, copy=True).requires_grad_(x.requires_grad)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one run of a model gave.
+
+    Attributes:
+        outputs: its outputs, by their places in the result.
+        gradients: by parameter name, and of each input that requires one.
+    """
+
+    outputs: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+    @property
+    def norm(self) -> float:
+        """The norm of all parameters' gradients together, as ``clip_grad_norm_`` takes it."""
+        return math.sqrt(sum(float(g.double().square().sum()) for n, g in self.gradients.items() if n[:6] != "input "))
+
+
+def measure(
+    run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    gradients: Callable[[], Mapping[str, torch.Tensor | None]],
+) -> Measured:  # fmt: skip
+    """Run a model forward, and backward from every output at once with fixed random weights.
+
+    Args:
+        run: the model.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        gradients: gives the dense model's gradients by name afterwards.
+    """
+    leaves, spec = flatten_call(args, kwargs)
+    fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+    own_args, own_kwargs = pytree.tree_unflatten(fresh, spec)
+    outputs = _outputs(run(*own_args, **own_kwargs))
+    _backward(outputs)
+    found = {n: g for n, g in gradients().items() if g is not None and g.numel()}
+    inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
+    found |= {n: x.grad for n, x in inputs.items() if x.grad is not None}
+    return Measured({n: v.detach() for n, v in outputs.items()}, found)
+
+
+def judge(
+    model: nn.Module, tp: int, dense: Measured, parallel: Measured, tolerance: float, divergence: float,
+    diverging: str, seams: Sequence[Seam],
+) -> Report:  # fmt: skip
+    """The report on two runs.
+
+    A gradient is measured against its own magnitude, or a thousandth of the largest gradient's, whichever is
+    larger: some gradients (a key bias's) are zero but for rounding.
+    """
+    largest = max((float(g.abs().max()) for g in dense.gradients.values()), default=0.0)
+    floor, nothing = 1e-3 * largest, torch.empty(0)
+    losses = [m.outputs.get("loss") for m in (dense, parallel)]
+    return Report(
+        model=type(model).__name__,
+        tp=tp,
+        outputs={n: relative_error(v, parallel.outputs.get(n, nothing)) for n, v in dense.outputs.items()},
+        gradients={n: relative_error(g, parallel.gradients.get(n, nothing), floor) for n, g in dense.gradients.items()},
+        loss=None if losses[0] is None or losses[1] is None else (float(losses[0]), float(losses[1])),
+        norm=(dense.norm, parallel.norm),
+        divergence=divergence,
+        diverging=diverging,
+        tolerance=tolerance,
+        dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
+        missing=tuple(
+            sorted(
+                (dense.outputs.keys() ^ parallel.outputs.keys()) | (dense.gradients.keys() ^ parallel.gradients.keys())
+            )
+        ),
+        seams=tuple(seams),
+    )
+
+
 def compare(
     model: nn.Module, parallel: Simulation, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float = 1e-10
 ) -> Report:
@@ -157,44 +237,21 @@ def compare(
         parallel: the simulation of all ranks.
         args: positional inputs.
         kwargs: keyword inputs.
-        tolerance: the largest relative error that passes. A gradient is measured against its own
-            magnitude, or a millionth of the largest gradient's, whichever is larger: some gradients (a
-            key bias's) are zero but for rounding.
+        tolerance: the largest relative error that passes.
     """
-    leaves, spec = flatten_call(args, kwargs)
-    runs = []
-    for run in (model, parallel):
+
+    def run(it: nn.Module) -> Measured:
         model.zero_grad(set_to_none=True)
-        fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-        own_args, own_kwargs = pytree.tree_unflatten(fresh, spec)
-        outputs = _outputs(run(*own_args, **own_kwargs))
-        _backward(outputs)
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.numel()}
-        inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
-        gradients |= {n: x.grad for n, x in inputs.items() if x.grad is not None}
-        runs.append(({n: v.detach() for n, v in outputs.items()}, gradients))
+        return measure(it, args, kwargs, lambda: {n: p.grad for n, p in model.named_parameters()})
+
+    dense, found = run(model), run(parallel)
     model.zero_grad(set_to_none=True)
-    (dense, dense_grads), (found, found_grads) = runs
-    largest = max((float(g.abs().max()) for g in dense_grads.values() if g.numel()), default=0.0)
-    floor = 1e-6 * largest
-    nothing = torch.empty(0)
-    return Report(
-        model=type(model).__name__,
-        tp=parallel.tp,
-        outputs={n: relative_error(v, found.get(n, nothing)) for n, v in dense.items()},
-        gradients={n: relative_error(g, found_grads.get(n, nothing), floor) for n, g in dense_grads.items()},
-        loss=(float(dense["loss"]), float(found["loss"])) if "loss" in dense and "loss" in found else None,
-        divergence=parallel.divergence,
-        diverging=parallel.diverging,
-        tolerance=tolerance,
-        dtype=next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32),
-        missing=tuple(sorted((dense.keys() ^ found.keys()) | (dense_grads.keys() ^ found_grads.keys()))),
-        seams=tuple(parallel.division.seams),
-    )
+    seams = parallel.division.seams
+    return judge(model, parallel.tp, dense, found, tolerance, parallel.divergence, parallel.diverging, seams)
 
 
-def _with_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Give a language model labels to compute a loss from, if it takes them."""
+def with_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A language model's inputs with labels to compute a loss from, if it takes them."""
     ids = kwargs.get("input_ids")
     takes = inspect.signature(model.forward).parameters
     if "labels" not in takes or "labels" in kwargs or not isinstance(ids, torch.Tensor):
@@ -209,19 +266,25 @@ def _with_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def verify(
-    model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None, dtype: torch.dtype = torch.float64
-) -> Report:
+    model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None, dtype: torch.dtype | None = torch.float64,
+    processes: bool = False,
+) -> Report:  # fmt: skip
     """Compare the dense model with all ranks of its parallel form: outputs, loss, every gradient.
 
     Runs on a copy, in eval mode (dropout draws different numbers by design), all ranks in lockstep in
-    this process. The model is left as it was.
+    this process, or on ``tp`` processes of their own. The model is left as it was.
 
     Args:
         model: the dense model, with real weights.
         tp: the number of ranks.
         example_inputs: as for :func:`autotp.parallelize`. Left out for a transformers language model,
             labels are added so that its loss is compared too.
-        dtype: the dtype to compare in. In float64 errors must stay under 1e-10, in float32 under 1e-5.
+        dtype: the dtype to compare in; None for the model's own. In float64 errors must stay under 1e-10; in
+            others under what rounding may bring about (:func:`autotp.rounding.rounding_error`).
+        processes: whether to start real processes, which communicate through gloo.
+
+    Raises:
+        AutoTPError: the model cannot be compared, or a process failed.
 
     Example:
         >>> assert autotp.verify(model, tp=4).ok
@@ -233,7 +296,10 @@ def verify(
     if "_autotp" in model.__dict__:
         raise AutoTPError("verify takes the dense model, before autotp.parallelize")
     admit(model)
-    dense = copy.deepcopy(model).to(dtype).eval()
+    dense = copy.deepcopy(model).eval()
+    if dtype is not None:
+        dense = dense.to(dtype)
+    dtype = next((p.dtype for p in dense.parameters() if p.is_floating_point()), torch.float32)
     args, kwargs = example_call(dense, example_inputs)
     args, kwargs = pytree.tree_map_only(
         torch.Tensor, lambda t: _fresh(t, dtype) if t.is_floating_point() else t, (args, kwargs)
@@ -241,8 +307,17 @@ def verify(
     mode = Float64() if dtype is torch.float64 else torch.enable_grad()
     with torch.enable_grad(), mode:
         if example_inputs is None:
-            kwargs = _with_labels(dense, args, kwargs)
+            kwargs = with_labels(dense, args, kwargs)
         division = divide(dense, tp, args, kwargs)
         announce(plan_of(division, tp), division)
-        parallel = Simulation(dense, tp, division, record=True)
-        return compare(dense, parallel, args, kwargs, 1e-10 if dtype is torch.float64 else 1e-5)
+        steps = depth(p.programs.last.graph for p in division.parts if p.programs.last is not None)
+        terms = max((max(p.shape, default=1) for p in dense.parameters()), default=1)
+        limit = rounding_error(dtype, steps, terms)
+        if not processes:
+            return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
+        from autotp.spawned import measure_spawned
+
+        expected = measure(dense, args, kwargs, lambda: {n: p.grad for n, p in dense.named_parameters()})
+        dense.zero_grad(set_to_none=True)
+        found, diverging = measure_spawned(dense, tp, args, kwargs)
+        return judge(dense, tp, expected, found, limit, math.inf if diverging else 0.0, diverging, division.seams)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autotp import cli
 from autotp.cli import main
 
 FIELDS = ("hidden_size=64", "num_hidden_layers=2", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=16",
@@ -60,6 +61,36 @@ def test_verify_says_when_models_differ(capsys: pytest.CaptureFixture[str], monk
     assert "NOT EQUAL" in capsys.readouterr().out
 
 
+def test_verify_compares_the_loss_of_a_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "llama", "--tp", "2", *SMALL, "--dtype", "bfloat16", "--sequence", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "  loss       " in out
+    assert "bfloat16, relative errors must stay under 0." in out
+    norms = next(line for line in out.splitlines() if line.startswith("  norm")).split()
+    assert float(norms[1]) == pytest.approx(float(norms[3]), rel=0.01)
+
+
+def test_verify_reduces_what_is_too_large(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few layers first, then widths; the heads stay, and the report says what was compared."""
+    monkeypatch.setattr(cli, "_memory", lambda: 60_000_000)
+    large = ["--set", "num_attention_heads=6", "--set", "num_key_value_heads=3", "--set", "hidden_size=384"]
+    assert main(["verify", "llama", "--tp", "2", *large, "--set", "vocab_size=1003", "--sequence", "4"]) == 0
+    first, *_ = out = capsys.readouterr().out.splitlines()
+    assert first.startswith("verified at a reduced size: with num_hidden_layers=2 ")
+    assert "hidden_size=" in first
+    assert "heads" not in first
+    assert "parameters) does not fit here" in first
+    assert out[-1] == "verdict: the parallel model equals the dense one"
+
+
+def test_verify_of_what_is_too_large_and_has_no_config(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_memory", lambda: 1000)
+    assert main(["verify", "tests.models:SmallGPT", "--tp", "2"]) == 2
+    assert "this machine has" in capsys.readouterr().err
+
+
 def test_a_directory_with_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import BertConfig
 
@@ -81,7 +112,6 @@ def test_a_directory_with_a_config(tmp_path: Path, capsys: pytest.CaptureFixture
         (["verify", "no_such_module:thing", "--tp", "2"], "cannot import no_such_module"),
         (["verify", "tests.models:SmalGPT", "--tp", "2"], "did you mean SmallGPT"),
         (["verify", "tests.models:free", "--tp", "2"], "has no free"),
-        (["verify", "llama", "--tp", "2"], "num_hidden_layers=2"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
