@@ -12,7 +12,7 @@ from passes.axes import Size, product
 from passes.proof.claims import Claim, Dim, Split, Unproved, agreed, dim_of, is_whole, local_size, regrouped, split_of
 from passes.proof.dense import dims_of, order_of, taken
 from passes.proof.others import general, sliced
-from passes.proof.steps import Proof, Step, wholly
+from passes.proof.steps import Proof, Step, axis, wholly
 from passes.proof.terms import plain
 
 __all__ = ["expand", "join", "narrow", "part", "permute", "take", "view"]
@@ -56,15 +56,15 @@ def _viewed(proof: Proof, step: Step, claim: Claim, rank: int) -> list[Size | No
     if name in ("reshape", "view", "_unsafe_view"):
         return [_size(n) for n in values[0]]
     if name == "flatten":
-        start, end = args.get("start_dim", 0) % len(local), args.get("end_dim", -1) % len(local)
+        start, end = axis(args.get("start_dim", 0), len(local)), axis(args.get("end_dim", -1), len(local))
         return [*local[:start], product(local[start : end + 1]), *local[end + 1 :]]
     if name == "unsqueeze":
-        dim = values[0] % (len(local) + 1)
+        dim = axis(values[0], len(local) + 1)
         return [*local[:dim], Size(1), *local[dim:]]
     if name == "squeeze":
         dims = dims_of(values[0], len(local)) if values and values[0] != () else range(0 if values else len(local))
         return [n for d, n in enumerate(local) if d not in dims or not n.is_one]
-    dim = values[0] % len(local)
+    dim = axis(values[0], len(local))
     return [*local[:dim], *(_size(n) for n in values[1]), *local[dim + 1 :]]
 
 
@@ -83,16 +83,16 @@ def _shapes(
     was = [product(size for size, _ in dim) for dim in claim.dims]
     name, args = step.name.removeprefix("aten."), list(step.args.values())[1:]
     if name == "flatten":
-        start, end = step.args.get("start_dim", 0) % len(was), step.args.get("end_dim", -1) % len(was)
+        start, end = axis(step.args.get("start_dim", 0), len(was)), axis(step.args.get("end_dim", -1), len(was))
         yield (*was[:start], product(was[start : end + 1]), *was[end + 1 :])
     elif name == "unsqueeze":
-        dim = args[0] % (len(was) + 1)
+        dim = axis(args[0], len(was) + 1)
         yield (*was[:dim], Size(1), *was[dim:])
     elif name == "squeeze":
         dims = dims_of(args[0], len(was)) if args and args[0] != [] else range(0 if args else len(was))
         yield tuple(n for d, n in enumerate(was) if d not in dims or not n.is_one)
     elif name == "unflatten":  # a conversion of its own: one of the pieces is what is split
-        dim = args[0] % len(was)
+        dim = axis(args[0], len(was))
         yield (*was[:dim], *(size for size, _ in claim.dims[dim]), *was[dim + 1 :])
         pieces = list(zip(*([each[dim : dim + len(args[1])] for each in locals_]), strict=True))
         for open_at in range(len(pieces)):
@@ -194,7 +194,7 @@ def part(proof: Proof, step: Step) -> Claim | list[Claim]:
         if len(dim) != 1:
             return sliced(proof, step)
         (dim,) = dim
-    dim %= len(claim.dims)
+    dim = axis(dim, len(claim.dims))
     places = []
     for rank in range(proof.tp):
         held = _held(claim.dims[dim], rank)
@@ -254,7 +254,7 @@ def narrow(proof: Proof, step: Step) -> Claim:
     """A rank's own indices of a value that it has more of."""
     source, dim, runs = list(step.args.values())[:3]
     claim = proof.settled(proof.claim(source))
-    dim %= len(claim.dims)
+    dim = axis(dim, len(claim.dims))
     lists, size = [], 0
     for rank in range(proof.tp):
         size, held = _static(claim.dims[dim], rank)
@@ -267,7 +267,7 @@ def take(proof: Proof, step: Step) -> list[Claim]:
     """Local positions in any order, for what the dense model takes."""
     source, dim, positions = list(step.args.values())[:3]
     claim = proof.settled(proof.claim(source))
-    dim %= len(claim.dims)
+    dim = axis(dim, len(claim.dims))
     places = [np.array(proof.at(positions, r), dtype=np.int64) for r in range(proof.tp)]
     for rank, mine in enumerate(places):
         _of(_static(claim.dims[dim], rank)[1], mine)
@@ -288,7 +288,7 @@ def join(proof: Proof, step: Step) -> Claim:
     rank = len(proof.terms.shapes[term])
     if any(len(c.dims) != rank for c in parts):
         return general(proof, step)
-    dim = step.args.get("dim", 0) % rank
+    dim = axis(step.args.get("dim", 0), rank)
     dims = list(parts[0].dims)
     for claim in parts[1:]:
         for d in range(rank):

@@ -12,7 +12,7 @@ from passes.axes import Size, product
 from passes.proof.claims import Claim, Unproved, counted_once, is_whole
 from passes.proof.dense import dims_of
 from passes.proof.products import added, attention
-from passes.proof.steps import Proof, Step, wholly
+from passes.proof.steps import Proof, Step, axis, wholly
 from passes.proof.terms import ONE, Coefficient, plain
 
 __all__ = ["arithmetic", "complex_pairs", "embedding", "general", "getitem", "index", "norm", "pointwise", "random",
@@ -213,7 +213,7 @@ def index(proof: Proof, step: Step) -> Claim:
     rest = [c for k, v in step.args.items() if k != "self" for c in proof.tensors(v)]
     if claim.whole or any(not c.whole for c in rest):
         return general(proof, step)
-    picked = [step.args["dim"] % len(claim.dims)] if given is None else []
+    picked = [axis(step.args["dim"], len(claim.dims))] if given is None else []
     dims = picked or [d for d, n in enumerate(given or []) if n is not None]
     first, count = dims[0], len(dims)
     if dims != list(range(first, first + count)) or any(not is_whole(claim.dims[d]) for d in dims):

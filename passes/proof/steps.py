@@ -14,7 +14,7 @@ from passes.proof.claims import Claim, Dim, Unproved, agreed, held_once, is_whol
 from passes.proof.terms import Terms, canonical, with_dims
 from passes.state import PerRank
 
-__all__ = ["Proof", "Rule", "Sizes", "Step", "dims_by_layout", "wholly"]
+__all__ = ["Proof", "Rule", "Sizes", "Step", "axis", "dims_by_layout", "wholly"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class Sizes:
 def wholly(shape: Sequence[Size]) -> tuple[Dim, ...]:
     """Dims of which every rank holds all."""
     return tuple(() if size.is_one else ((size, None),) for size in shape)
+
+
+def axis(dim: int, rank: int) -> int:
+    """A dim of a value counted from the first; it must have it."""
+    if not -rank <= dim < rank:
+        raise Unproved(f"one of {rank} dims", f"dim {dim}", "the program would fail")
+    return dim % rank
 
 
 def dims_by_layout(shape: Sequence[Size], layout: Layout) -> tuple[Dim, ...]:

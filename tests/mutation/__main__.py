@@ -7,13 +7,14 @@ that changes nothing is equivalent and counted apart; every other must be refuse
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
-from tests.mutation.judge import subject
-
-SUBJECTS = ("gpt:2", "gpt:3", "gpt2:2", "llama:2", "llama:3", "llama:4", "neox:3", "bloom:2", "bert:3", "encoder:3")
+SUBJECTS = ("gpt:2", "gpt:3", "gpt2:2", "llama:3", "llama:4", "neox:3", "bloom:2", "bert:3", "encoder:3",
+            "seq2seq/t5:2", "causal/olmo2:3", "causal/falcon:2", "causal/gemma2:3")  # fmt: skip
 
 FATES = {
     (True, False): "refused",
@@ -24,33 +25,42 @@ FATES = {
 """By whether the numbers differ, and whether it is proved."""
 
 
+def judged(each: str) -> tuple[str, Counter[tuple[str, str]], list[str]]:
+    """All mutants of one subject: how many of each kind met which fate, and those that get through."""
+    import torch
+
+    from tests.mutation.judge import subject
+
+    torch.set_num_threads(1)
+    name, _, tp = each.partition(":")
+    it, count, through = subject(name, int(tp)), Counter[tuple[str, str]](), []
+    assert it.verdict(it.program).proved, it.verdict(it.program)
+    for mutant in it.mutants():
+        differs, proved = it.differs(mutant.program), it.verdict(mutant.program).proved
+        count[mutant.kind, FATES[differs, proved]] += 1
+        if differs and proved:
+            through.append(f"{each}: {mutant.kind} at {mutant.place}")
+    return each, count, through
+
+
 def main() -> int:
     """Run, print a line for each kind of mutant, and name those that get through."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.splitlines()[0])
-    parser.add_argument("subjects", nargs="*", default=SUBJECTS, help="a model of tests.models and a number of ranks")
+    parser.add_argument("subjects", nargs="*", default=SUBJECTS, help="a model and a number of ranks")
+    parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     count: Counter[tuple[str, str]] = Counter()
-    through, start = [], time.monotonic()
-    for each in options.subjects:
-        name, tp = each.split(":")
-        it = subject(name, int(tp))
-        assert it.verdict(it.program).proved, it.verdict(it.program)
-        for mutant in it.mutants():
-            differs, proved = it.differs(mutant.program), it.verdict(mutant.program).proved
-            fate = (
-                ("got through" if proved else "refused")
-                if differs
-                else ("equivalent" if proved else "refused though equal")
-            )
-            count[mutant.kind, fate] += 1
-            if differs and proved:
-                through.append(f"{each}: {mutant.kind} at {mutant.place}")
-        print(f"[{time.monotonic() - start:.0f} s] {each}: {sum(count.values())} mutants so far", flush=True)
+    through, start = list[str](), time.monotonic()
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        for each, found, names in pool.map(judged, options.subjects):
+            count += found
+            through += names
+            print(f"[{time.monotonic() - start:.0f} s] {each}: {sum(found.values())} mutants", flush=True)
     fates = list(FATES.values())
-    print(f"{'kind':<18}" + "".join(f"{f:>22}" for f in fates))
+    print(f"{'kind':<22}" + "".join(f"{f:>22}" for f in fates))
     for kind in dict.fromkeys(k for k, _ in count):
-        print(f"{kind:<18}" + "".join(f"{count[kind, f]:>22}" for f in fates))
-    print(f"{'all':<18}" + "".join(f"{sum(count[k, f] for k in {k for k, _ in count}):>22}" for f in fates))
+        print(f"{kind:<22}" + "".join(f"{count[kind, f]:>22}" for f in fates))
+    print(f"{'all':<22}" + "".join(f"{sum(count[k, f] for k in {k for k, _ in count}):>22}" for f in fates))
     for each in through:
         print(f"GOT THROUGH {each}")
     return 1 if through else 0

@@ -48,10 +48,16 @@ class Subject:
         return mutants(self.program)
 
 
+def _from_zoo(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    from tests.zoo.architectures import architectures
+
+    return next(a for a in architectures() if str(a) == name).build()
+
+
 @functools.cache
 def subject(name: str, tp: int) -> Subject:
-    """One of :mod:`tests.models` for some ranks."""
+    """One of :mod:`tests.models`, or of the zoo (``causal/olmo2``), for some ranks."""
     with Float64():
-        model, inputs = make(name)
+        model, inputs = _from_zoo(name) if "/" in name else make(name)
         captured = capture(model, (), inputs)
     return Subject(model, inputs, captured, rewrite(captured, tp))

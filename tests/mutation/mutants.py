@@ -167,6 +167,47 @@ def swapped(program: Rewritten) -> Iterator[Mutant]:
     yield from _constants(program, "swap", change)
 
 
+def rotated(program: Rewritten) -> Iterator[Mutant]:
+    """Every rank with its neighbour's constants: off by a shard."""
+
+    def change(value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, PerRank) and program.tp > 2:
+            yield "the neighbour's", PerRank((*value.values[1:], value.values[0]))
+
+    yield from _constants(program, "off by a shard", change)
+
+
+def left_global(program: Rewritten) -> Iterator[Mutant]:
+    """A baked size that is the whole dim's on every rank."""
+    views = (aten.reshape.default, aten.view.default, aten.expand.default, aten.unflatten.int)
+    for node in program.graph.nodes:
+        sizes = node.args[-1] if node.target in views else ()
+        whole = getattr(node.meta.get("global"), "shape", ())
+        for i, (size, want) in enumerate(zip(sizes, whole, strict=False)):
+            if not isinstance(want, int) or size == want or isinstance(size, fx.Node) or size == -1:
+                continue
+
+            def put(graph: fx.Graph, node: fx.Node, i: int = i, want: int = want) -> None:
+                sizes = list(node.args[-1])  # type: ignore[arg-type]
+                node.args = (*node.args[:-1], [*sizes[:i], want, *sizes[i + 1 :]])
+
+            yield _edited(program, "global size", node, put, f" size {i}")
+
+
+def averaged(program: Rewritten) -> Iterator[Mutant]:
+    """A reduction that takes the mean instead of the sum."""
+
+    def mean(graph: fx.Graph, node: fx.Node) -> None:
+        with graph.inserting_after(node):
+            divided = graph.call_function(aten.div.Tensor, (node, float(program.tp)))
+            divided.meta = dict(node.meta)
+        node.replace_all_uses_with(divided, delete_user_cb=lambda n: n is not divided)
+
+    for node in program.graph.nodes:
+        if node.target is ops.all_reduce:
+            yield _edited(program, "mean", node, mean)
+
+
 def levelled(program: Rewritten) -> Iterator[Mutant]:
     """All ranks with the first one's constants."""
 
@@ -252,6 +293,17 @@ def shards_shifted(program: Rewritten) -> Iterator[Mutant]:
     yield from _relaid(program, "shard shifted", change)
 
 
+def shards_rotated(program: Rewritten) -> Iterator[Mutant]:
+    """Every rank with its neighbour's share of a weight: heads of keys with the wrong queries, say."""
+
+    def change(shards: Shards) -> Iterator[tuple[str, Shards]]:
+        new = (*shards.ranks[1:], shards.ranks[0])
+        if program.tp > 2 and new != shards.ranks:
+            yield "the neighbour's", Shards(shards.size, new)
+
+    yield from _relaid(program, "shard of the neighbour", change)
+
+
 def shards_contiguous(program: Rewritten) -> Iterator[Mutant]:
     """A fused weight cut as if it were not."""
 
@@ -293,8 +345,9 @@ def crossed(program: Rewritten) -> Iterator[Mutant]:
 
 
 KINDS: tuple[Callable[[Rewritten], Iterator[Mutant]], ...] = (
-    dropped, doubled, moved, retyped, regrouped, swapped, levelled, off_by_one, misscaled, biased_early,
-    shards_swapped, shards_shifted, shards_contiguous, shards_replicated, crossed,
+    dropped, doubled, moved, retyped, regrouped, averaged, swapped, rotated, levelled, left_global, off_by_one,
+    misscaled, biased_early, shards_swapped, shards_rotated, shards_shifted, shards_contiguous, shards_replicated,
+    crossed,
 )  # fmt: skip
 
 

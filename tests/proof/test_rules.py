@@ -228,6 +228,7 @@ def parts(tp: int) -> list[Case]:
             starts, ends = (per_rank(x) for x in zip(*each, strict=True))
             yield calling(aten.slice.Tensor, HERE, 0, starts, ends)
         yield calling(aten.slice.Tensor, HERE, 0, 0, 3, 2)
+        yield from (calling(aten.slice.Tensor, HERE, dim, 1, 3) for dim in (1, -2, -1))
 
     def selects(chosen: tuple[Operand, ...]) -> Iterator[Call]:
         for each in itertools.product(range(3), repeat=tp):
@@ -251,11 +252,13 @@ def own_parts(tp: int) -> list[Case]:
             if all(b > a for a, b in each):
                 yield calling(ops.narrow, HERE, 0, per_rank([(run,) for run in each]))
         yield calling(ops.narrow, HERE, 0, per_rank([((0, 1), (2, 3))] * tp))
+        yield from (calling(ops.narrow, HERE, dim, ((0, 3),)) for dim in (2, -3, -2))
 
     def taken(chosen: tuple[Operand, ...]) -> Iterator[Call]:
         ways = [(0,), (1,), (0, 1), (1, 0), (0, 0), (0, 2), ()]
         for each in itertools.product(ways, repeat=tp):
             yield calling(ops.take, HERE, 0, per_rank(each))
+        yield from (calling(ops.take, HERE, dim, (0, 1, 2)) for dim in (1, -2, -1))
 
     def nothing(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
         return nodes[0]
