@@ -49,6 +49,7 @@ class At:
     Attributes:
         ok: whether outputs, loss, every gradient agree and ranks agree to the bit.
         error: what is wrong otherwise.
+        unproved: what the static proof refuses, if it does.
         share: of the elements of the layers' matrices that the call uses, those split, key-value replicas aside.
         vocabulary: whether embedding and head are split over the vocabulary.
         forward: collectives of a forward.
@@ -60,6 +61,7 @@ class At:
 
     ok: bool
     error: str = ""
+    unproved: str = ""
     share: float = 0.0
     vocabulary: bool = False
     forward: int = 0
@@ -72,7 +74,7 @@ class At:
     def full(self) -> bool:
         """Whether this is all that is asked of a dense architecture."""
         fewest = self.forward <= self.minimum[0] and self.backward <= self.minimum[1]
-        return self.ok and self.share >= 0.99 and self.vocabulary and fewest
+        return self.ok and not self.unproved and self.share >= 0.99 and self.vocabulary and fewest
 
 
 @dataclass
@@ -144,7 +146,7 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
                 plan = plan_of(division, tp)
                 report = compare(model, Simulation(model, tp, division, record=True), (), inputs, TOLERANCE)
                 row.at[str(tp)] = at = _of_plan(plan)
-                at.ok = report.ok
+                at.ok, at.unproved = report.ok, _refused(division)
                 if not at.ok:
                     name, worst = report.worst_gradient
                     at.error = (
@@ -217,6 +219,12 @@ def _layer(path: str) -> str:
     """The repeated block that a module path lies in, with its number; nothing outside of layers."""
     found = re.match(r"(.*?\.\d+)(\.|$)", path)
     return found[1] if found else ""
+
+
+def _refused(division: Division) -> str:
+    """The first refusal of the proof, of a model in one part or several."""
+    verdicts = [part.programs.last.verdict for part in division.parts if part.programs.last is not None]
+    return next((str(verdict) for verdict in verdicts if not verdict.proved), "")
 
 
 def _said(error: Exception) -> str:

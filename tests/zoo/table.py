@@ -49,6 +49,8 @@ def worse(was: Row, now: Row) -> list[str]:
         if before.ok and not after.ok:
             found.append(f"tp {tp}: {after.error}")
         elif after.ok:
+            if after.unproved and not before.unproved:
+                found.append(f"tp {tp}: {after.unproved}")
             if after.share < before.share - 1e-3:
                 found.append(f"tp {tp}: {after.share:.1%} of the matrices are split, it was {before.share:.1%}")
             if before.vocabulary and not after.vocabulary:
@@ -63,9 +65,9 @@ def worse(was: Row, now: Row) -> list[str]:
 
 def _cells(row: Row) -> list[str]:
     if row.dense_error:
-        return [row.name, row.kind, "", "", "", f"dense: {row.dense_error}"]
+        return [row.name, row.kind, "", "", "", "", f"dense: {row.dense_error}"]
     if row.capture_error:
-        return [row.name, row.kind, "", "", "", f"capture: {row.capture_error}"]
+        return [row.name, row.kind, "", "", "", "", f"capture: {row.capture_error}"]
     passed = [tp for tp, at in row.at.items() if at.ok]
     shares = sorted({f"{at.share:.1%}" for at in row.at.values() if at.ok})
     counts = list(dict.fromkeys("{:g} + {:g}".format(*at.per_layer) for at in row.at.values() if at.ok))
@@ -73,6 +75,7 @@ def _cells(row: Row) -> list[str]:
     said += list(
         dict.fromkeys(folded_text(x) for at in row.at.values() for x in ([at.error] if at.error else at.whole))
     )
+    said += [f"tp {tp}: {at.unproved}" for tp, at in row.at.items() if at.unproved]
     if at_tps := ", ".join(str(tp) for tp, at in row.at.items() if at.ok and not at.vocabulary):
         said.append(f"a table is whole or split over its columns instead of the vocabulary at tp {at_tps}")
     said += [
@@ -85,6 +88,7 @@ def _cells(row: Row) -> list[str]:
         row.name,
         row.kind,
         ", ".join(passed) or "none",
+        ", ".join(tp for tp, at in row.at.items() if at.ok and not at.unproved) or "none",
         ", ".join(shares),
         ", ".join(counts),
         "; ".join(said[:4]) + more,
@@ -96,6 +100,7 @@ def text(rows: list[Row]) -> str:
     run = [row for row in rows if not row.dense_error]
     dense = [row for row in run if row.kind == "dense"]
     right = [row for row in run if len(row.at) == len(TPS) and all(at.ok for at in row.at.values())]
+    proved = [row for row in right if not any(at.unproved for at in row.at.values())]
     full = [row for row in dense if len(row.at) == len(TPS) and all(at.full for at in row.at.values())]
     kinds = Counter(row.kind for row in rows)
     lines = [
@@ -108,14 +113,15 @@ def text(rows: list[Row]) -> str:
         "",
         f"- {len(rows)} architectures: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) + ".",
         f"- {len(right)} of the {len(run)} that run at all are right at every tp.",
+        f"- {len(proved)} of those are proved at every tp (`autotp check`).",
         f"- {len(full)} of {len(dense)} dense ones are all that is asked: 99% of their layers' matrices split,",
         "  embedding and head over the vocabulary, and no more collectives than the layouts make necessary.",
         "",
         "*Split* is the share of the elements of the layers' matrices that are split, key-value replicas aside;",
         "*a layer* is collectives forward + backward.",
         "",
-        "| architecture | class | right at tp | split | a layer | what stays whole, and why |",
-        "|---|---|---|---|---|---|",
+        "| architecture | class | right at tp | proved at tp | split | a layer | what stays whole, and why |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
