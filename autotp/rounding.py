@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-__all__ = ["depth", "rounding_error"]
+__all__ = ["depth", "longest_sum", "rounding_error"]
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -50,6 +50,19 @@ def depth(graphs: Iterable[fx.Graph]) -> int:
             found[node] = before + _rounds(node)
         total += max(found.values(), default=0)
     return total
+
+
+def longest_sum(graphs: Iterable[fx.Graph]) -> int:
+    """The most terms that a product with a weight adds up, forward or backward: its longest side."""
+    return max((max(_sides(node), default=1) for graph in graphs for node in graph.nodes), default=1)
+
+
+def _sides(node: fx.Node) -> list[int]:
+    """The sides of the matrices that a step multiplies by, if they are weights."""
+    weights = [n.meta["val"] for n in node.all_input_nodes if n.op == "get_attr" and "val" in n.meta]
+    name = str(getattr(node.target, "overloadpacket", ""))
+    products = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
+    return [int(n) for w in weights for n in w.shape] if name.removeprefix("aten.") in products else []
 
 
 def _rounds(node: fx.Node) -> bool:

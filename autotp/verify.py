@@ -20,7 +20,7 @@ from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.parts import Seam, divide
 from autotp.planning import announce, plan_of
-from autotp.rounding import depth, rounding_error
+from autotp.rounding import depth, longest_sum, rounding_error
 from autotp.simulate import Simulation
 
 __all__ = ["Float64", "Measured", "Report", "compare", "judge", "measure", "relative_error", "verify", "with_labels"]
@@ -310,9 +310,8 @@ def verify(
             kwargs = with_labels(dense, args, kwargs)
         division = divide(dense, tp, args, kwargs)
         announce(plan_of(division, tp), division)
-        steps = depth(p.programs.last.graph for p in division.parts if p.programs.last is not None)
-        terms = max((max(p.shape, default=1) for p in dense.parameters()), default=1)
-        limit = rounding_error(dtype, steps, terms)
+        graphs = [p.programs.last.captured.graph for p in division.parts if p.programs.last is not None]
+        limit = rounding_error(dtype, depth(graphs), longest_sum(graphs))
         if not processes:
             return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
         from autotp.spawned import measure_spawned

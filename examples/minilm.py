@@ -85,6 +85,7 @@ class Findings:
         padding: the largest difference at a position that only pads a sentence, which nothing reads. Shown, not
             judged: rounding grows there (the dense model itself is further from float64 than at any token).
         calls: the collectives of a forward, as the process group got them.
+        compared: how many more there were by which the ranks compare their calls.
         scores: the similarities of the sentences to the query.
     """
 
@@ -96,6 +97,7 @@ class Findings:
     another: float
     padding: float
     calls: list[str]
+    compared: int
     scores: list[float]
 
 
@@ -107,6 +109,7 @@ def run(dtype: str) -> int:
     import torch.nn.functional as F
     import transformers
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     import autotp
 
@@ -117,14 +120,19 @@ def run(dtype: str) -> int:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
 
     class Count(TorchDispatchMode):
-        """Notes every collective that reaches a process group, whoever calls it and how."""
+        """Notes every collective that reaches a process group, whoever calls it and how; apart from the others
+        those of integers, by which the ranks compare their calls."""
 
         def __init__(self) -> None:
             super().__init__()
             self.calls: list[str] = []
+            self.compared = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if func.namespace == "c10d" and not any(t.is_floating_point() for t in tensors):
+                self.compared += 1
+            elif func.namespace == "c10d":
                 name = func._schema.name.removeprefix("c10d::").rstrip("_")
                 kind = {"allreduce": "all_reduce", "allgather": "all_gather", "_allgather_base": "all_gather"}
                 self.calls.append(kind.get(name, name))
@@ -175,6 +183,7 @@ def run(dtype: str) -> int:
         another=distance(other_hidden, other_expected, other_tokens),
         padding=distance(hidden, expected, ~tokens),
         calls=count.calls,
+        compared=count.compared,
         scores=after.tolist(),
     )
     every: list[Any] = [None] * tp
@@ -262,7 +271,7 @@ def show(
 
     same = all(_order(f.scores) == _order(before) for f in every)
     worst = max(max(f.absolute, f.another) for f in every)
-    ok = bit_equal and good(every, before, limit)
+    ok = bit_equal and as_planned and good(every, before, limit)
     lines = [
         "",
         "THE PLAN: what a rank gets of every weight (* stands for the layers)",
@@ -274,7 +283,8 @@ def show(
         "COLLECTIVES OF A FORWARD: as planned, and as counted at every rank's process group",
         calls,
         f"{each} in each of {len(layers)} layers; in number, kind and order "
-        + ("as planned on every rank" if as_planned else "NOT as planned"),
+        + ("as planned on every rank" if as_planned else "NOT as planned")
+        + f"; besides them {every[0].compared} of two integers, by which the ranks compare the call",
         "",
         "THE NUMBERS: every token's last hidden state against the dense model's",
         numbers,

@@ -44,7 +44,7 @@ def test_minilm_with_its_real_weights_and_uneven_heads(tp: int) -> None:
     counts = {5: (96, 96, 64, 64, 64), 8: (64, 64, 64, 64, 32, 32, 32, 32)}[tp]
     assert query.shards[0].counts == counts
     report = autotp.verify(model, tp, example_inputs=inputs, dtype=torch.float32)
-    assert report.tolerance == 1e-5
+    assert 1e-5 < report.tolerance < 1e-3
     assert report.worst_output < 1e-5, str(report)
     assert report.divergence == 0.0
     exact = autotp.verify(model, tp, example_inputs=inputs)
