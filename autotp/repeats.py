@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["Repeats"]
 
 _CONSTANTS = (bool, int, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_TRACING = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
 Place = tuple[tuple[CodeType, int], ...]
 """Where a call stands: code and line of each ``forward`` on the stack, innermost first."""
 
@@ -306,7 +307,7 @@ class Repeats(TorchFunctionMode):
 
     def _like(self, tensor: torch.Tensor, node: fx.Node, inputs: list[torch.Tensor]) -> torch.Tensor:
         """A tensor of another's metadata for which ``node`` stands, made of ``inputs``."""
-        with proxy_tensor.disable_proxy_modes_tracing():
+        with torch._C._ExcludeDispatchKeyGuard(_TRACING):  # not disable_proxy_modes_tracing: it empties torch's caches
             new = proxy_tensor.snapshot_fake(tensor)
             assert new is not None
             if tensor.requires_grad:

@@ -108,6 +108,8 @@ def trace(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.Te
     The model's Python goes as it does when the model runs; where that cannot be traced, as it does for an
     export. What repeats is copied; where that fails, or may mislead, torch does all of it alone.
     """
+    from torch._dynamo import config as settings  # a second's import, which torch.export does anyway
+
     shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
     first: Exception | None = None
     for eagerly, repeating in itertools.product((True, False), (True, False)):
@@ -123,6 +125,7 @@ def trace(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.Te
                 OwnBackward(),
                 checked_functions(capturing, refuse_function) as outputs.agreeing,
                 _use_lazy_graph_module(True),  # torch's passes each make a graph's code anew, and none runs it
+                settings.patch(fake_tensor_cache_enabled=not repeating),  # what Repeats copies is never looked up there
                 mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _causal_as_told),
             ):
                 flat = _Flat(model, leaves, spec, outputs, around)
