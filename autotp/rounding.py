@@ -8,6 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from passes.graphs import op_name
+from passes.ops import COLUMN_PARALLEL
+
 __all__ = ["depth", "longest_sum", "rounding_error"]
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -60,9 +63,7 @@ def longest_sum(graphs: Iterable[fx.Graph]) -> int:
 def _sides(node: fx.Node) -> list[int]:
     """The sides of the matrices that a step multiplies by, if they are weights."""
     weights = [n.meta["val"] for n in node.all_input_nodes if n.op == "get_attr" and "val" in n.meta]
-    name = str(getattr(node.target, "overloadpacket", ""))
-    products = ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
-    return [int(n) for w in weights for n in w.shape] if name.removeprefix("aten.") in products else []
+    return [int(n) for w in weights for n in w.shape] if op_name(node) in COLUMN_PARALLEL else []
 
 
 def _rounds(node: fx.Node) -> bool:

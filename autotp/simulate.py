@@ -58,7 +58,7 @@ class _ThreadCommunicator:
         return parts
 
 
-class _World:
+class World:
     """The shared state of a simulation's threads, and each one's fabric."""
 
     _default_generator = threading.Lock()
@@ -97,7 +97,7 @@ class _World:
 
 
 class _ThreadFabric:
-    def __init__(self, rank: int, world: _World) -> None:
+    def __init__(self, rank: int, world: World) -> None:
         self.rank, self.world = rank, world
 
     def group(self, name: str) -> fabric.Communicator:
@@ -109,7 +109,7 @@ class _ThreadFabric:
 
     @contextlib.contextmanager
     def random(self, same: bool, device: torch.device) -> Iterator[None]:
-        with _World._default_generator:
+        with World._default_generator:
             before = torch.get_rng_state()
             torch.set_rng_state(self.world.streams[self.rank, same])
             try:
@@ -119,7 +119,7 @@ class _ThreadFabric:
                 torch.set_rng_state(before)
 
 
-def lockstep(tp: int, world: _World, work: Callable[[int], Any]) -> list[Any]:
+def lockstep(tp: int, world: World, work: Callable[[int], Any]) -> list[Any]:
     """Run ``work(rank)`` for every rank, each in a thread of its own and a fabric that joins them.
 
     The first rank's error, if any fails, is raised here.
@@ -259,7 +259,7 @@ class Simulation(nn.Module):
         self.__dict__["model"] = model  # not a child: its parameters are its own
         self.division = programs if isinstance(programs, Division) else Division.whole(model, programs)
         self.tp, self.record = tp, record
-        self.world = _World(tp)
+        self.world = World(tp)
         self.touches = self.division.outside_of_parts()
         self.divergence, self.diverging = 0.0, ""
         self.train(model.training)

@@ -24,16 +24,17 @@ from passes import fabric
 if TYPE_CHECKING:
     from autotp.verify import Measured
 
-__all__ = ["measure_spawned"]
+__all__ = ["free_port", "hidden_values", "measure_spawned", "settle"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on this machine that nothing listens to."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
-def _hidden(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def hidden_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Every value of this rank's program that should be whole; nothing of a model in parts."""
     runtime = model.__dict__["_autotp"]
     if not hasattr(runtime, "programs"):
@@ -45,25 +46,28 @@ def _hidden(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return recorder.seen
 
 
+def settle(rank: int, tp: int, port: int) -> None:
+    """Make this process one of ``tp``, as torchrun would: one thread, and a seed of its own."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    torch.manual_seed(1000 + rank)  # ranks must not depend on equal seeds
+
+
 def _work(
     rank: int, tp: int, port: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: str
 ) -> None:
     import autotp
     from autotp.verify import Float64, measure
 
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    torch.manual_seed(1 + rank)  # ranks must not depend on equal seeds
+    settle(rank, tp, port)
     double = any(p.dtype is torch.float64 for p in model.parameters())
     try:
         with Float64() if double else contextlib.nullcontext(), torch.enable_grad():
-            autotp.parallelize(
-                model, tp, example_inputs=(args, dict(kwargs)) if args and kwargs else args or dict(kwargs)
-            )
+            autotp.parallelize(model, tp, example_inputs=args or dict(kwargs))
             found = measure(model, args, kwargs, lambda: autotp.full_gradients(model))
-            whole = {f"hidden value {n}": v for n, v in _hidden(model, args, kwargs).items()}
+            whole = {f"hidden value {n}": v for n, v in hidden_values(model, args, kwargs).items()}
             whole |= {f"output {n}": v for n, v in found.outputs.items()}
             whole |= {f"gradient {n}": v for n, v in found.gradients.items()}
         sums = {n: (tuple(v.shape), checksum(v)) for n, v in whole.items()}
@@ -95,7 +99,7 @@ def measure_spawned(
 
     with tempfile.TemporaryDirectory() as out:
         try:
-            mp.spawn(_work, (tp, _free_port(), model, args, dict(kwargs), out), nprocs=tp)
+            mp.spawn(_work, (tp, free_port(), model, args, dict(kwargs), out), nprocs=tp)
         except ProcessException as error:
             *_, last = [line for line in str(error).splitlines() if line.strip()] or [""]
             raise AutoTPError(f"a process failed: {last}") from error

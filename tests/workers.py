@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -17,24 +15,13 @@ import torch.multiprocessing as mp
 from torch.utils import _pytree as pytree
 
 import autotp
-from autotp.simulate import Recorder
+from autotp.spawned import free_port, hidden_values, settle
 from autotp.verify import Float64, relative_error
-from passes import fabric
 from tests.models import make
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def _worker(rank: int, world: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], out: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    torch.manual_seed(1000 + rank)  # ranks must not depend on equal seeds
+    settle(rank, world, port)
     try:
         result = work(rank, world, *args)
     except Exception:
@@ -86,16 +73,6 @@ def backward(values: list[torch.Tensor]) -> None:
     torch.autograd.backward(roots, weights)
 
 
-def hidden_values(model: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every value of this rank's program that should be whole on all ranks."""
-    runtime = model.__dict__["_autotp"]
-    program, tensors = runtime.programs.find((), kwargs)
-    recorder = Recorder(runtime.programs.graph(program, runtime.mesh.rank))
-    with fabric.use(runtime.fabric), torch.no_grad():
-        recorder.run(*tensors)
-    return recorder.seen
-
-
 def correctness(rank: int, world: int, names: list[str]) -> dict[str, Any]:
     """Dense against parallel on real processes: outputs, hidden values, gradients, state, counts."""
     results: dict[str, Any] = {}
@@ -133,7 +110,7 @@ def correctness(rank: int, world: int, names: list[str]) -> dict[str, Any]:
                         gradients[n] = max(gradients.get(n, 0.0), error)
                 if batch == 2:
                     counts = (dict(forward.calls), dict(forward.elements), dict(back.calls), dict(back.elements))
-            hidden = hidden_values(model, kwargs)
+            hidden = hidden_values(model, (), kwargs)
             checks = {k: v.double().sum().item() for k, v in hidden.items()}
             gathered = model.__dict__["_autotp"].mesh.gathered(hidden)
             apart = [k for k in hidden if not all(torch.equal(hidden[k], other[k]) for other in gathered)]

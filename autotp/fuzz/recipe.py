@@ -117,7 +117,7 @@ class Recipe:
         """Recipes that are simpler in one respect, the simplest first."""
         for name, values in CHOICES.items():
             now = getattr(self, name)
-            ordered = sorted(set(values)) if isinstance(now, int) and name not in ("hidden",) else values
+            ordered = list(dict.fromkeys(values))
             for value in ordered[: ordered.index(now)] if now in ordered else ():
                 recipe = replace(self, **{name: value})
                 if recipe.valid:

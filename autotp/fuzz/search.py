@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,12 +121,12 @@ def test_model_{self.number}_of_seed_{seed}() -> None:
 '''
 
 
-def _failure(recipe: Recipe, tp: int) -> FuzzError | None:
+def _judged(recipe: Recipe, tp: int) -> tuple[int, FuzzError | None]:
+    """How many weights are split, and how it fails."""
     try:
-        judge(recipe, tp)
+        return judge(recipe, tp), None
     except FuzzError as failure:
-        return failure
-    return None
+        return 0, failure
 
 
 def shrink(recipe: Recipe, tp: int, failure: FuzzError, tries: int = 200) -> tuple[Recipe, int, FuzzError]:
@@ -134,10 +134,9 @@ def shrink(recipe: Recipe, tp: int, failure: FuzzError, tries: int = 200) -> tup
     found = True
     while found and tries > 0:
         found = False
-        simpler: Iterator[tuple[Recipe, int]] = iter([(recipe, n) for n in range(2, tp)])
-        for candidate in (*simpler, *((each, tp) for each in recipe.simpler())):
+        for candidate in (*((recipe, n) for n in range(2, tp)), *((each, tp) for each in recipe.simpler())):
             tries -= 1
-            now = _failure(*candidate)
+            _, now = _judged(*candidate)
             if now is not None and now.kind == failure.kind:
                 (recipe, tp), failure, found = candidate, now, True
                 break
@@ -169,11 +168,7 @@ def fuzz(
     for number in range(start, start + n):
         source = random.Random(f"{seed} {number}")
         recipe, tp = Recipe.draw(source), source.randint(1, 8)
-        split, failure = 0, None
-        try:
-            split = judge(recipe, tp)
-        except FuzzError as error:
-            failure = error
+        split, failure = _judged(recipe, tp)
         progress(Drawn(number, recipe, tp, split, failure))
         if failure is not None:
             found = Found(number, recipe, *shrink(recipe, tp, failure))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from autotp.simulate import _World, lockstep
+from autotp.simulate import World, lockstep
 from passes.axes import Size
 from passes.proof.claims import Claim, Dim, Unproved, split_of
 from passes.proof.dense import read
@@ -144,6 +144,13 @@ def calling(target: Any, *args: Any, **kwargs: Any) -> Call:
     return call
 
 
+def function(graph: fx.Graph, name: str, of: Callable[..., Any]) -> fx.Node:
+    """A function that an op of the graph calls."""
+    node = graph.create_node("get_attr", name)
+    node.meta["region"] = fx.symbolic_trace(of)
+    return node
+
+
 HERE, REST = object(), object()
 """Where the next operand, or a list of the others, stands among a call's arguments."""
 
@@ -158,31 +165,24 @@ def _graph(leaves: Sequence[Leaf], call: Call) -> tuple[fx.Graph, list[fx.Node],
     return graph, nodes, call(graph, nodes)
 
 
-def _runs(node: fx.Node, found: dict[fx.Node, Any], rank: int) -> Any:
-    """A node's value on one rank, and that of what it reads."""
-    if node not in found:
-
-        def each(n: Any) -> Any:
-            return _runs(n, found, rank) if isinstance(n, fx.Node) else _runs_of(n.values[rank], found, rank)
-
-        args, kwargs = _mapped(node.args, each), _mapped(node.kwargs, each)
-        found[node] = node.target(*args, **kwargs)
-    return found[node]
-
-
-def _runs_of(value: Any, found: dict[fx.Node, Any], rank: int) -> Any:
-    return _runs(value, found, rank) if isinstance(value, fx.Node) else value
-
-
-def _mapped(value: Any, each: Callable[[Any], Any]) -> Any:
-    if isinstance(value, (fx.Node, PerRank)):
-        return each(value)
+def _runs(value: Any, found: dict[fx.Node, Any], rank: int) -> Any:
+    """What a node, or an argument with nodes in it, is on one rank."""
+    if isinstance(value, PerRank):
+        return _runs(value.values[rank], found, rank)
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(v, each) for v in value)
-    return {k: _mapped(v, each) for k, v in value.items()} if isinstance(value, dict) else value
+        return type(value)(_runs(v, found, rank) for v in value)
+    if isinstance(value, dict):
+        return {k: _runs(v, found, rank) for k, v in value.items()}
+    if not isinstance(value, fx.Node):
+        return value
+    if "region" in value.meta:
+        return value.meta["region"]
+    if value not in found:
+        found[value] = value.target(*_runs(value.args, found, rank), **_runs(value.kwargs, found, rank))
+    return found[value]
 
 
-def _claim(term: int, shape: Sequence[int], operand: Operand) -> Claim:
+def claim_of(term: int, shape: Sequence[int], operand: Operand) -> Claim:
     dims = tuple(_dim(size, held) for size, held in zip(shape, operand.held, strict=True))
     return Claim(term, dims, pending=operand.pending).with_grad(operand.grad)
 
@@ -228,7 +228,7 @@ def _close(a: Any, b: Any) -> bool:
 
 def check(case: Case, stop: int = 5) -> Count:
     """Every program that a case has: what is claimed of it must be so."""
-    count, world = Count(), _World(case.tp)
+    count, world = Count(), World(case.tp)
     dense, nodes, result = _graph(case.leaves, case.dense)
     wanted = [each.operands[0].grad is not None for each in case.leaves]
     values = [
@@ -249,11 +249,13 @@ def check(case: Case, stop: int = 5) -> Count:
         for graph, mine, last in written:
             proof = Proof(terms, case.tp)
             for node, original, each, operand in zip(mine, nodes, case.leaves, chosen, strict=True):
-                proof.values[node] = _claim(meant[original], each.value.shape, operand)
+                proof.values[node] = claim_of(meant[original], each.value.shape, operand)
             try:
                 for node in graph.nodes:
                     if node.op == "call_function":
                         proof.values[node] = follow(proof, node)
+                    elif "region" in node.meta:
+                        proof.values[node] = ("region", str(node.target))
                 found = proof.values[last]
             except Unproved:
                 count.refused += 1
@@ -266,7 +268,7 @@ def check(case: Case, stop: int = 5) -> Count:
             start = [proof.values[n] for n in mine]
             for claim in claims:
                 count.claimed += 1
-                wrong = _judge(case, world, values, whole, graph, mine, last, start, claim, wanted, count)
+                wrong = _judge(case, world, values, whole, mine, last, start, claim, wanted, count)
                 if wrong:
                     given = "; ".join(f"{o.held} {o.grad}" + " pending" * o.pending for o in chosen)
                     count.wrong.append(f"{last.format_node()} of {given}: claimed {claim}: {wrong}")
@@ -275,9 +277,19 @@ def check(case: Case, stop: int = 5) -> Count:
     return count
 
 
+def assert_sound(cases: list[Case]) -> None:
+    """What is claimed of any program of the cases is so; some are claimed, some refused, some have gradients."""
+    counts = [check(case) for case in cases]
+    for count in counts:
+        assert not count.wrong, "\n".join(count.wrong)
+        assert count.claimed, "no program of this case was claimed"
+    assert any(count.refused for count in counts)
+    assert any(count.grads for count in counts)
+
+
 def _judge(
-    case: Case, world: Any, values: list[torch.Tensor], whole: torch.Tensor, graph: fx.Graph, nodes: list[fx.Node],
-    last: fx.Node, start: list[Claim], claim: Claim, wanted: list[bool], count: Count,
+    case: Case, world: World, values: list[torch.Tensor], whole: torch.Tensor, nodes: list[fx.Node], last: fx.Node,
+    start: list[Claim], claim: Claim, wanted: list[bool], count: Count,
 ) -> str:  # fmt: skip
     """What is wrong with a claim; nothing if it is so."""
     generator = np.random.default_rng(0)
@@ -322,15 +334,7 @@ def _judge(
     )  # fmt: skip
     sent = [gradient[np.ix_(*each)] if each else gradient for each in lists]
     if claim.grad == "partial":
-        sent = [np.asarray(generator.standard_normal(each.shape)) for each in sent]
-        missing = _classes(gradient, [np.arange(n) for n in shape], classes)
-        for grad, each in zip(sent, lists, strict=True):
-            missing -= _classes(grad, each, classes)
-        for grad, each in zip(sent, lists, strict=True):  # what is missing goes to the first that holds it
-            for place in np.ndindex(grad.shape):
-                at = tuple(int(c[x[i]]) for c, x, i in zip(classes, each, place, strict=True))
-                grad[place] += missing[at]
-                missing[at] = 0
+        sent = _in_parts(gradient, lists, classes, generator)
 
     def backward(rank: int) -> Any:
         leaves = [x for x, w in zip(local[rank], wanted, strict=True) if w]
@@ -354,6 +358,23 @@ def _judge(
     return ""
 
 
+def _in_parts(
+    whole: np.ndarray, lists: list[list[np.ndarray]], classes: list[np.ndarray], generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Random gradients of what each rank holds, which add up to a whole one."""
+    parts = [generator.standard_normal([len(x) for x in each]) for each in lists]
+    parts = [np.asarray(part) for part in parts]
+    missing = _classes(whole, [np.arange(n) for n in whole.shape], classes)
+    for part, each in zip(parts, lists, strict=True):
+        missing -= _classes(part, each, classes)
+    for part, each in zip(parts, lists, strict=True):  # what is missing goes to the first that holds it
+        for place in np.ndindex(part.shape):
+            at = tuple(int(c[x[i]]) for c, x, i in zip(classes, each, place, strict=True))
+            part[place] += missing[at]
+            missing[at] = 0
+    return parts
+
+
 def _failure(error: Exception, local: list[list[torch.Tensor]], count: Count) -> str:
     if any(not part.numel() for held in local for part in held):
         count.failed += 1
@@ -361,7 +382,7 @@ def _failure(error: Exception, local: list[list[torch.Tensor]], count: Count) ->
     return f"it does not run: {type(error).__name__}: {error}"
 
 
-def _ranks(case: Case, world: Any, work: Callable[[int], Any]) -> list[Any]:
+def _ranks(case: Case, world: World, work: Callable[[int], Any]) -> list[Any]:
     return lockstep(case.tp, world, work) if case.exchanges else [work(rank) for rank in range(case.tp)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,12 @@ WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
     "no gradient is asked for": (test_rules.pointwise, steps.Proof, "_enter", staticmethod(lambda flowing, fine: None)),
     "operands need not agree": (test_rules.pointwise, steps, "agreed", lambda one, two: one),
     "a softmax may mix parts": (test_rules.mixings, others, "is_whole", lambda dim: True),
+    "a function may ask which head it is at": (
+        test_rules.flexible_attentions, products, "_asks", lambda *_: False
+    ),
+    "queries may meet any keys": (
+        test_rules.flexible_attentions, products, "_heads", lambda *_: np.empty(0, dtype=np.int64)
+    ),
     "replicas do not count": (test_rules.pointwise, claims, "held_once", lambda splits: True),
     "an element may be taken twice": (test_rules.own_parts, moves, "_match", _exactly),
     "places need not be those held": (test_collectives.gathers, collectives, "_is_same", lambda *_: True),
