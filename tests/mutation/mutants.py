@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -326,6 +327,29 @@ def shards_replicated(program: Rewritten) -> Iterator[Mutant]:
     yield from _relaid(program, "shard replicated", change)
 
 
+def split_apart(program: Rewritten) -> Iterator[Mutant]:
+    """A weight with several uses (tied embeddings) of which one is split otherwise: by the neighbour's share."""
+    for node in program.graph.nodes:
+        layout = program.stored.get(str(node.target)) if node.op == "get_attr" else None
+        if layout is None or len(layout.shards) != 1 or len(node.users) < 2:
+            continue
+        ((dim, shards),) = layout.shards
+        runs = tuple(s.runs for s in shards.ranks)
+
+        def apart(graph: fx.Graph, node: fx.Node, user: str, dim: int = dim, runs: Any = runs) -> None:
+            (mine,) = (n for n in graph.nodes if n.name == user)
+            with graph.inserting_before(mine):
+                whole = graph.call_function(ops.all_gather, (node, ((dim, runs),), GROUP))
+                entered = graph.call_function(ops.enter, (whole, GROUP))
+                other = graph.call_function(ops.narrow, (entered, dim, PerRank((*runs[1:], runs[0]))))
+            for each in (whole, entered, other):
+                each.meta = dict(node.meta)
+            mine.replace_input_with(node, other)
+
+        for user in [n.name for n in node.users]:
+            yield _edited(program, "one use split apart", node, partial(apart, user=user), f" in {user}")
+
+
 def crossed(program: Rewritten) -> Iterator[Mutant]:
     """An op that reads the other of two operands of one shape."""
     for node in program.graph.nodes:
@@ -347,7 +371,7 @@ def crossed(program: Rewritten) -> Iterator[Mutant]:
 KINDS: tuple[Callable[[Rewritten], Iterator[Mutant]], ...] = (
     dropped, doubled, moved, retyped, regrouped, averaged, swapped, rotated, levelled, left_global, off_by_one,
     misscaled, biased_early, shards_swapped, shards_rotated, shards_shifted, shards_contiguous, shards_replicated,
-    crossed,
+    split_apart, crossed,
 )  # fmt: skip
 
 
