@@ -10,6 +10,7 @@ parameter's gradient complete at the indices that each rank holds.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ class Verdict:
         proved: whether the graph is proved.
         values: how many values were proved.
         collectives: how many of them are collectives.
-        distinct: how many of the steps were unlike all before: those of identical layers are not.
+        blocks: how many blocks there are: the modules of lists, such as layers, and all that is outside of them.
+        distinct: how many of them took unlike steps; identical layers take the same ones.
         node: the first node that could not be proved.
         module: its module path.
         source: its source line.
@@ -49,6 +51,7 @@ class Verdict:
     proved: bool
     values: int
     collectives: int
+    blocks: int
     distinct: int
     node: str = ""
     module: str = ""
@@ -59,7 +62,8 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.proved:
-            return f"PROVED: {self.values} values, {self.collectives} collectives, {self.distinct} distinct steps"
+            blocks = f"{self.blocks} block{'s' * (self.blocks != 1)} ({self.distinct} distinct)"
+            return f"PROVED: {self.values} values, {self.collectives} collectives, {blocks}"
         return (
             f"NOT PROVED: {self.node} in {self.module or 'the model'} ({self.source}): expected {self.expected}, "
             f"found {self.found}; {self.effect}"
@@ -96,7 +100,7 @@ class _Walk:
         return Claim(term, dims_by_layout(self.terms.shapes[term], layout)).with_grad(grad)
 
     def run(self) -> Verdict:
-        values, node, seen = 0, None, set()
+        values, node, blocks = 0, None, defaultdict[str, list[Any]](list)
         try:
             for node in self.graph.nodes:
                 if node.op == "output":
@@ -104,19 +108,26 @@ class _Walk:
                     continue
                 found = self.proof.values[node] = self.value(node)
                 values += 1
-                seen.add(
-                    (node.target, *(self.kind(self.proof.values[n]) for n in node.all_input_nodes), self.kind(found))
-                )
+                of = [self.kind(self.proof.values[n]) for n in node.all_input_nodes]
+                if node.op == "call_function":
+                    blocks[self.block(node)].append((node.target, *of, self.kind(found)))
         except Exception as error:
             assert node is not None
             if not isinstance(error, Unproved):  # a call that no rule can read, be it the program's fault or the rule's
                 said = f"{type(error).__name__}: {error}"
                 error = Unproved("a step that the proof can read", said, "what it computes is not known")
             return Verdict(
-                False, values, self.collectives, 0, node.name, node.meta.get("module", module_path(node)),
+                False, values, self.collectives, 0, 0, node.name, node.meta.get("module", module_path(node)),
                 node.meta.get("source", source_line(node)), error.expected, error.found, error.effect,
             )  # fmt: skip
-        return Verdict(True, values, self.collectives, len(seen))
+        return Verdict(True, values, self.collectives, len(blocks), len({tuple(b) for b in blocks.values()}))
+
+    @staticmethod
+    def block(node: fx.Node) -> str:
+        """The path of the outermost module in a list that a step is of; empty outside of all."""
+        path = str(node.meta.get("module", module_path(node))).split(".")
+        at = next((i for i, name in enumerate(path) if name.isdigit()), -1)
+        return ".".join(path[: at + 1])
 
     @staticmethod
     def kind(value: Any) -> Any:
