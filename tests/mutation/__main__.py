@@ -13,34 +13,10 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
+from tests.mutation.judge import FATES, judged
+
 SUBJECTS = ("gpt:2", "gpt:3", "gpt2:2", "llama:3", "llama:4", "neox:3", "bloom:2", "bert:3", "encoder:3",
             "seq2seq/t5:2", "causal/olmo2:3", "causal/falcon:2", "causal/gemma2:3")  # fmt: skip
-
-FATES = {
-    (True, False): "refused",
-    (True, True): "got through",
-    (False, True): "equivalent",
-    (False, False): "refused though equal",
-}
-"""By whether the numbers differ, and whether it is proved."""
-
-
-def judged(each: str) -> tuple[str, Counter[tuple[str, str]], list[str]]:
-    """All mutants of one subject: how many of each kind met which fate, and those that get through."""
-    import torch
-
-    from tests.mutation.judge import subject
-
-    torch.set_num_threads(1)
-    name, _, tp = each.partition(":")
-    it, count, through = subject(name, int(tp)), Counter[tuple[str, str]](), []
-    assert it.verdict(it.program).proved, it.verdict(it.program)
-    for mutant in it.mutants():
-        differs, proved = it.differs(mutant.program), it.verdict(mutant.program).proved
-        count[mutant.kind, FATES[differs, proved]] += 1
-        if differs and proved:
-            through.append(f"{each}: {mutant.kind} at {mutant.place}")
-    return each, count, through
 
 
 def main() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from autotp.capture import Captured, capture
@@ -18,7 +20,16 @@ from tests.models import make
 from tests.mutation.mutants import Mutant, mutants
 from tests.passes.harness import OneProgram
 
-__all__ = ["Subject", "subject"]
+__all__ = ["FATES", "Subject", "judged", "subject"]
+
+
+FATES = {
+    (True, False): "refused",
+    (True, True): "got through",
+    (False, True): "equivalent",
+    (False, False): "refused though equal",
+}
+"""By whether the numbers differ, and whether it is proved."""
 
 
 @dataclass
@@ -61,3 +72,17 @@ def subject(name: str, tp: int) -> Subject:
         model, inputs = _from_zoo(name) if "/" in name else make(name)
         captured = capture(model, (), inputs)
     return Subject(model, inputs, captured, rewrite(captured, tp))
+
+
+def judged(each: str) -> tuple[str, Counter[tuple[str, str]], list[str]]:
+    """All mutants of one subject: how many of each kind met which fate, and those that get through."""
+    torch.set_num_threads(1)
+    name, _, tp = each.partition(":")
+    it, count, through = subject(name, int(tp)), Counter[tuple[str, str]](), []
+    assert it.verdict(it.program).proved, it.verdict(it.program)
+    for mutant in it.mutants():
+        differs, proved = it.differs(mutant.program), it.verdict(mutant.program).proved
+        count[mutant.kind, FATES[differs, proved]] += 1
+        if differs and proved:
+            through.append(f"{each}: {mutant.kind} at {mutant.place}")
+    return each, count, through
