@@ -176,6 +176,21 @@ def written_part() -> str:
     return before_and_after(raw(Small(run, proj=nn.Linear(4, 6)), x(2, 3, 4)), functionalize)
 
 
+@case("differentiable/where_gradients_stop")
+def where_gradients_stop() -> str:
+    """Gradients flow from floating inputs and weights, and stop at ids, at ``detach`` and where there is no slope."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        y = self.proj(x)
+        best = y.argmax(-1, keepdim=True)
+        return y.gather(-1, best) * y.detach().exp() + y.round() * x.tanh().sum()
+
+    graph = raw(Small(run, proj=nn.Linear(4, 6)), x(2, 3, 4))
+    for node in graph.nodes:
+        node.meta.pop("grad", None)
+    return before_and_after(graph, lambda g: differentiable(g, {"proj.weight", "proj.bias"}))
+
+
 @case("simplify/nothing_computed")
 def nothing_computed() -> str:
     """What computes nothing goes. A detach is kept where a gradient would otherwise flow, as is a real slice."""
@@ -382,6 +397,29 @@ def shard_text(model: nn.Module, tp: int) -> str:
     """Before and after ``shard``."""
     graph, sharded = rewritten(model, tp)
     return f"Before:\n\n{captured_text(graph)}\n\nAfter, for {tp} ranks:\n\n{states_text(sharded)}"
+
+
+def assign_text(model: nn.Module, tp: int) -> str:
+    """The layouts of the weights that were decided, and those that all values then have."""
+    graph = captured(model, x(2, 3, 64)).graph
+    facts = propagate(graph)
+    stored = decide(graph, facts, tp).stored
+    layouts = assign(graph, facts, stored, tp)
+    lines = [f"{n.name:<32} {layouts[n]}" for n in graph.nodes if n.op == "call_function" and n in layouts]
+    weights = "\n".join(f"{name:<32} {layout}" for name, layout in stored.items())
+    return f"{captured_text(graph)}\n\nWeights on {tp} ranks:\n\n{weights}\n\nValues:\n\n" + "\n".join(lines)
+
+
+@case("assign/grouped_attention")
+def assign_attention() -> str:
+    """Values follow their weights. Dims are virtual: attention's 8 heads are 2 groups of 4, as keys and values have 2."""
+    return assign_text(Attention(64, 8, 2, 16), 4)
+
+
+@case("assign/fused_attention")
+def assign_fused() -> str:
+    """Three runs of rows are one run of heads."""
+    return assign_text(Fused(64, 5, 16), 2)
 
 
 @case("shard/mlp")
