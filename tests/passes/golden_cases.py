@@ -412,7 +412,7 @@ def assign_text(model: nn.Module, tp: int) -> str:
 
 @case("assign/grouped_attention")
 def assign_attention() -> str:
-    """Values follow their weights. Dims are virtual: attention's 8 heads are 2 groups of 4, as keys and values have 2."""
+    """Values follow their weights. Dims are virtual: attention's 8 heads are 2 groups of 4, as keys have 2."""
     return assign_text(Attention(64, 8, 2, 16), 4)
 
 
