@@ -16,7 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 from tests.mutation.judge import FATES, judged
 
 SUBJECTS = ("gpt:2", "gpt:3", "gpt2:2", "llama:3", "llama:4", "neox:3", "bloom:2", "bert:3", "encoder:3",
-            "seq2seq/t5:2", "causal/olmo2:3", "causal/falcon:2", "causal/gemma2:3")  # fmt: skip
+            "seq2seq/t5:2", "causal/olmo2:3", "causal/falcon:2", "causal/gemma2:3", "causal/gpt_bigcode:3",
+            "causal/phi3:2", "causal/qwen3:4", "causal/mpt:2", "causal/gptj:3", "causal/opt:2", "seq2seq/bart:3",
+            "masked/deberta:2", "causal/mixtral:3")  # fmt: skip
 
 
 def main() -> int:
