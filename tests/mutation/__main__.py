@@ -35,10 +35,10 @@ def main() -> int:
             through += names
             print(f"[{time.monotonic() - start:.0f} s] {each}: {sum(found.values())} mutants", flush=True)
     fates = list(FATES.values())
-    print(f"{'kind':<22}" + "".join(f"{f:>22}" for f in fates))
-    for kind in dict.fromkeys(k for k, _ in count):
-        print(f"{kind:<22}" + "".join(f"{count[kind, f]:>22}" for f in fates))
-    print(f"{'all':<22}" + "".join(f"{sum(count[k, f] for k in {k for k, _ in count}):>22}" for f in fates))
+    print(f"{'kind':<22}" + "".join(f"{f:>22}" for f in fates) + f"{'kill rate':>12}")
+    for kind in (*dict.fromkeys(k for k, _ in count), "all"):
+        row = [sum(n for (k, fate), n in count.items() if fate == f and kind in (k, "all")) for f in fates]
+        print(f"{kind:<22}" + "".join(f"{n:>22}" for n in row) + f"{row[0] / max(1, row[0] + row[1]):>12.2%}")
     for each in through:
         print(f"GOT THROUGH {each}")
     return 1 if through else 0
