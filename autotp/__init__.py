@@ -18,6 +18,7 @@ from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
 from autotp.plan import Plan
 from autotp.planning import make_plan as plan
 from autotp.simulate import Simulation, simulate
+from autotp.tally import Tally
 from autotp.verify import Report, verify
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ProofError",
     "Report",
     "Simulation",
+    "Tally",
     "UnprovedWarning",
     "WholeWeightWarning",
     "full_gradients",

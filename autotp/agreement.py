@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -13,53 +12,29 @@ import torch.distributed as dist
 # By reference: what counts or replaces the collectives of torch.distributed means those of the graph.
 from torch.distributed import all_reduce as _all_reduce
 
+from autotp.digests import digest
 from autotp.errors import AutoTPError, MismatchError
 from autotp.process import Mesh
+from autotp.shared_memory import LINE, Board, join_board
 
-__all__ = ["Agreement", "checksum", "digest"]
-
-_MASK = (1 << 62) - 1
-
-
-def digest(text: str) -> int:
-    """62 bits of a text, the same in every process (unlike ``hash``).
-
-    >>> digest("a") == digest("a")
-    True
-    """
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & _MASK
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """A 64-bit sum over a tensor's bytes, weighted by position; equal for equal tensors."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    rest = flat.numel() % 4
-    total = 0
-    if rest:
-        total, flat = int(flat[-rest:].sum()) + 1, flat[:-rest]
-    words = flat.view(torch.int32)
-    for start in range(0, words.numel(), 1 << 22):  # in pieces: int64 copies of a large weight would not fit
-        piece = words[start : start + (1 << 22)].to(torch.int64)
-        weights = torch.arange(1, piece.numel() + 1, device=piece.device) % 65521 + start % 65521
-        total = (total * 1000003 + int((piece * weights).sum())) % (1 << 64)
-    return total
+__all__ = ["Agreement"]
 
 
 class Agreement:
     """The comparison of ranks before every step that has collectives.
 
     Ranks that run different steps pair up collectives that do not belong together: they hang, or, where
-    shapes happen to fit, go on with wrong numbers. So each step starts with one all-reduce of two integers,
-    a fingerprint and its negative, on a gloo group that nothing else uses; only where their maxima show a
-    difference are the details exchanged. No collective of the step itself starts before.
+    shapes happen to fit, go on with wrong numbers. So each step starts with a comparison of one
+    fingerprint, through memory that nothing else uses or, between hosts, on a gloo group likewise (the largest of it
+    and of its negative); only where they differ are the details exchanged. No collective of the step itself starts
+    before.
 
     Args:
         mesh: this process among the ranks.
         model: what to call the model in messages.
         timeout: how long a rank waits for the others.
         debug: whether calls are compared in the values of inputs and of whole parameters, too.
+        shared_memory: whether ranks on one host compare through memory.
 
     Attributes:
         number: how many steps this rank has begun.
@@ -67,13 +42,18 @@ class Agreement:
         steps: how many steps optimizers have taken on the model's parameters.
     """
 
-    def __init__(self, mesh: Mesh, model: str, timeout: timedelta, debug: bool = False) -> None:
+    def __init__(
+        self, mesh: Mesh, model: str, timeout: timedelta, debug: bool = False, shared_memory: bool = True
+    ) -> None:
         self.mesh, self.model, self.timeout, self.debug = mesh, model, timeout, debug
         self.number, self.doing, self.steps = 0, "parallelize", 0
         self._group: dist.ProcessGroup | None = None
+        self._board: Board | None = None
         if mesh.group is not None:
             ranks = dist.get_process_group_ranks(mesh.group)
             self._group = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+            if shared_memory:
+                self._board = join_board(self._group, mesh.rank, mesh.tp, timeout, slot=LINE)
 
     def check(
         self, doing: str, fingerprint: int, describe: Callable[[], Mapping[str, str]], error: Exception | None = None
@@ -93,12 +73,11 @@ class Agreement:
         if self._group is not None:
             said = f"{type(error).__name__}: {error}" if error is not None else ""
             own = digest(f"{self.number} {doing} {fingerprint} {said}")
-            pair = torch.tensor([own, -own])
             try:
-                _all_reduce(pair, dist.ReduceOp.MAX, self._group)
+                same = self._board.same(own) if self._board is not None else self._same(own)
             except RuntimeError as failure:
                 raise self.missing(failure) from (error or failure)
-            if int(pair[0]) != -int(pair[1]):
+            if not same:
                 details = {"what it does": doing, **({"error": said} if said else {}), **describe()}
                 found: list[Mapping[str, str]] = [{}] * self.mesh.tp
                 dist.all_gather_object(found, details, group=self._group)
@@ -106,6 +85,11 @@ class Agreement:
                     raise MismatchError(f"{self._where()}: {_differences(found)}")
         if error is not None:
             raise error
+
+    def _same(self, number: int) -> bool:
+        pair = torch.tensor([number, -number])
+        _all_reduce(pair, dist.ReduceOp.MAX, self._group)
+        return int(pair[0]) == -int(pair[1])
 
     def _where(self) -> str:
         return f"step {self.number} of this {self.model} on {self.mesh.tp} ranks"

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autotp.agreement import checksum, digest
 from autotp.capture import Captured, Dense, capture, flatten_call
 from autotp.comparison import Comparison, is_constant, kinds
+from autotp.digests import checksum, digest
 from autotp.errors import CaptureError, ProofError, UnprovedWarning
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.watch import Watch, dotted

@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import clip_grad
 
 from autotp.admission import DTENSOR, is_a
-from autotp.agreement import digest
+from autotp.digests import digest
 from autotp.errors import AutoTPError
 from autotp.registry import Sharded, living
 from passes import Shards, ops

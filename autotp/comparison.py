@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from autotp.agreement import Agreement, checksum, digest
+from autotp.agreement import Agreement
+from autotp.digests import checksum, digest
 from autotp.watch import Watch, dotted
 
 __all__ = ["Comparison", "is_constant", "kinds"]

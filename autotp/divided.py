@@ -45,7 +45,9 @@ class Divided(Runtime):
     def __init__(self, division: Division, agreement: Agreement, seed: int, fabric: ProcessFabric) -> None:
         super().__init__(division.model, agreement, fabric)
         self._stored = division.stored
-        self.between = ProcessFabric(self.mesh, seed + 1 + self.mesh.tp, agreement.missing, fabric.timeout)
+        self.between = ProcessFabric(
+            self.mesh, seed + 1 + self.mesh.tp, agreement.missing, fabric.timeout, fabric.shared_memory
+        )
         self.devices = {torch.device("cpu"), device_of(self.model)}
         self._shapes = {n: p.shape for n, p, _ in self.placed()}
         self._take([_Part(self, p.module, p.programs, agreement, fabric) for p in division.parts])

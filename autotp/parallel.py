@@ -12,8 +12,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.admission import admit
-from autotp.agreement import Agreement, checksum, digest
+from autotp.agreement import Agreement
 from autotp.capture import flatten_call
+from autotp.digests import checksum, digest
 from autotp.divided import Divided
 from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call
@@ -78,6 +79,7 @@ def parallelize(
     debug: bool = False,
     strict: bool = False,
     check: bool | str = True,
+    shared_memory: bool = True,
 ) -> nn.Module:
     """Split ``model`` over ``tp`` ranks, in place, and return it.
 
@@ -108,6 +110,9 @@ def parallelize(
             values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
             ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
 
+        shared_memory: on CPUs, let ranks that share a host exchange values through memory that they map, which takes
+            microseconds where gloo takes half a millisecond; False leaves all to the process group.
+
     Returns:
         The same object.
 
@@ -134,13 +139,13 @@ def parallelize(
         raise AutoTPError(f"this {type(model).__name__} is parallelized already")
     with torch.inference_mode(False):  # else the shards would be tensors that never train
         return _parallelize(
-            model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict, check
+            model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict, check, shared_memory
         )
 
 
 def _parallelize(
     model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool,
-    strict: bool, check: bool | str,
+    strict: bool, check: bool | str, shared_memory: bool,
 ) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
         meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
@@ -148,9 +153,8 @@ def _parallelize(
             raise AutoTPError(f"{meta} is on the meta device: load its weights (model.to_empty, load_state_dict) first")
         admit(model)
         args, kwargs = example_call(model, example_inputs)
-    place.agree(
-        {"debug": debug, "timeout": timeout, "strict": strict, "check": check} | _structure(model, args, kwargs)
-    )
+    given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory}
+    place.agree(given | _structure(model, args, kwargs))
     division = _division(model, place, args, kwargs, plan)
     with place.together("proving the graphs"):
         for part in division.parts:
@@ -169,8 +173,8 @@ def _parallelize(
                 if grad is not None:
                     parameter.grad = local_part(grad, shards, place.rank).clone()
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
-    agreement = Agreement(place, type(model).__name__, timeout, debug)
-    fabric = ProcessFabric(place, seed, agreement.missing, timeout)
+    agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory)
+    fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory)
     runtime: Runtime
     if division.is_whole:
         runtime = Whole(model, division.parts[0].programs, agreement, fabric)

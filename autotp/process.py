@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.errors import AutoTPError, LaunchError, MismatchError, check_tp
+from autotp.shared_memory import SharedMemory, join_board
 from passes import fabric
 
-__all__ = ["Mesh", "ProcessFabric", "join"]
+__all__ = ["Mesh", "ProcessCommunicator", "ProcessFabric", "join"]
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective may wait for the other ranks in groups that autotp itself starts."""
@@ -154,7 +155,7 @@ class _Solo:
 
 
 @dataclass
-class _ProcessCommunicator:
+class ProcessCommunicator:
     """One process's end of a process group; ``missing`` makes the error of a collective that fails."""
 
     group: dist.ProcessGroup
@@ -163,6 +164,7 @@ class _ProcessCommunicator:
     missing: Callable[[Exception], Exception]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tensors, all of one shape."""
         total = tensor.clone(memory_format=torch.contiguous_format)
         try:
             dist.all_reduce(total, group=self.group)
@@ -171,8 +173,11 @@ class _ProcessCommunicator:
         return total
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The ranks' tensors in rank order; ``shapes`` says what shape each has."""
         sizes = [int(torch.Size(s).numel()) for s in shapes]
         most = max(sizes)
+        if not most:
+            return [tensor.new_empty(list(s)) for s in shapes]
         mine = tensor.reshape(-1)
         if mine.numel() < most:  # backends gather equal sizes only
             mine = torch.cat([mine, mine.new_empty(most - mine.numel())])
@@ -188,12 +193,21 @@ class _ProcessCommunicator:
 
 @dataclass
 class ProcessFabric:
-    """The fabric of one process: process groups by name, and two streams of random numbers."""
+    """The fabric of one process: process groups by name, and two streams of random numbers.
+
+    Args:
+        mesh: this process among the ranks.
+        seed: of the random numbers.
+        missing: makes the error of a collective that fails.
+        timeout: how long a collective waits.
+        shared_memory: whether CPU ranks on one host communicate through memory.
+    """
 
     mesh: Mesh
     seed: int
     missing: Callable[[Exception], Exception]
     timeout: timedelta = TIMEOUT
+    shared_memory: bool = True
     _groups: dict[str, fabric.Communicator] = field(default_factory=dict)
     _streams: dict[tuple[bool, str], torch.Tensor] = field(default_factory=dict)
 
@@ -209,11 +223,18 @@ class ProcessFabric:
         members = next((p for p in parts if mesh.rank in p), list(range(mesh.tp)))
         if mesh.group is None or len(members) == 1:
             return _Solo()
-        if len(members) == mesh.tp:
-            return _ProcessCommunicator(mesh.group, mesh.rank, mesh.tp, self.missing)
-        ranks = [dist.get_global_rank(mesh.group, m) for m in members]
-        group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
-        return _ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing)
+        group = mesh.group
+        if len(members) < mesh.tp:
+            ranks = [dist.get_global_rank(mesh.group, m) for m in members]
+            group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        return self._nearest(ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing))
+
+    def _nearest(self, far: ProcessCommunicator) -> fabric.Communicator:
+        """The fastest way between the ranks of a group: memory, where they share it, else the group itself."""
+        if not self.shared_memory or dist.get_backend(far.group) != "gloo":
+            return far
+        board = join_board(far.group, far.rank, far.size, self.timeout)
+        return far if board is None else SharedMemory(board, far, self.missing)
 
     def restart(self, seed: int) -> None:
         """Start the streams of random numbers anew."""

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 
-from autotp.agreement import checksum
+from autotp.digests import checksum
 from autotp.errors import AutoTPError
 from autotp.simulate import Recorder
 from passes import fabric

@@ -55,7 +55,7 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and "barrier" not in func._schema.name:
-            kind = func._schema.name.removeprefix("c10d::").strip("_")
+            kind = func._schema.name.removeprefix("c10d::").strip("_").replace("all", "all_")
             self.calls[kind] += 1
             tensors = torch.utils._pytree.tree_leaves(args[0])
             self.bytes[kind] += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
@@ -212,6 +212,8 @@ class Bench:
 
     def measure(self, case: str) -> dict[str, Result]:
         """Times and collectives of all models in one case; the slowest rank's time. Collective."""
+        import autotp
+
         results = {name: Result() for name in NAMES}
         for i in range(self.options.warmup + self.options.rounds):
             for name in NAMES if i % 2 else NAMES[::-1]:
@@ -228,7 +230,7 @@ class Bench:
             result.seconds = [max(each) for each in zip(*(s for s, _ in every))]
             result.cpu = [sum(each) for each in zip(*(c for _, c in every))]
             if name != "dense":
-                with Count() as count:
+                with autotp.Tally() if name == "autotp" else Count() as count:
                     self.step(name, case)
                 result.calls, result.bytes = dict(count.calls), dict(count.bytes)
         return results
@@ -250,7 +252,10 @@ KINDS = (
 
 def profile(bench: Bench, case: str, steps: int = 3) -> dict[str, dict[str, Any]]:
     """Milliseconds a step by kind of operation, on rank 0. Profiling itself slows many small operations."""
-    wrapped: dict[str, Callable[..., Any]] = {n: getattr(dist, n) for n in ("all_reduce", "all_gather")}
+    from autotp.shared_memory import SharedMemory
+
+    places: list[tuple[Any, str]] = [(at, n) for at in (dist, SharedMemory) for n in ("all_reduce", "all_gather")]
+    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [(at, n, getattr(at, n)) for at, n in places]
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -260,8 +265,8 @@ def profile(bench: Bench, case: str, steps: int = 3) -> dict[str, dict[str, Any]
         return call
 
     found = {}
-    for name, function in wrapped.items():
-        setattr(dist, name, recorded(function))
+    for at, name, function in wrapped:
+        setattr(at, name, recorded(function))
     try:
         for model in NAMES:
             dist.barrier()
@@ -285,8 +290,8 @@ def profile(bench: Bench, case: str, steps: int = 3) -> dict[str, dict[str, Any]
             kinds["Python, between operations"] = wall / steps * 1e3 - sum(kinds.values())
             found[model] = {"kinds": dict(kinds), "ops": ops, "count": count / steps, "wall": wall / steps * 1e3}
     finally:
-        for name, function in wrapped.items():
-            setattr(dist, name, function)
+        for at, name, function in wrapped:
+            setattr(at, name, function)
     dist.barrier()
     return found
 

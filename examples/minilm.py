@@ -84,8 +84,7 @@ class Findings:
         another: the largest difference on a batch of another size.
         padding: the largest difference at a position that only pads a sentence, which nothing reads. Shown, not
             judged: rounding grows there (the dense model itself is further from float64 than at any token).
-        calls: the collectives of a forward, as the process group got them.
-        compared: how many more there were by which the ranks compare their calls.
+        calls: the collectives of a forward that ran, by kind.
         scores: the similarities of the sentences to the query.
     """
 
@@ -96,8 +95,7 @@ class Findings:
     rounding: float
     another: float
     padding: float
-    calls: list[str]
-    compared: int
+    calls: dict[str, int]
     scores: list[float]
 
 
@@ -108,8 +106,6 @@ def run(dtype: str) -> int:
     import torch.distributed as dist
     import torch.nn.functional as F
     import transformers
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     import autotp
 
@@ -118,25 +114,6 @@ def run(dtype: str) -> int:
     rank, tp = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-
-    class Count(TorchDispatchMode):
-        """Notes every collective that reaches a process group, whoever calls it and how; apart from the others
-        those of integers, by which the ranks compare their calls."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.calls: list[str] = []
-            self.compared = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            if func.namespace == "c10d" and not any(t.is_floating_point() for t in tensors):
-                self.compared += 1
-            elif func.namespace == "c10d":
-                name = func._schema.name.removeprefix("c10d::").rstrip("_")
-                kind = {"allreduce": "all_reduce", "allgather": "all_gather", "_allgather_base": "all_gather"}
-                self.calls.append(kind.get(name, name))
-            return func(*args, **(kwargs or {}))
 
     folder = model_folder()
     model = transformers.BertModel.from_pretrained(folder, local_files_only=True)
@@ -163,7 +140,7 @@ def run(dtype: str) -> int:
 
     with torch.no_grad():
         expected = dense(**inputs).last_hidden_state
-        with Count() as count:
+        with autotp.Tally() as count:
             hidden = model(**inputs).last_hidden_state
         other_expected, other_hidden = dense(**other).last_hidden_state, model(**other).last_hidden_state
         exact = dense.double()(**inputs).last_hidden_state
@@ -182,8 +159,7 @@ def run(dtype: str) -> int:
         rounding=distance(hidden, exact, tokens),
         another=distance(other_hidden, other_expected, other_tokens),
         padding=distance(hidden, expected, ~tokens),
-        calls=count.calls,
-        compared=count.compared,
+        calls=dict(count.calls),
         scores=after.tolist(),
     )
     every: list[Any] = [None] * tp
@@ -243,11 +219,11 @@ def show(
         held.add_row(str(r), f"{f.parameters:,}", f"{plan.parameters(r):,}", bytes_text(f.bytes), f"{share:.1f}%")
 
     forward = [c for c in plan.collectives if c.when == "forward"]
-    as_planned = all(f.calls == [c.kind for c in forward] for f in every)
+    as_planned = all(f.calls == Counter(c.kind for c in forward) for f in every)
     calls = table("<where", "<what", "planned", "counted", "bytes each")
     for (block, kind, size), times in Counter((block_of(c.module), c.kind, c.bytes) for c in forward).items():
         calls.add_row(block, kind, str(times), str(times) if as_planned else "?", bytes_text(size))
-    counted = "/".join(map(str, sorted({len(f.calls) for f in every})))
+    counted = "/".join(map(str, sorted({sum(f.calls.values()) for f in every})))
     calls.add_row("total", "", str(len(forward)), counted, bytes_text(sum(c.bytes for c in forward)))
     layers = Counter(found[0] for c in forward if (found := re.findall(r"layer\.\d+", c.module)))
     each = "/".join(map(str, sorted(set(layers.values())))) or "none"
@@ -284,7 +260,7 @@ def show(
         calls,
         f"{each} in each of {len(layers)} layers; in number, kind and order "
         + ("as planned on every rank" if as_planned else "NOT as planned")
-        + f"; besides them {every[0].compared} of two integers, by which the ranks compare the call",
+        + "; besides them the ranks compare the call",
         "",
         "THE NUMBERS: every token's last hidden state against the dense model's",
         numbers,

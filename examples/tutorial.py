@@ -18,13 +18,11 @@ import copy
 import os
 import subprocess
 import sys
-from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import autotp
 from autotp.report import collectives_table, ranks_table, render
@@ -65,20 +63,6 @@ class MLP(nn.Module):
         return self.down(torch.nn.functional.gelu(self.up(x)))
 
 
-class Count(TorchDispatchMode):
-    """Counts the collectives that reach a process group, whoever calls them and how."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and go on."""
-        if func.namespace == "c10d":
-            self.calls[func._schema.name.removeprefix("c10d::").strip("_")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def distance(expected: torch.Tensor, found: torch.Tensor) -> float:
     """The largest difference over the largest expected magnitude."""
     return float((expected - found).abs().max() / expected.abs().max())
@@ -99,9 +83,9 @@ def run() -> int:
     expected.square().mean().backward()
     assert x.grad is not None
     x_grad, x.grad = x.grad, None
-    with Count() as forward:
+    with autotp.Tally() as forward:
         found = model(x)
-    with Count() as backward:
+    with autotp.Tally() as backward:
         found.square().mean().backward()
     gradients = autotp.full_gradients(model)
     worst = max(distance(p.grad, gradients[n]) for n, p in dense.named_parameters())

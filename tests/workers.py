@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,30 +35,6 @@ def run(world: int, work: Callable[..., Any], *args: Any, out: Path) -> list[Any
     out.mkdir(parents=True, exist_ok=True)
     mp.spawn(_worker, (world, free_port(), work, args, str(out)), nprocs=world)
     return [pickle.loads(Path(out, str(rank)).read_bytes()) for rank in range(world)]
-
-
-class Count:
-    """Counts the collectives that really run, and their elements."""
-
-    def __enter__(self) -> Count:
-        self.calls: Counter[str] = Counter()
-        self.elements: Counter[str] = Counter()
-        self._saved = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
-        for name, call in self._saved.items():
-            setattr(dist, name, self._counted(name, call))
-        return self
-
-    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls[name] += 1
-            self.elements[name] += args[0].numel() if name == "all_reduce" else sum(t.numel() for t in args[0])
-            return call(*args, **kwargs)
-
-        return counted
-
-    def __exit__(self, *_: Any) -> None:
-        for name, call in self._saved.items():
-            setattr(dist, name, call)
 
 
 def outputs(result: Any) -> list[torch.Tensor]:
@@ -94,9 +69,9 @@ def correctness(rank: int, world: int, names: list[str]) -> dict[str, Any]:
                 dense.zero_grad(set_to_none=True)
                 model.zero_grad(set_to_none=True)
                 expected = outputs(dense(**own))
-                with Count() as forward:
+                with autotp.Tally() as forward:
                     found = outputs(model(**own))
-                with Count() as back:
+                with autotp.Tally() as back:
                     backward(found)
                 backward(expected)
                 errors[batch, length] = [relative_error(a, b) for a, b in zip(expected, found, strict=True)]

@@ -16,7 +16,6 @@ import autotp
 from autotp.rewrite import RankGraph
 from autotp.verify import relative_error
 from tests.models import MLP, Block
-from tests.workers import Count
 from tests.workers_outside import apart, gradients_apart, raised
 
 Result = dict[str, Any]
@@ -50,9 +49,9 @@ def divided(rank: int, world: int) -> dict[str, Any]:
     plan = autotp.plan(model, world, example_inputs=(ids,))
     autotp.parallelize(model, world, example_inputs=(ids,))
     expected = dense(ids)
-    with Count() as forward:
+    with autotp.Tally() as forward:
         found = model(ids)
-    with Count() as back:
+    with autotp.Tally() as back:
         found.square().sum().backward()
     expected.square().sum().backward()
     gradients, mesh = autotp.full_gradients(model), model.__dict__["_autotp"].mesh

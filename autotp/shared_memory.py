@@ -1,0 +1,326 @@
+"""shared_memory: reductions and gathers between CPU ranks on one host, through memory that they all map.
+
+A reduction of a few KiB between two processes takes gloo half a millisecond, which is sockets and threads; the
+data take a microsecond. Here each rank writes what it has to say into a slot of its own, says so in a
+counter of its own, and reads the others' slots once their counters say that they have.
+
+The protocol (:func:`exchange`) has no lock and nothing that two ranks write:
+
+- exchange ``n`` uses slot ``n % 2`` of each rank. A rank fills its slot, then sets its counter to ``n``, waits until
+  every counter is ``n`` or more, and reads all slots.
+- Two slots are enough. A rank that fills its slot for ``n + 2`` has seen every counter reach ``n + 1``, and
+  a rank sets ``n + 1`` only after it has read the slots of ``n``.
+- Each rank adds the slots up in rank order, so all get the same bits.
+
+It asks of memory that stores of one processor are seen in their order, which x86 gives and others do not: on
+those, between hosts, and for tensors elsewhere than on the CPU, the process group does the work. The tests run the
+protocol itself through every order in which ranks may take their steps and their stores may become visible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import platform
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from autotp.digests import digest
+
+__all__ = ["Board", "SharedMemory", "exchange", "join_board"]
+
+LINE = 64
+"""Bytes of a cache line: counters lie on lines of their own, so that no rank's store takes another's line away."""
+SLOT = 1 << 20
+"""Bytes that a rank can say at once; more is said in several exchanges."""
+
+
+class Counters(Protocol):
+    """Where each rank says how far it is."""
+
+    size: int
+
+    def publish(self, rank: int, number: int) -> None:
+        """Set a rank's own counter, after everything that it stored before."""
+        ...
+
+    def published(self, rank: int) -> int:
+        """A rank's counter."""
+        ...
+
+
+def exchange(
+    counters: Counters, rank: int, number: int, write: Callable[[int], None], read: Callable[[int], None]
+) -> Iterator[None]:
+    """One rank's part in exchange ``number``, step by step: it stands still wherever another may go first.
+
+    Args:
+        counters: the ranks' counters, all of them at ``number - 1`` or ``number``.
+        rank: this rank.
+        number: 1 for the first exchange, and so on.
+        write: fills this rank's slot 0 or 1.
+        read: reads the ranks' slots 0 or 1.
+    """
+    write(number % 2)
+    yield
+    counters.publish(rank, number)
+    for other in range(counters.size):
+        while counters.published(other) < number:
+            yield
+    read(number % 2)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """All ranks' slots as tensors.
+
+    Attributes:
+        kind: a number for what is exchanged in this way.
+        views: the tensors in the ranks' slots 0 and 1.
+    """
+
+    kind: int
+    views: tuple[list[torch.Tensor], ...]
+
+
+class Board:
+    """The memory that ``size`` ranks map: their counters, a word each on what they exchange, and their slots.
+
+    Args:
+        memory: of :meth:`bytes_of` bytes, zeros at first.
+        rank: this rank.
+        size: the number of ranks.
+        slot: bytes of a slot.
+        timeout: how long to wait for the others.
+    """
+
+    def __init__(self, memory: mmap.mmap, rank: int, size: int, slot: int, timeout: timedelta) -> None:
+        self.memory, self.rank, self.size, self.slot, self.timeout = memory, rank, size, slot, timeout
+        self.number = 0
+        self._words = memoryview(memory).cast("q")
+        self._slots: dict[Any, Slots] = {}
+        self._patience = 300 if (os.cpu_count() or 1) >= size else 20
+
+    @staticmethod
+    def bytes_of(size: int, slot: int) -> int:
+        """How much memory a board of so many ranks takes."""
+        return 2 * LINE * size + 2 * size * slot
+
+    def publish(self, rank: int, number: int) -> None:
+        """Set a rank's counter."""
+        self._words[2 * rank * LINE // 8] = number
+
+    def published(self, rank: int) -> int:
+        """A rank's counter."""
+        return self._words[2 * rank * LINE // 8]
+
+    def slots(self, what: str, dtype: torch.dtype, shapes: tuple[Sequence[int], ...]) -> Slots:
+        """The ranks' slots as tensors of these shapes, one a rank."""
+        found = self._slots.get((what, dtype, shapes))
+        if found is None:
+            if len(self._slots) > 4096:
+                self._slots.clear()
+            kind = digest(f"{what} {dtype} {[tuple(s) for s in shapes]}")
+            with torch.inference_mode(False):
+                views = tuple([self._view(dtype, s, 2 * r + at) for r, s in enumerate(shapes)] for at in (0, 1))
+            found = self._slots[what, dtype, shapes] = Slots(kind, views)
+        return found
+
+    def _view(self, dtype: torch.dtype, shape: Sequence[int], number: int) -> torch.Tensor:
+        start, count = 2 * LINE * self.size + number * self.slot, int(torch.Size(shape).numel())
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=start).view(shape)
+
+    def same(self, word: int) -> bool:
+        """Whether all ranks say the same number of 62 bits."""
+        start, step = 2 * LINE // 8 * self.size, self.slot // 8
+        found: list[int] = []
+
+        def write(at: int) -> None:
+            self._words[start + (2 * self.rank + at) * step] = word
+
+        def read(at: int) -> None:
+            found.extend(self._words[start + (2 * r + at) * step] for r in range(self.size))
+
+        self.run(0, write, read)
+        return all(each == word for each in found)
+
+    def run(self, kind: int, write: Callable[[int], None], read: Callable[[int], None]) -> None:
+        """Take part in the next exchange.
+
+        Args:
+            kind: what is exchanged, as a number that is the same on all ranks.
+            write: fills this rank's slot 0 or 1.
+            read: reads all ranks' slots 0 or 1.
+
+        Raises:
+            RuntimeError: the others have not come within the timeout, or exchange something else.
+        """
+        self.number += 1
+        said = 2 * LINE // 8 * self.rank + LINE // 8 + self.number % 2
+
+        def write_and_say(at: int) -> None:
+            write(at)
+            self._words[said] = kind
+
+        def check_and_read(at: int) -> None:
+            for other in range(self.size):
+                if self._words[2 * LINE // 8 * other + LINE // 8 + at] != kind:
+                    raise RuntimeError(f"rank {other} of {self.size} exchanges something else")
+            read(at)
+
+        steps = exchange(self, self.rank, self.number, write_and_say, check_and_read)
+        for waited, _ in enumerate(steps):
+            if waited > self._patience:
+                self._wait(waited - self._patience)
+
+    def _wait(self, times: int) -> None:
+        """Let others run: at once at first, then for longer and longer."""
+        if times == 1:
+            self._deadline = time.monotonic() + self.timeout.total_seconds()
+        if times < 1000:
+            os.sched_yield()
+            return
+        time.sleep(min(1e-3, 2e-5 * (times - 999)))
+        if time.monotonic() > self._deadline:
+            late = [r for r in range(self.size) if self.published(r) < self.number]
+            raise RuntimeError(f"timed out after {self.timeout.total_seconds():g} s waiting for {late} in memory")
+
+
+class SharedMemory:
+    """One rank's end of a group on one host: small tensors through memory, others through the process group.
+
+    Args:
+        board: the memory.
+        far: the process group's end.
+        missing: makes the error of an exchange that fails.
+        largest: bytes up to which memory is used.
+    """
+
+    def __init__(
+        self, board: Board, far: Any, missing: Callable[[Exception], Exception], largest: int = 1 << 40
+    ) -> None:
+        self.board, self.far, self.missing, self.largest = board, far, missing, largest
+        self.rank, self.size = board.rank, board.size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tensors, all of one shape."""
+        count = tensor.numel()
+        if tensor.device.type != "cpu" or count * tensor.element_size() > self.largest:
+            return self.far.all_reduce(tensor)
+        most = self.board.slot // tensor.element_size()
+        if count <= most:
+            return self._sum(tensor)
+        flat, out = tensor.reshape(-1), torch.empty(tensor.shape, dtype=tensor.dtype)
+        for mine, total in zip(flat.split(most), out.view(-1).split(most), strict=True):
+            self._sum(mine, total)
+        return out
+
+    def _sum(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        slots = self.board.slots("sum", tensor.dtype, (tensor.shape,) * self.size)
+        found: list[torch.Tensor] = []
+
+        def write(at: int) -> None:
+            slots.views[at][self.rank].copy_(tensor)
+
+        def read(at: int) -> None:
+            first, second, *rest = slots.views[at]
+            total = torch.add(first, second, out=out) if out is not None else torch.add(first, second)
+            for each in rest:
+                total += each
+            found.append(total)
+
+        self._run(slots.kind, write, read)
+        return found[0]
+
+    def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The ranks' tensors in rank order; ``shapes`` says what shape each has."""
+        sizes = tuple(tuple(s) for s in shapes)
+        most = max(torch.Size(s).numel() for s in sizes) * tensor.element_size()
+        if tensor.device.type != "cpu" or most > min(self.largest, self.board.slot):
+            return self.far.all_gather(tensor, shapes)
+        slots = self.board.slots("gather", tensor.dtype, sizes)
+        found: list[torch.Tensor] = []
+        self._run(
+            slots.kind,
+            lambda at: slots.views[at][self.rank].copy_(tensor),
+            lambda at: found.extend(each.clone() for each in slots.views[at]),
+        )
+        return found
+
+    def _run(self, kind: int, write: Callable[[int], Any], read: Callable[[int], Any]) -> None:
+        try:
+            self.board.run(kind, write, read)
+        except RuntimeError as failure:
+            raise self.missing(failure) from failure
+
+
+def _place() -> tuple[str, ...] | None:
+    """What ranks that can share memory have in common; None where memory would not do."""
+    if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text() if boot.exists() else ""
+
+
+def join_board(group: dist.ProcessGroup, rank: int, size: int, timeout: timedelta, slot: int = SLOT) -> Board | None:
+    """Map memory with the other ranks of a group; None on all of them where they cannot. Collective.
+
+    The file behind it is unlinked as soon as all have it open, so it goes when the last process does, however that
+    ends; its space is taken at once, so that it cannot run out later.
+    """
+
+    def gathered(value: Any) -> list[Any]:
+        found: list[Any] = [None] * size
+        dist.all_gather_object(found, value, group=group)
+        return found
+
+    places = gathered(_place())
+    if places[0] is None or any(p != places[0] for p in places):
+        return None
+    path, memory, token = "", None, secrets.token_bytes(16)
+    count = Board.bytes_of(size, slot)
+    if rank == 0:
+        with contextlib.suppress(OSError):
+            directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+            handle, path = tempfile.mkstemp(prefix="autotp-", dir=directory)
+            memory = _mapped(handle, count, token)
+    try:
+        path, token = gathered((path, token))[0]
+        if rank and path:
+            with contextlib.suppress(OSError):
+                memory = _mapped(os.open(path, os.O_RDWR), count)
+        mine = memory is not None and memory[-16:] == token
+        all_mapped = all(gathered(mine))
+    finally:
+        if rank == 0 and path:
+            os.unlink(path)
+    if not all_mapped or memory is None:
+        return None
+    return Board(memory, rank, size, slot, timeout)
+
+
+def _mapped(handle: int, count: int, token: bytes = b"") -> mmap.mmap:
+    """A file's memory; of a new file, with all its space taken and a token at its end."""
+    try:
+        if token:
+            os.posix_fallocate(handle, 0, count + len(token))
+        memory = mmap.mmap(handle, count + 16)
+    finally:
+        os.close(handle)
+    if token:
+        memory[-16:] = token
+    return memory
