@@ -231,7 +231,7 @@ class ProcessFabric:
 
     def _nearest(self, far: ProcessCommunicator) -> fabric.Communicator:
         """The fastest way between the ranks of a group: memory, where they share it, else the group itself."""
-        if not self.shared_memory or dist.get_backend(far.group) != "gloo":
+        if not self.shared_memory or "gloo" not in dist.get_backend_config(far.group):
             return far
         board = join_board(far.group, far.rank, far.size, self.timeout)
         return far if board is None else SharedMemory(board, far, self.missing)

@@ -39,12 +39,16 @@ import torch.distributed as dist
 
 from autotp.digests import digest
 
-__all__ = ["Board", "SharedMemory", "exchange", "join_board"]
+__all__ = ["AbsentError", "Board", "SharedMemory", "exchange", "join_board"]
 
 LINE = 64
 """Bytes of a cache line: counters lie on lines of their own, so that no rank's store takes another's line away."""
 SLOT = 1 << 20
 """Bytes that a rank can say at once; more is said in several exchanges."""
+
+
+class AbsentError(RuntimeError):
+    """A rank does not come to an exchange, or has given up one."""
 
 
 class Counters(Protocol):
@@ -79,6 +83,7 @@ def exchange(
     for other in range(counters.size):
         while counters.published(other) < number:
             yield
+    yield
     read(number % 2)
 
 
@@ -108,15 +113,20 @@ class Board:
 
     def __init__(self, memory: mmap.mmap, rank: int, size: int, slot: int, timeout: timedelta) -> None:
         self.memory, self.rank, self.size, self.slot, self.timeout = memory, rank, size, slot, timeout
-        self.number = 0
+        self.number, self.broken = 0, False
         self._words = memoryview(memory).cast("q")
         self._slots: dict[Any, Slots] = {}
-        self._patience = 300 if (os.cpu_count() or 1) >= size else 20
+        self._patience = 300 if len(os.sched_getaffinity(0)) >= size else 20
+        self._words[self._line(rank) + 3] = os.getpid()
 
     @staticmethod
     def bytes_of(size: int, slot: int) -> int:
         """How much memory a board of so many ranks takes."""
         return 2 * LINE * size + 2 * size * slot
+
+    def _line(self, rank: int) -> int:
+        """A rank's second line: what it exchanges in slots 0 and 1, whether it has given up, its process."""
+        return (2 * rank + 1) * LINE // 8
 
     def publish(self, rank: int, number: int) -> None:
         """Set a rank's counter."""
@@ -141,7 +151,7 @@ class Board:
     def _view(self, dtype: torch.dtype, shape: Sequence[int], number: int) -> torch.Tensor:
         start, count = 2 * LINE * self.size + number * self.slot, int(torch.Size(shape).numel())
         if not count:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=start).view(shape)
 
     def same(self, word: int) -> bool:
@@ -166,26 +176,42 @@ class Board:
             write: fills this rank's slot 0 or 1.
             read: reads all ranks' slots 0 or 1.
 
+        A rank in which an exchange fails says so, and takes part in none again: the others' next one fails too.
+
         Raises:
-            RuntimeError: the others have not come within the timeout, or exchange something else.
+            AbsentError: the others have not come within the timeout, or an exchange has failed on one before.
+            RuntimeError: they exchange something else.
         """
-        self.number += 1
-        said = 2 * LINE // 8 * self.rank + LINE // 8 + self.number % 2
+        if self.broken:
+            raise AbsentError("an exchange through memory failed before: start the processes anew")
 
         def write_and_say(at: int) -> None:
             write(at)
-            self._words[said] = kind
+            self._words[self._line(self.rank) + at] = kind
 
         def check_and_read(at: int) -> None:
+            self._look()
             for other in range(self.size):
-                if self._words[2 * LINE // 8 * other + LINE // 8 + at] != kind:
+                if self._words[self._line(other) + at] != kind:
                     raise RuntimeError(f"rank {other} of {self.size} exchanges something else")
             read(at)
 
-        steps = exchange(self, self.rank, self.number, write_and_say, check_and_read)
-        for waited, _ in enumerate(steps):
-            if waited > self._patience:
-                self._wait(waited - self._patience)
+        try:
+            self.number += 1
+            steps = exchange(self, self.rank, self.number, write_and_say, check_and_read)
+            for waited, _ in enumerate(steps):
+                if waited > self._patience:
+                    self._wait(waited - self._patience)
+        except BaseException:
+            self.broken = True
+            self._words[self._line(self.rank) + 2] = 1
+            raise
+
+    def _look(self) -> None:
+        """Raise if a rank has given up."""
+        for other in range(self.size):
+            if self._words[self._line(other) + 2]:
+                raise AbsentError(f"rank {other} of {self.size} has given up an exchange through memory")
 
     def _wait(self, times: int) -> None:
         """Let others run: at once at first, then for longer and longer."""
@@ -195,36 +221,39 @@ class Board:
             os.sched_yield()
             return
         time.sleep(min(1e-3, 2e-5 * (times - 999)))
+        self._look()
+        late = [r for r in range(self.size) if self.published(r) < self.number]
+        if times % 256 == 0:
+            for other in late:
+                if not os.path.exists(f"/proc/{self._words[self._line(other) + 3]}"):
+                    raise AbsentError(f"the process of rank {other} has ended")
         if time.monotonic() > self._deadline:
-            late = [r for r in range(self.size) if self.published(r) < self.number]
-            raise RuntimeError(f"timed out after {self.timeout.total_seconds():g} s waiting for {late} in memory")
+            raise AbsentError(f"timed out after {self.timeout.total_seconds():g} s waiting for {late} in memory")
 
 
 class SharedMemory:
-    """One rank's end of a group on one host: small tensors through memory, others through the process group.
+    """One rank's end of a group on one host: CPU tensors through memory, others through the process group, and so
+    are gathers of more than a slot.
 
     Args:
         board: the memory.
         far: the process group's end.
-        missing: makes the error of an exchange that fails.
-        largest: bytes up to which memory is used.
+        missing: makes the error of an exchange to which a rank does not come.
     """
 
-    def __init__(
-        self, board: Board, far: Any, missing: Callable[[Exception], Exception], largest: int = 1 << 40
-    ) -> None:
-        self.board, self.far, self.missing, self.largest = board, far, missing, largest
+    def __init__(self, board: Board, far: Any, missing: Callable[[Exception], Exception]) -> None:
+        self.board, self.far, self.missing = board, far, missing
         self.rank, self.size = board.rank, board.size
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""
         count = tensor.numel()
-        if tensor.device.type != "cpu" or count * tensor.element_size() > self.largest:
+        if tensor.device.type != "cpu":
             return self.far.all_reduce(tensor)
         most = self.board.slot // tensor.element_size()
         if count <= most:
             return self._sum(tensor)
-        flat, out = tensor.reshape(-1), torch.empty(tensor.shape, dtype=tensor.dtype)
+        flat, out = tensor.reshape(-1), torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         for mine, total in zip(flat.split(most), out.view(-1).split(most), strict=True):
             self._sum(mine, total)
         return out
@@ -234,7 +263,7 @@ class SharedMemory:
         found: list[torch.Tensor] = []
 
         def write(at: int) -> None:
-            slots.views[at][self.rank].copy_(tensor)
+            slots.views[at][self.rank].copy_(tensor.detach())
 
         def read(at: int) -> None:
             first, second, *rest = slots.views[at]
@@ -250,13 +279,13 @@ class SharedMemory:
         """The ranks' tensors in rank order; ``shapes`` says what shape each has."""
         sizes = tuple(tuple(s) for s in shapes)
         most = max(torch.Size(s).numel() for s in sizes) * tensor.element_size()
-        if tensor.device.type != "cpu" or most > min(self.largest, self.board.slot):
+        if tensor.device.type != "cpu" or most > self.board.slot:
             return self.far.all_gather(tensor, shapes)
         slots = self.board.slots("gather", tensor.dtype, sizes)
         found: list[torch.Tensor] = []
         self._run(
             slots.kind,
-            lambda at: slots.views[at][self.rank].copy_(tensor),
+            lambda at: slots.views[at][self.rank].copy_(tensor.detach()),
             lambda at: found.extend(each.clone() for each in slots.views[at]),
         )
         return found
@@ -264,7 +293,7 @@ class SharedMemory:
     def _run(self, kind: int, write: Callable[[int], Any], read: Callable[[int], Any]) -> None:
         try:
             self.board.run(kind, write, read)
-        except RuntimeError as failure:
+        except AbsentError as failure:
             raise self.missing(failure) from failure
 
 
@@ -272,8 +301,11 @@ def _place() -> tuple[str, ...] | None:
     """What ranks that can share memory have in common; None where memory would not do."""
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return None
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname(), boot.read_text() if boot.exists() else ""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def join_board(group: dist.ProcessGroup, rank: int, size: int, timeout: timedelta, slot: int = SLOT) -> Board | None:
@@ -294,15 +326,15 @@ def join_board(group: dist.ProcessGroup, rank: int, size: int, timeout: timedelt
     path, memory, token = "", None, secrets.token_bytes(16)
     count = Board.bytes_of(size, slot)
     if rank == 0:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
             handle, path = tempfile.mkstemp(prefix="autotp-", dir=directory)
             memory = _mapped(handle, count, token)
     try:
-        path, token = gathered((path, token))[0]
-        if rank and path:
-            with contextlib.suppress(OSError):
-                memory = _mapped(os.open(path, os.O_RDWR), count)
+        offered, token = gathered((path if memory is not None else "", token))[0]
+        if rank and offered:
+            with contextlib.suppress(OSError, ValueError):
+                memory = _mapped(os.open(offered, os.O_RDWR), count)
         mine = memory is not None and memory[-16:] == token
         all_mapped = all(gathered(mine))
     finally:

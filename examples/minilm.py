@@ -256,9 +256,9 @@ def show(
         "WHAT EACH RANK HOLDS: counted from model.parameters() on that rank",
         held,
         "",
-        "COLLECTIVES OF A FORWARD: as planned, and as counted at every rank's process group",
+        "COLLECTIVES OF A FORWARD: as planned, and as counted on every rank",
         calls,
-        f"{each} in each of {len(layers)} layers; in number, kind and order "
+        f"{each} in each of {len(layers)} layers; in number and kind "
         + ("as planned on every rank" if as_planned else "NOT as planned")
         + "; besides them the ranks compare the call",
         "",
