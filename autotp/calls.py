@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autotp.capture import Captured, Dense, capture, flatten_call
+from autotp.arguments import Arguments
+from autotp.capture import Captured, Dense, capture
 from autotp.comparison import Comparison, is_constant, kinds
 from autotp.digests import checksum, digest
 from autotp.errors import CaptureError, ProofError, UnprovedWarning
@@ -49,15 +50,22 @@ class Programs:
         captures: how many times the module has been captured.
         rank: the rank whose shards the module's parameters are; None while they are whole.
         comparison: how the ranks compare each call; None for one process.
+        slots: the layouts of what ranks keep in parts between calls, by slot.
+        counts: the attributes of objects among the arguments that calls were seen to count in.
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
     """
+
+    keeps_parts = True
+    """Whether ranks keep their own shares of what objects hold between calls."""
 
     def __init__(
         self, model: nn.Module, tp: int, dense: Dense, stored: Mapping[str, Layout] | None = None, path: str = ""
     ) -> None:
         self.model, self.tp, self.dense, self.stored, self.path = model, tp, dense, stored, path
         self.settled: Mapping[str, Layout] = {}
+        self.slots: Mapping[str, Layout] = {}
+        self.counts: set[tuple[type, str]] = set()
         self.captures = 0
         self._captured: dict[Any, list[Captured]] = {}
         self._by_structure: dict[Any, list[Rewritten]] = {}
@@ -71,7 +79,10 @@ class Programs:
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = Programs(model, self.tp, self.dense, self.stored)
-        copy.proof = self.proof
+        return self._passed_on(copy)
+
+    def _passed_on(self, copy: Programs) -> Programs:
+        copy.proof, copy.slots, copy.counts = self.proof, self.slots, set(self.counts)
         return copy
 
     def shape(self, name: str) -> Sequence[int]:
@@ -86,14 +97,20 @@ class Programs:
         self._by_structure.clear()
         self._graphs.clear()
 
-    def structure(self, leaves: list[Any], spec: Any) -> Any:
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """A call's arguments, flat."""
+        return Arguments(args, kwargs, self.counts, self.slots, self.rank)
+
+    def structure(self, of: Arguments) -> Any:
         """The key of a call.
 
         Raises:
             CaptureError: the content of an argument could change unseen.
             AutoTPError: the module was changed in a way that its graphs cannot follow.
         """
-        for x in leaves:
+        if of.error is not None:
+            raise of.error
+        for x in of.leaves:
             if not isinstance(x, torch.Tensor) and not is_constant(x):
                 what = f"a {type(x).__module__}.{type(x).__qualname__}"
                 raise CaptureError(
@@ -102,7 +119,7 @@ class Programs:
                     "torch.utils._pytree.register_pytree_node",
                     reason=f"called with {what}, into which pytree cannot see",
                 )
-        return kinds(leaves), spec, self.watch.look(), torch.is_autocast_enabled()
+        return kinds(of.leaves, of.shapes), of.spec, self.watch.look(), torch.is_autocast_enabled()
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """The captured graph of a call, made now if there is none.
@@ -110,49 +127,53 @@ class Programs:
         Raises:
             CaptureError: the call cannot be captured.
         """
-        leaves, spec = flatten_call(args, kwargs)
-        return self._capture(args, kwargs, self.structure(leaves, spec))
+        of = self.arguments(args, kwargs)
+        return self._capture(of, self.structure(of))
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, list[torch.Tensor]]:
-        """The program for a call, made now if there is none, and the call's tensors in its order.
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Arguments]:
+        """The program for a call, made now if there is none, and the call's arguments.
 
         Raises:
             MismatchError: the ranks call differently. All raise, and none has begun.
             CaptureError: the call cannot be captured.
             AutoTPError: the module was changed in a way that its graphs cannot follow.
         """
-        leaves, spec = flatten_call(args, kwargs)
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        of = self.arguments(args, kwargs)
         key, error = None, None
         try:
-            key = self.structure(leaves, spec)
+            key = self.structure(of)
         except Exception as raised:
             error = raised
         if self.comparison is not None:
-            self.comparison.call(key, leaves, spec, error)
+            self.comparison.call(key, of, error)
         elif error is not None:
             raise error
         for program in self._by_structure.get(key, ()):
-            if program.captured.fits(tensors):
-                return program, tensors
+            if program.captured.fits(of.shapes):
+                return program, of
         agreement = self.comparison.agreement if self.comparison is not None else None
         with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
-            program = rewrite(self._capture(args, kwargs, key), self.tp, self.stored, self.settled)
+            captured = self._capture(of, key)
+            if not captured.outputs.counts <= self.counts:  # what was taken for constant is not
+                self.counts |= captured.outputs.counts
+                of = self.arguments(args, kwargs)
+                key = self.structure(of)
+                captured = self._capture(of, key)
+            program = rewrite(captured, self.tp, self.stored, self.settled, self.slots)
             self._prove(program)
         if agreement is not None:
             constants = {n: checksum(t) for n, t in program.captured.constants.items()}
             text = f"{program.graph} {constants}"
             agreement.check("capture", digest(text), lambda: {"the graph": f"{digest(text):x}"})
-        self.stored = program.stored
+        self.stored, self.slots = program.stored, program.slots
         self._by_structure.setdefault(key, []).append(program)
         self.last = program
-        return program, tensors
+        return program, of
 
-    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Any) -> Captured:
-        tensors = [x for x in flatten_call(args, kwargs)[0] if isinstance(x, torch.Tensor)]
+    def _capture(self, of: Arguments, key: Any) -> Captured:
         known = self._captured.setdefault(key, [])
         for captured in known:
-            if captured.fits(tensors):
+            if captured.fits(of.shapes):
                 return captured
         if (changes := self.watch.changes()) and self.captures >= _MANY:
             names = ", ".join(dotted(*place) for place in changes)
@@ -162,8 +183,9 @@ class Programs:
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # the graph, and its constants, will serve in training too
+            args, kwargs = of.dense()
             args, kwargs = pytree.tree_map_only(torch.Tensor, _usable, (args, kwargs))
-            captured = capture(self.model, args, kwargs, self.dense)
+            captured = capture(self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts)
         self.captures += 1
         self._check(captured)
         known.append(captured)

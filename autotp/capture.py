@@ -7,28 +7,28 @@ import copy
 import io
 import logging
 import math
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import stateless
-from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
+from autotp.arguments import Arguments
 from autotp.errors import CaptureError
 from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
+from autotp.states import Counts, Slot
 from autotp.tracing import Outputs, trace
 from passes import canonicalize, differentiable, functionalize, inline, simplify
 from passes.graphs import is_random, is_tensor, op_name, where
 
-__all__ = ["Captured", "Dense", "capture", "flatten_call", "tied_names"]
+__all__ = ["Captured", "Dense", "capture", "tied_names"]
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -59,56 +59,31 @@ class Captured:
         constants: tensors that the model's code made, by ``get_attr`` target.
         regions: submodules that the graph calls (regions under autocast), by ``get_attr`` target.
         parameters: the ``get_attr`` targets that are parameters.
-        out_spec: how to put the outputs back together, with ``out_leaves``: per leaf either the
-            position among the graph's results or the constant itself.
+        outputs: how to put the outputs back together from the graph's results.
+        slots: for each input tensor that is in an object its place there.
         guards: conditions on sizes that the model's Python branched on: a function, and the
             ``(input, dim)`` of each of its arguments.
         static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
         equal: ``(input, dim, input, dim)`` for the input dims that must be equal.
-        refills: whether forward puts other tensors into a container among its inputs (a cache), which the
-            graph does not.
     """
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor]
     regions: dict[str, nn.Module]
     parameters: set[str]
-    out_spec: Any
-    out_leaves: list[tuple[bool, Any]]
+    outputs: Outputs
+    slots: dict[int, Slot]
     guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)
     static: list[tuple[int, int, int]] = field(default_factory=list)
     equal: list[tuple[int, int, int, int]] = field(default_factory=list)
-    refills: bool = False
 
-    def fits(self, tensors: list[torch.Tensor]) -> bool:
+    def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Whether inputs have the sizes that the graph takes for constants, for equal, or branched on."""
-        if not all(check(*(tensors[i].shape[d] for i, d in where)) for check, where in self.guards):
+        if not all(check(*(shapes[i][d] for i, d in where)) for check, where in self.guards):
             return False
-        return all(tensors[i].shape[d] == n for i, d, n in self.static) and all(
-            tensors[i].shape[d] == tensors[j].shape[e] for i, d, j, e in self.equal
+        return all(shapes[i][d] == n for i, d, n in self.static) and all(
+            shapes[i][d] == shapes[j][e] for i, d, j, e in self.equal
         )
-
-
-def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
-    """The leaves of a call's arguments and how to put them together again."""
-    _register_transformers_types()
-    return pytree.tree_flatten((args, dict(kwargs)))
-
-
-def _register_transformers_types() -> None:
-    """Let pytree see into transformers' caches, by transformers' own registration (5.x)."""
-    if "transformers.cache_utils" not in sys.modules or _register_transformers_types.__dict__.get("done"):
-        return
-    _register_transformers_types.__dict__["done"] = True
-    with contextlib.suppress(ImportError):
-        from transformers.cache_utils import Cache
-        from transformers.exporters.exporter_dynamo import register_pytree_node
-
-        pending = [Cache]
-        while pending:
-            cls = pending.pop()
-            pending += cls.__subclasses__()
-            register_pytree_node(cls)
 
 
 def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str, torch.Tensor]:
@@ -144,7 +119,15 @@ def _quiet() -> Iterator[None]:
             x.setLevel(level)
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dense: Dense | None = None) -> Captured:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dense: Dense | None = None,
+    *,
+    counts: Counts = (),
+    sharded: bool = True,
+) -> Captured:
     """Capture one call of a model as a functional fx graph.
 
     No weight is read: stand-ins of the dense shapes take their places while torch.export traces, so the
@@ -155,11 +138,14 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         args: positional inputs. Tensor dims longer than one stay dynamic where the model allows it.
         kwargs: keyword inputs.
         dense: the dense shapes, where the parameters no longer have them.
+        counts: the attributes of objects among the inputs that calls are known to count in.
+        sharded: whether ranks may keep their own shares of what is in such objects.
 
     Raises:
         CaptureError: the model's Python depends on the values of tensors, or changes a buffer or input.
     """
-    leaves, spec = flatten_call(args, kwargs)
+    of = Arguments(args, kwargs, counts)
+    leaves, spec = of.leaves, of.spec
     device = device_of(model)
     tensors = [
         x.detach().to(device) if x.device.type == "meta" else x.detach() for x in leaves if isinstance(x, torch.Tensor)
@@ -177,7 +163,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})
-    captured = _flat_graph(exported, outputs, tied)
+    slots = of.slots()
+    if not sharded:
+        slots, outputs.slots = (
+            {n: replace(s, sharded=False) for n, s in each.items()} for each in (slots, outputs.slots)
+        )
+    captured = _flat_graph(exported, outputs, tied, slots)
     if left := _prepare(captured):
         if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
             raise CaptureError(
@@ -187,7 +178,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             )
         try:
             with _quiet():
-                captured = _flat_graph(exported.run_decompositions({}), outputs, tied)
+                captured = _flat_graph(exported.run_decompositions({}), outputs, tied, slots)
         except RuntimeError as error:
             said = str(error).split("\n")[0]
             raise CaptureError(f"{where(left[0])} changes a tensor in place: {said}", reason=said) from error
@@ -211,6 +202,10 @@ def _prepare(captured: Captured) -> list[fx.Node]:
     for node in captured.graph.nodes:
         regions = [captured.regions[str(n.target)] for n in node.all_input_nodes if str(n.target) in captured.regions]
         node.meta["random"] = any(is_random(n) for r in regions for n in getattr(r, "graph", fx.Graph()).nodes)
+    for node in captured.graph.find_nodes(op="placeholder"):
+        if "held" in node.meta:  # what an object holds was copied, so that it could be changed in place
+            for user in [u for u in node.users if op_name(u) == "aten.clone"]:
+                user.replace_all_uses_with(node)
     captured.graph.owning_module = None  # its get_attr nodes now name the model's own parameters
     differentiable(captured.graph, captured.parameters)
     if any(op_name(n) == "aten.detach" and n.args[0].meta.get("grad") for n in captured.graph.nodes):
@@ -241,7 +236,7 @@ def _unprefixed(name: str) -> str:
     return name.removeprefix("model.") if name != "model" else ""
 
 
-def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str]) -> Captured:
+def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str], slots: dict[int, Slot]) -> Captured:
     """The exported graph with parameters as ``get_attr`` nodes and names as in the user's model."""
     signature = exported.graph_signature
     for spec in signature.output_specs:
@@ -252,7 +247,7 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str]) -> Cap
             )
     graph: fx.Graph = copy.deepcopy(exported.graph_module.graph)  # exported stays, to be functionalized if need be
     graph.owning_module = exported.graph_module
-    captured = Captured(graph, {}, {}, set(), outputs.spec, list(outputs.leaves), refills=outputs.refills)
+    captured = Captured(graph, {}, {}, set(), outputs, slots)
     kinds = {spec.arg.name: spec for spec in signature.input_specs}
     dims: dict[str, tuple[int, int]] = {}
     attributes: dict[str, fx.Node] = {}
@@ -271,6 +266,8 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str]) -> Cap
                     captured.static.append((count, d, size))
                 elif (first := dims.setdefault(str(size), (count, d))) != (count, d):
                     captured.equal.append((*first, count, d))
+            if (slot := slots.get(count)) is not None:
+                node.meta |= {"held": True, **({"slot": slot.path} if slot.sharded else {})}
             count += 1
             continue
         target = tied.get(_unprefixed(spec.target), _unprefixed(spec.target))
@@ -287,5 +284,6 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str]) -> Cap
             node.replace_all_uses_with(attributes[target])
         graph.erase_node(node)
     captured.guards = _guards(graph, dims)
+    graph.output_node().meta["slots"] = {n: slot.path for n, slot in outputs.slots.items() if slot.sharded}
     assert all(is_tensor(n) for n in graph.nodes if n.op == "placeholder")
     return captured

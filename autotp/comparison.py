@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from autotp.agreement import Agreement
+from autotp.arguments import Arguments
 from autotp.digests import checksum, digest
 from autotp.watch import Watch, dotted
 
@@ -24,24 +24,20 @@ def is_constant(x: Any) -> bool:
     return isinstance(x, _CONSTANTS)
 
 
-def kinds(leaves: Iterable[Any]) -> tuple[Any, ...]:
-    """What of a call's leaves makes another graph: dtypes, sizes of one, gradients needed, constants."""
+def kinds(leaves: Iterable[Any], shapes: Iterable[Sequence[int]]) -> tuple[Any, ...]:
+    """What of a call's leaves makes another graph: dtypes, sizes of one, gradients needed, constants.
+
+    Args:
+        leaves: the leaves.
+        shapes: the dense shape of each tensor among them.
+    """
+    each = iter(shapes)
     return tuple(
-        (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in x.shape))
+        (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in next(each)))
         if isinstance(x, torch.Tensor)
         else (type(x), repr(x) if is_constant(x) else "")
         for x in leaves
     )
-
-
-def _paths(leaves: list[Any], spec: Any) -> list[str]:
-    """``args[0]``, ``kwargs['input_ids']``: what the caller calls each leaf."""
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return [
-        name + pytree.keystr(path)
-        for name, part in (("args", args), ("kwargs", kwargs))
-        for path, _ in pytree.tree_flatten_with_path(part)[0]
-    ]
 
 
 class Comparison:
@@ -58,23 +54,22 @@ class Comparison:
         self._split = split
         self._digests: dict[Any, int] = {}
 
-    def call(self, key: Any, leaves: list[Any], spec: Any, error: Exception | None = None) -> None:
+    def call(self, key: Any, of: Arguments, error: Exception | None = None) -> None:
         """Raise on every rank unless all of them make the same call.
 
         Args:
             key: the call's structure, and what has changed of the module.
-            leaves: its arguments.
-            spec: how they go together.
+            of: its arguments.
             error: what this rank would raise instead.
 
         Raises:
             MismatchError: they do not.
         """
-        fingerprint = 0 if error is not None else self._digest(key, leaves)
-        values = self._values(leaves, spec) if self.agreement.debug else {}
+        fingerprint = 0 if error is not None else self._digest(key, of)
+        values = self._values(of) if self.agreement.debug else {}
         fingerprint = digest(f"{fingerprint} {self.agreement.steps} {values}")
         doing = f"call of {self.path}" if self.path else "call"
-        self.agreement.check(doing, fingerprint, lambda: self._described(leaves, spec) | values, error)
+        self.agreement.check(doing, fingerprint, lambda: self._described(of) | values, error)
 
     def end(self, result: Any, error: Exception | None = None) -> None:
         """Raise on every rank unless all of them have come to the end of the call, without an error.
@@ -82,16 +77,15 @@ class Comparison:
         Raises:
             MismatchError: they have not.
         """
-        leaves, spec = pytree.tree_flatten(((result,), {}))
-        named = zip(_paths(leaves, spec), leaves, strict=True) if self.agreement.debug else ()
+        of = Arguments((result,), {})
+        named = zip(of.spec.paths(), of.leaves, strict=True) if self.agreement.debug else ()
         values = {
             f"values of {n.replace('args[0]', 'result', 1)}": f"{checksum(x):x}" for n, x in named if _is_tensor(x)
         }
         self.agreement.check("end of the call", digest(str(values)), lambda: values, error)
 
-    def _digest(self, key: Any, leaves: list[Any]) -> int:
-        shapes = tuple([x.shape for x in leaves if isinstance(x, torch.Tensor)])
-        whole = key, shapes, torch.is_grad_enabled(), self.watch.trainable()
+    def _digest(self, key: Any, of: Arguments) -> int:
+        whole = key, tuple(of.shapes), torch.is_grad_enabled(), self.watch.trainable()
         found = self._digests.get(whole)
         if found is None:
             if len(self._digests) > 4096:
@@ -99,9 +93,9 @@ class Comparison:
             found = self._digests[whole] = digest(repr(whole))
         return found
 
-    def _values(self, leaves: list[Any], spec: Any) -> dict[str, str]:
+    def _values(self, of: Arguments) -> dict[str, str]:
         """Checksums of the inputs, and of the parameters of which every rank holds the whole."""
-        named = dict(zip(_paths(leaves, spec), leaves, strict=True))
+        named = {n: x for n, x in zip(of.spec.paths(), of.leaves, strict=True) if not of.is_part(x)}
         named |= {f"parameter {self._full(n)}": p for n, p in self._parameters() if not self._split(n)}
         return {f"values of {n}": f"{checksum(x):x}" for n, x in named.items() if _is_tensor(x)}
 
@@ -111,10 +105,10 @@ class Comparison:
     def _full(self, name: str) -> str:
         return dotted(self.path, name)
 
-    def _described(self, leaves: list[Any], spec: Any) -> dict[str, str]:
+    def _described(self, of: Arguments) -> dict[str, str]:
         """A call in words, for ranks that differ."""
-        found = {"structure of the inputs": " ".join(str(spec).split())}
-        for path, x in zip(_paths(leaves, spec), leaves, strict=True):
+        found = {"structure of the inputs": " ".join(str(of.spec).split())}
+        for path, x in zip(of.spec.paths(), of.leaves, strict=True):
             grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
             text = repr(x) if is_constant(x) else f"a {type(x).__module__}.{type(x).__qualname__}"
             found[path] = f"{tuple(x.shape)} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text

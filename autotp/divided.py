@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autotp.agreement import Agreement
-from autotp.capture import flatten_call
+from autotp.arguments import Arguments
 from autotp.comparison import Comparison, kinds
 from autotp.forwards import Guard
 from autotp.inputs import device_of
@@ -111,13 +111,13 @@ class Divided(Runtime):
         return self.own_forward or types.MethodType(type(self.model).forward, self.model)
 
     def _compare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        leaves, spec = flatten_call(args, kwargs)
+        of = Arguments(args, kwargs)
         key, error = None, None
         try:
-            key = kinds(leaves), spec, self.watch.look(), torch.is_autocast_enabled()
+            key = kinds(of.leaves, of.shapes), of.spec, self.watch.look(), torch.is_autocast_enabled()
         except Exception as raised:
             error = raised
-        self.comparison.call(key, leaves, spec, error)
+        self.comparison.call(key, of, error)
 
     def run(self, part: _Part, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a part."""

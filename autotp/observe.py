@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autotp.capture import flatten_call
+from autotp.arguments import Arguments
 from autotp.inputs import device_of
 
 __all__ = ["Call", "Observed", "Touches", "observe"]
@@ -163,8 +163,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            leaves, spec = flatten_call(args, kwargs)  # containers may be refilled later
-            own_args, own_kwargs = pytree.tree_unflatten(map(_apart, leaves), spec)
+            of = Arguments(args, kwargs)  # containers may be refilled later
+            own_args, own_kwargs = of.spec.close([_apart(x) for x in of.leaves])
             observed.calls.setdefault(id(module), []).append(Call(own_args, own_kwargs, frozenset(stack)))
             before = held()
             stack.append(id(module))
@@ -177,9 +177,10 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
         return forward
 
-    leaves, spec = flatten_call(args, kwargs)
-    copies = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in leaves]
-    own_args, own_kwargs = pytree.tree_unflatten(copies, spec)
+    of = Arguments(args, kwargs)
+    own_args, own_kwargs = of.spec.close(
+        [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in of.leaves]
+    )
     device = device_of(model)
     parameters = list(model.parameters())
     modes = Touches(parameters, touch), _Dispatched(parameters, touch)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.admission import admit
 from autotp.agreement import Agreement
-from autotp.capture import flatten_call
+from autotp.arguments import Arguments
 from autotp.digests import checksum, digest
 from autotp.divided import Divided
 from autotp.errors import AutoTPError, CaptureError
@@ -55,14 +55,14 @@ def _share_weights(model: nn.Module, mesh: Mesh) -> int:
 
 def _structure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What ranks must agree in: the model's class, weights and mode, and the inputs' structure."""
-    leaves, spec = flatten_call(args, kwargs)
+    of = Arguments(args, kwargs)
     found: dict[str, Any] = {"model": f"{type(model).__module__}.{type(model).__qualname__}"}
     found |= {f"training of {n or 'the model'}": m.training for n, m in model.named_modules()}
     named = [("parameter", model.named_parameters()), ("buffer", model.named_buffers())]
     for kind, tensors in named:
         found |= {f"{kind} {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in tensors}
-    found["structure of the inputs"] = str(spec)
-    for i, leaf in enumerate(leaves):
+    found["structure of the inputs"] = str(of.spec)
+    for i, leaf in enumerate(of.leaves):
         found[f"input {i}"] = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, torch.Tensor) else repr(leaf)
     return found
 

@@ -290,15 +290,16 @@ class _PartPrograms(Programs):
     """The programs of a part, whose graphs must do all that the module does to what is around it."""
 
     root: nn.Module
+    keeps_parts = False  # the Python between parts may read all that there is
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the part, in ``root``: the same layouts, and graphs yet to be made."""
         programs = _PartPrograms(model, self.tp, self.dense, self.stored, self.path)
-        programs.root, programs.proof = root, self.proof
-        return programs
+        programs.root = root
+        return self._passed_on(programs)
 
     def _check(self, captured: Captured) -> None:
-        if captured.refills:
+        if captured.outputs.refills:
             raise self._unfit("forward puts tensors into a container that it is given")
         if captured.constants:
             held = _storages(self.root)

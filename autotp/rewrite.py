@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from autotp.capture import Captured
 from autotp.text import graph_text
@@ -44,6 +42,9 @@ class Rewritten:
         gathered: the split values that some op needs whole, with that op's name.
         tp: the number of ranks.
         minimum: what cannot do without a collective, in the captured graph.
+        slots: the layouts of all slots that are known now.
+        inputs: the layouts of the input tensors that ranks hold in parts, by position.
+        results: the same for results.
     """
 
     captured: Captured
@@ -53,6 +54,9 @@ class Rewritten:
     gathered: list[tuple[fx.Node, str]]
     tp: int
     minimum: Minimum
+    slots: Mapping[str, Layout] = field(default_factory=dict)
+    inputs: Mapping[int, Layout] = field(default_factory=dict)
+    results: Mapping[int, Layout] = field(default_factory=dict)
 
     @functools.cached_property
     def random(self) -> bool:
@@ -62,12 +66,19 @@ class Rewritten:
     @functools.cached_property
     def verdict(self) -> Verdict:
         """Whether the program is proved to be the captured graph's on every rank, forward and backward."""
-        return check(self.captured.graph, self.graph, self.stored, self.captured.parameters, self.tp)
+        return check(
+            self.captured.graph,
+            self.graph,
+            self.stored,
+            self.captured.parameters,
+            self.tp,
+            self.inputs,
+            self.results,
+        )
 
-    def unflatten(self, results: tuple[torch.Tensor, ...]) -> Any:
-        """The model's own output structure from the graph's results."""
-        leaves = [results[x] if is_result else x for is_result, x in self.captured.out_leaves]
-        return pytree.tree_unflatten(leaves, self.captured.out_spec)
+    def unflatten(self, results: tuple[Any, ...], objects: Sequence[Any] = ()) -> Any:
+        """The model's own output structure from the graph's results; what a call changes in objects, it changes."""
+        return self.captured.outputs.give(results, objects)
 
 
 class RankGraph(fx.GraphModule):
@@ -93,6 +104,7 @@ def rewrite(
     tp: int,
     stored: Mapping[str, Layout] | None = None,
     settled: Mapping[str, Layout] | None = None,
+    slots: Mapping[str, Layout] | None = None,
 ) -> Rewritten:
     """Rewrite a captured graph for ``tp`` ranks.
 
@@ -103,6 +115,7 @@ def rewrite(
             they are decided here.
         settled: layouts of some of the weights, where others are to be decided: what another part of the
             model has made of a weight that both use.
+        slots: the layouts of what ranks keep in parts between calls, as far as they are decided.
     """
     facts = propagate(captured.graph)
     reasons: Mapping[str, Reason] = {}
@@ -112,12 +125,15 @@ def rewrite(
         stored = {n: x for n, x in (decision.stored | dict(settled)).items() if not x.whole}
         outside = {n: Reason("read by Python that is not captured") for n, x in settled.items() if x.whole}
         reasons = _confirmed(captured, decision.reasons) | outside
-    layouts = assign(captured.graph, facts, stored, tp)
+    layouts = assign(captured.graph, facts, stored, tp, slots)
     fewest = minimum(captured.graph, facts, layouts, stored)
-    sharder = shard(captured.graph, facts, layouts, dict(stored), tp)
+    sharder = shard(captured.graph, facts, layouts, dict(stored), tp, slots)
     sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     enter(sharder.graph)
-    return Rewritten(captured, sharder.graph, stored, reasons, sharder.gathered, tp, fewest)
+    return Rewritten(
+        captured, sharder.graph, stored, reasons, sharder.gathered, tp, fewest, sharder.slots, sharder.inputs,
+        sharder.results,
+    )  # fmt: skip
 
 
 def _confirmed(captured: Captured, reasons: Mapping[str, Reason]) -> dict[str, Reason]:

@@ -147,11 +147,11 @@ class Whole(Runtime):
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the module, and the module's own kind of output."""
-        program, tensors = self.programs.find(args, kwargs)
+        program, of = self.programs.find(args, kwargs)
         run = self.programs.graph(program, self.mesh.rank)
         self.before(program.random)
         with fabric.use(self.fabric):
-            return program.unflatten(run(*tensors))
+            return program.unflatten(run(*of.local(program.inputs, self.mesh.rank)), of.objects)
 
     def before(self, random: bool) -> None:
         """What to do before a program runs, which draws random numbers or not."""

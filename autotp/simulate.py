@@ -18,7 +18,7 @@ from autotp.parts import Division, Part, divide
 from autotp.planning import announce, plan_of
 from autotp.rewrite import Rewritten
 from autotp.shards import joined, local_part, shards_of
-from passes import fabric
+from passes import Layout, Shards, fabric
 
 __all__ = ["Recorder", "Simulation", "lockstep", "simulate"]
 
@@ -200,10 +200,10 @@ class _AllRanks(torch.autograd.Function):
                 held = held.clone().requires_grad_(need) if need else held
                 leaves.append(held)
                 local[name] = held
-            own = [
-                x.detach().clone().requires_grad_(True) if n else x.detach()
-                for x, n in zip(inputs, needs[count:], strict=True)
-            ]
+            own = []
+            for i, (x, need) in enumerate(zip(inputs, needs[count:], strict=True)):
+                held = local_part(x.detach(), places(rewritten.inputs, i), rank)
+                own.append(held.clone().requires_grad_(True) if need else held)
             leaves += own
             with torch.set_grad_enabled(tracking):
                 results = simulation.run(part, rewritten, rank, local, own)
@@ -211,9 +211,14 @@ class _AllRanks(torch.autograd.Function):
 
         ran = lockstep(simulation.tp, simulation.world, work)
         ctx.simulation, ctx.rewritten, ctx.ran, ctx.needs, ctx.part = simulation, rewritten, ran, needs, part
-        simulation.compare([results for _, results in ran])
-        first = tuple(r.detach() for r in ran[0][1])
-        ctx.mark_non_differentiable(*[d for d, r in zip(first, ran[0][1], strict=True) if not r.requires_grad])
+        simulation.compare([results for _, results in ran], rewritten.results)
+        first = tuple(
+            joined([_detached(results[i]) for _, results in ran], places(rewritten.results, i))
+            for i in range(len(ran[0][1]))
+        )
+        ctx.mark_non_differentiable(
+            *[d for d, r in zip(first, ran[0][1], strict=True) if isinstance(d, torch.Tensor) and not _needs_grad(r)]
+        )
         return first
 
     @staticmethod
@@ -222,7 +227,11 @@ class _AllRanks(torch.autograd.Function):
 
         def work(rank: int) -> Any:
             leaves, results = ctx.ran[rank]
-            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+            pairs = [
+                (r, local_part(g, places(rewritten.results, i), rank))
+                for i, (r, g) in enumerate(zip(results, grads, strict=True))
+                if _needs_grad(r)
+            ]
             wanted = [x for x in leaves if x.requires_grad]
             with torch.autograd.set_multithreading_enabled(False):
                 found = torch.autograd.grad(
@@ -238,11 +247,24 @@ class _AllRanks(torch.autograd.Function):
             if not need or parts[0] is None:
                 out.append(None)
                 continue
-            name = names[i] if i < len(names) else ""
-            places = shards_of(rewritten.stored, name)
-            simulation.compare_replicas(name, places, parts)
-            out.append(joined(parts, places))
+            weight = i < len(names)
+            held = shards_of(rewritten.stored, names[i]) if weight else places(rewritten.inputs, i - len(names))
+            simulation.compare_replicas(names[i] if weight else f"input {i - len(names)}", held, parts)
+            out.append(joined(parts, held))
         return tuple(out)
+
+
+def places(layouts: Mapping[int, Layout], position: int) -> dict[int, Shards]:
+    """The split dims of an input or a result, by dim."""
+    return layouts[position].dims if position in layouts else {}
+
+
+def _needs_grad(result: Any) -> bool:
+    return isinstance(result, torch.Tensor) and result.requires_grad
+
+
+def _detached(result: Any) -> Any:
+    return result.detach() if isinstance(result, torch.Tensor) else result
 
 
 class Simulation(nn.Module):
@@ -283,13 +305,13 @@ class Simulation(nn.Module):
     def _all_ranks(self, part: Part, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         suspended, self.touches.suspended = self.touches.suspended, True
         try:
-            rewritten, tensors = part.programs.find(args, kwargs)
+            rewritten, of = part.programs.find(args, kwargs)
             if rewritten.random and not self.division.is_whole:  # as in processes, where a checkpoint may run it again
                 self.world.restart(int(torch.empty((), dtype=torch.int64).random_(1 << 62)))
             weights = dict(part.module.named_parameters(remove_duplicate=False))
             flat = [weights[n] for n in part.names]
-            results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *tensors)
-            return rewritten.unflatten(results)
+            results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *of.tensors)
+            return rewritten.unflatten(results, of.objects)
         finally:
             self.touches.suspended = suspended
 
@@ -303,14 +325,15 @@ class Simulation(nn.Module):
         self._seen[rank] = recorder.seen
         return tuple(results)
 
-    def compare(self, results: list[tuple[torch.Tensor, ...]]) -> None:
-        """Record how far the ranks' results, and recorded hidden values, are apart."""
+    def compare(self, results: list[tuple[Any, ...]], parts: Mapping[int, Layout]) -> None:
+        """Record how far the ranks' results, and recorded hidden values, are apart; not of what each keeps in part."""
         for name, value in self._seen[0].items():
             for other in self._seen[1:]:
                 self._note(name, value, other[name])
         for i, value in enumerate(results[0]):
             for each in results[1:]:
-                self._note(f"result {i}", value.detach(), each[i].detach())
+                if isinstance(value, torch.Tensor) and i not in parts:
+                    self._note(f"result {i}", value.detach(), each[i].detach())
         self._seen = [{} for _ in range(self.tp)]
 
     def compare_replicas(self, name: str, places: Any, grads: list[torch.Tensor]) -> None:

@@ -39,10 +39,10 @@ def hidden_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     runtime = model.__dict__["_autotp"]
     if not hasattr(runtime, "programs"):
         return {}
-    program, tensors = runtime.programs.find(args, kwargs)
+    program, of = runtime.programs.find(args, kwargs)
     recorder = Recorder(runtime.programs.graph(program, runtime.mesh.rank))
     with fabric.use(runtime.fabric), torch.no_grad():
-        recorder.run(*tensors)
+        recorder.run(*of.local(program.inputs, runtime.mesh.rank))
     return recorder.seen
 
 

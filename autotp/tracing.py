@@ -8,7 +8,7 @@ import os
 import traceback
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -21,18 +21,115 @@ from autotp.errors import CaptureError
 from autotp.forwards import capturing
 from autotp.functions import checked_functions
 from autotp.repeats import Repeats
+from autotp.states import (
+    Change,
+    Form,
+    Opened,
+    Opener,
+    Slot,
+    State,
+    UnseenError,
+    build,
+    changes,
+    is_sharded,
+    is_state,
+    plain_leaves,
+)
 
 __all__ = ["Outputs", "trace"]
 
 
+Leaf = tuple[Literal["result", "given", "made", "constant"], Any]
+
+
 @dataclass
 class Outputs:
-    """How the outputs of a traced call go together: export undoes what forward sets on the module itself."""
+    """How the outputs of a traced call go together: export undoes what forward sets on the module itself.
+
+    Attributes:
+        spec: pytree's.
+        leaves: per leaf of it, whether and which it is of the results, of the objects that were passed, and of
+            constants and objects made in the call.
+        changes: what the call changes in objects that were passed, each with the object's number.
+        slots: for each result that is in an object its place there, and whether ranks keep their own shares of it.
+        counts: the attributes of objects that count.
+        refills: whether forward puts other tensors into a container among its inputs, which a graph does not.
+        agreeing: classes whose backward agrees with the derivative of their forward.
+    """
 
     spec: Any = None
-    leaves: list[tuple[bool, Any]] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    changes: list[tuple[int, Change]] = field(default_factory=list)
+    slots: dict[int, Slot] = field(default_factory=dict)
+    counts: set[tuple[type, str]] = field(default_factory=set)
     refills: bool = False
     agreeing: Container[type] = ()
+
+    def take(self, result: Any, objects: list[tuple[State, Any]], held: list[torch.Tensor], refills: bool) -> list[Any]:
+        """Note how what forward returned, and left in objects, goes together of the results, which are returned.
+
+        Args:
+            result: what forward returned.
+            objects: the objects that it was passed, as they were and as they are.
+            held: the leaves that were in them.
+            refills: see above.
+        """
+        outputs, self.spec = plain_leaves(result)
+        self.leaves, self.changes, self.slots, self.counts, self.refills = [], [], {}, set(), refills
+        results: list[Any] = []
+        given = {id(x): i for i, (_, x) in enumerate(objects)}
+        for leaf in outputs:
+            if isinstance(leaf, (torch.Tensor, torch.SymInt)):
+                self.leaves.append(("result", len(results)))
+                results.append(leaf)
+            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+                self.leaves.append(("constant", leaf))
+            elif id(leaf) in given:
+                self.leaves.append(("given", given[id(leaf)]))
+            elif is_state(leaf):
+                self.leaves.append(("made", self._left(leaf, results)[0]))
+            else:
+                raise CaptureError(
+                    f"the model returns a {type(leaf).__module__}.{type(leaf).__name__}, into which torch's pytree "
+                    "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
+                    "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
+                )
+        for i, (state, x) in enumerate(objects):
+            own, held = held[: len(state.slots)], held[len(state.slots) :]
+            first = len(results)
+            form, opener = self._left(x, results)
+            tensors = {id(t): first + n for n, t in enumerate(opener.leaves)}
+            same = {(n, tensors[id(t)]) for n, t in enumerate(own) if id(t) in tensors}
+            self.changes += [(i, change) for change in changes(state.form, form, same)]
+            self.counts |= opener.counted(dict(state.numbers))
+        return results
+
+    def give(self, results: Sequence[Any], objects: Sequence[Any]) -> Any:
+        """What forward returns, of a graph's results; the objects that were passed get what the call changes."""
+        for i, change in self.changes:
+            change.make(objects[i], results)
+        found = []
+        for kind, x in self.leaves:
+            if kind == "result":
+                found.append(results[x])
+            elif kind == "given":
+                found.append(objects[x])
+            else:
+                found.append(build(x, results) if kind == "made" else x)
+        return pytree.tree_unflatten(found, self.spec)
+
+    def _left(self, x: Any, results: list[Any]) -> tuple[Form, Opener]:
+        """The form in which forward leaves an object, whose leaves are results."""
+        opener = Opener(None, len(results))
+        try:
+            form = opener.open(x)
+        except UnseenError as error:
+            raise CaptureError(
+                f"the model leaves something in a {type(x).__name__} into which autotp cannot see: {error}"
+            ) from error
+        self.slots |= {len(results) + n: slot for n, slot in enumerate(opener.slots(is_sharded(type(x))))}
+        results += opener.leaves
+        return form, opener
 
 
 class _Flat(nn.Module):
@@ -42,7 +139,7 @@ class _Flat(nn.Module):
         self,
         model: nn.Module,
         leaves: list[Any],
-        spec: Any,
+        spec: Opened,
         outputs: Outputs,
         around: Sequence[contextlib.AbstractContextManager[Any]],
     ) -> None:
@@ -53,31 +150,21 @@ class _Flat(nn.Module):
     def forward(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         given = iter(tensors)
         leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        for place, slot in self._spec.slots.items():  # what objects hold may be changed in place
+            leaves[place] = leaves[place] if slot.count else leaves[place].clone()
+        args, kwargs = self._spec.close(leaves)
+        before, _ = plain_leaves((args, kwargs))
         with contextlib.ExitStack() as stack:
             for context in self._around:
                 stack.enter_context(context)
             result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
-        after = pytree.tree_leaves((args, kwargs))
-        self._outputs.refills = len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True))
-        outputs, self._outputs.spec = pytree.tree_flatten(result)
-        results: list[torch.Tensor] = []
-        self._outputs.leaves = []
-        for leaf in outputs:
-            if isinstance(leaf, torch.Tensor):
-                self._outputs.leaves.append((True, len(results)))
-                results.append(leaf)
-            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-                self._outputs.leaves.append((False, leaf))
-            else:
-                raise CaptureError(
-                    f"the model returns a {type(leaf).__module__}.{type(leaf).__name__}, into which torch's pytree "
-                    "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
-                    "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
-                )
-        refuse_own_backward(
-            results, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing
-        )
+        after, _ = plain_leaves((args, kwargs))
+        refills = len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True))
+        objects = [(s, x) for s, x in zip(self._spec.states, before, strict=True) if s is not None]
+        held = [t for i, t in enumerate(leaves) if i in self._spec.slots]
+        results = self._outputs.take(result, objects, held, refills)
+        made = [x for x in results if isinstance(x, torch.Tensor)]
+        refuse_own_backward(made, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing)
         return tuple(results)
 
 
@@ -102,7 +189,7 @@ def _causal_as_told(mask: Any = None, is_causal: bool | None = None, size: int |
     return bool(is_causal)
 
 
-def trace(model: nn.Module, leaves: list[Any], spec: Any, tensors: list[torch.Tensor]) -> tuple[Any, Outputs]:
+def trace(model: nn.Module, leaves: list[Any], spec: Opened, tensors: list[torch.Tensor]) -> tuple[Any, Outputs]:
     """torch's export of a call, and how its outputs go together.
 
     The model's Python goes as it does when the model runs; where that cannot be traced, as it does for an

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.admission import admit
-from autotp.capture import flatten_call
+from autotp.arguments import Arguments
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
 from autotp.parts import Seam, divide
@@ -130,12 +131,18 @@ class Report:
 
 
 def _outputs(result: Any) -> dict[str, torch.Tensor]:
-    found = {}
-    for path, leaf in pytree.tree_flatten_with_path(result)[0]:
-        if isinstance(leaf, torch.Tensor):
-            parts = (next(getattr(e, a) for a in ("key", "idx", "name") if hasattr(e, a)) for e in path)
-            found[".".join(map(str, parts)) or "output"] = leaf
-    return found
+    of = Arguments((result,), {})
+    named = zip(of.spec.paths(), of.leaves, strict=True)
+    names = ((re.sub(r"\W+", ".", n.removeprefix("args[0]")).strip(".") or "output", x) for n, x in named)
+    return {n: x for n, x in names if isinstance(x, torch.Tensor)}
+
+
+def _left(args: Any, kwargs: Any, given: list[Any]) -> dict[str, torch.Tensor]:
+    """What a call has left in the objects that it was passed, by place."""
+    of, before = Arguments(args, kwargs), set(map(id, given))
+    paths = of.spec.paths()
+    held = ((paths[i], of.leaves[i]) for i in of.spec.slots)
+    return {n: x for n, x in held if isinstance(x, torch.Tensor) and id(x) not in before}
 
 
 def _backward(outputs: Mapping[str, torch.Tensor], seed: int = 0) -> None:
@@ -184,10 +191,11 @@ def measure(
         kwargs: keyword inputs.
         gradients: gives the dense model's gradients by name afterwards.
     """
-    leaves, spec = flatten_call(args, kwargs)
-    fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-    own_args, own_kwargs = pytree.tree_unflatten(fresh, spec)
-    outputs = _outputs(run(*own_args, **own_kwargs))
+    of = Arguments(args, kwargs)
+    fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in of.leaves]
+    own_args, own_kwargs = of.spec.close(fresh)
+    result = run(*own_args, **own_kwargs)
+    outputs = _outputs(result) | _left(own_args, own_kwargs, fresh)
     _backward(outputs)
     found = {n: g for n, g in gradients().items() if g is not None and g.numel()}
     inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}

@@ -11,6 +11,7 @@ from torch import fx
 from passes.layout import WHOLE, IndexSet, Layout, Shards
 from passes.relayout import on_virtual
 from passes.rules.base import Facts
+from passes.slots import kept
 from passes.units import Factor, services_of
 
 __all__ = ["assign", "factor_shards", "spread_to_sources"]
@@ -61,7 +62,9 @@ def _shards_of(bits: bytes, shape: tuple[int, ...], tp: int) -> tuple[Shards | N
     )
 
 
-def assign(graph: fx.Graph, facts: Facts, stored: Mapping[str, Layout], tp: int) -> dict[fx.Node, Layout]:
+def assign(
+    graph: fx.Graph, facts: Facts, stored: Mapping[str, Layout], tp: int, slots: Mapping[str, Layout] | None = None
+) -> dict[fx.Node, Layout]:
     """Give every value the layout that follows from how the weights are stored.
 
     A unit lives where a stored weight puts it, or else where the units it serves live, or else
@@ -74,6 +77,7 @@ def assign(graph: fx.Graph, facts: Facts, stored: Mapping[str, Layout], tp: int)
         facts: what :func:`passes.propagate` found out about it.
         stored: each split weight's layout, by ``get_attr`` target.
         tp: the number of ranks.
+        slots: the layouts of inputs that ranks keep in parts, by slot.
     """
     roots = facts.units.roots()
     everywhere = (1 << tp) - 1
@@ -81,16 +85,17 @@ def assign(graph: fx.Graph, facts: Facts, stored: Mapping[str, Layout], tp: int)
     fixed = np.zeros(facts.units.count, dtype=bool)
     clash = np.zeros(facts.units.count, dtype=bool)
     for node in graph.nodes:
-        if node.op != "get_attr" or node not in facts.values:
+        if node.op not in ("get_attr", "placeholder") or node not in facts.values:
             continue
-        layout = on_virtual(stored.get(node.target, WHOLE), facts.values[node].axes).dims
+        held = stored.get(node.target) if node.op == "get_attr" else kept(node, slots or {})
+        layout = on_virtual(held or WHOLE, facts.values[node].axes).dims
         for factor in facts.values[node].factors:
             (v,) = factor.dims
             if v not in layout:
                 continue
             bits = np.zeros(layout[v].size, dtype=np.int64)
-            for rank, held in enumerate(layout[v].ranks):
-                bits[held.indices] |= 1 << rank
+            for rank, indices in enumerate(layout[v].ranks):
+                bits[indices.indices] |= 1 << rank
             units = roots[factor.labels]
             clash[units[fixed[units] & (ranks[units] != bits)]] = True
             ranks[units], fixed[units] = bits, True

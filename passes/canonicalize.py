@@ -322,13 +322,32 @@ def _as_rows(node: fx.Node) -> bool:
     return True
 
 
+def _is_written_into(node: fx.Node) -> bool:
+    """Whether nothing reads a value but what makes another of it, with something written into its place."""
+    written = ("aten.index_copy", "aten.index_put")
+    return bool(node.users) and all(op_name(u) in written and u.args.index(node) == 0 for u in node.users)
+
+
+def _as_one_number(node: fx.Node) -> bool:
+    """Replace a constant tensor by one number, expanded: a part of it is one as well, and takes no memory."""
+    sizes, *rest = node.args
+    if not sizes:
+        return False
+    with node.graph.inserting_before(node):
+        one = node.graph.call_function(node.target, ([], *rest), dict(node.kwargs))
+    one.meta = {**node.meta, "val": node.meta["val"].new_empty(())}
+    node.target, node.args, node.kwargs = aten.expand.default, (one, list(sizes)), {}
+    return True
+
+
 def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None = None) -> int:
     """One spelling for several: ``chunk``, ``split``, ``tensor_split``, ``unbind`` and indexing by a constant
     vector as slices and selects, ``stack`` and writing to a slice as ``cat``, ``repeat`` and
     ``repeat_interleave`` as expands, ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes,
-    ``new_zeros`` as ``zeros``, empty memory as zeros, each result of ``max`` along a dim by itself, ``multiply`` and
-    its like as ``mul``, ``nll_loss`` of ``log_softmax`` as cross entropy, and that over rows of classes, and ``view``
-    as ``reshape`` (a rank's part need not be contiguous where the whole was).
+    ``new_zeros`` as ``zeros``, a constant that is only written into as one number expanded, empty memory as zeros,
+    each result of ``max`` along a dim by itself, ``multiply`` and its like as ``mul``, ``nll_loss`` of
+    ``log_softmax`` as cross entropy, and that over rows of classes, and ``view`` as ``reshape`` (a rank's part need
+    not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
@@ -371,5 +390,7 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
             count += 1
         if op_name(node) == "aten.cross_entropy_loss":
             count += _as_rows(node)
+        elif op_name(node) in ("aten.zeros", "aten.ones", "aten.full") and _is_written_into(node):
+            count += _as_one_number(node)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return count

@@ -20,7 +20,7 @@ from torch import fx
 from passes import ops
 from passes.graphs import module_path, source_line
 from passes.layout import WHOLE, Layout
-from passes.proof.claims import Claim, Unproved
+from passes.proof.claims import Claim, Unproved, agreed
 from passes.proof.dense import read
 from passes.proof.rules import follow
 from passes.proof.steps import Proof, Sizes, dims_by_layout
@@ -72,10 +72,18 @@ class Verdict:
 
 class _Walk:
     def __init__(
-        self, captured: fx.Graph, graph: fx.Graph, stored: Mapping[str, Layout], parameters: Collection[str], tp: int
+        self,
+        captured: fx.Graph,
+        graph: fx.Graph,
+        stored: Mapping[str, Layout],
+        parameters: Collection[str],
+        tp: int,
+        inputs: Mapping[int, Layout],
+        results: Mapping[int, Layout],
     ) -> None:
         self.terms, self.dense = read(captured, parameters)
         self.captured, self.graph, self.stored, self.tp = captured, graph, stored, tp
+        self.given, self.wanted = inputs, results
         self.proof = Proof(self.terms, tp)
         self.inputs = itertools.count()
         self.collectives = 0
@@ -83,10 +91,11 @@ class _Walk:
     def value(self, node: fx.Node) -> Any:
         """What is known of a node's value."""
         if node.op == "placeholder":
-            term = self.terms.find(("input", next(self.inputs)))
+            place = next(self.inputs)
+            term = self.terms.find(("input", place))
             if term is None:
                 raise Unproved("an input of the dense model", "another", "values would be read that it has not")
-            return self.leaf(term, WHOLE)
+            return self.leaf(term, self.given.get(place, WHOLE))
         if node.op == "get_attr":
             name = str(node.target)
             term = self.terms.find(("attr", name))
@@ -108,8 +117,8 @@ class _Walk:
                     continue
                 found = self.proof.values[node] = self.value(node)
                 values += 1
-                of = [self.kind(self.proof.values[n]) for n in node.all_input_nodes]
                 if node.op == "call_function":
+                    of = [self.kind(self.proof.values[n]) for n in node.all_input_nodes]
                     blocks[self.block(node)].append((node.target, *of, self.kind(found)))
         except Exception as error:
             assert node is not None
@@ -134,6 +143,12 @@ class _Walk:
         """What a step is about, whichever values it is of: identical layers take the same steps."""
         return (value.dims, value.grad, value.pending) if isinstance(value, Claim) else type(value)
 
+    def is_wanted(self, claim: Claim, place: int) -> bool:
+        """Whether ranks hold of a result what they are to return: the whole, or what they keep in its slot."""
+        wanted = dims_by_layout(self.terms.shapes[claim.term], self.wanted.get(place, WHOLE))
+        same = (agreed(one, other) for one, other in zip(wanted, claim.dims, strict=True))
+        return not claim.pending and claim.uncounted is None and None not in same
+
     def results(self, node: fx.Node) -> None:
         """That the results are the dense model's."""
         (output,) = (n for n in self.captured.nodes if n.op == "output")
@@ -147,7 +162,7 @@ class _Walk:
                 continue
             term, claim = self.dense[want], self.proof.values.get(got)
             if isinstance(claim, list):
-                claim = next((c for c in claim if c.term == term and c.whole), claim[0])
+                claim = next((c for c in claim if c.term == term and self.is_wanted(c, place)), claim[0])
             if not isinstance(claim, Claim):
                 if isinstance(claim, Sizes) and all(size == term for size in claim.ranks):
                     continue
@@ -157,9 +172,10 @@ class _Walk:
                 raise Unproved(
                     f"result {place} to be {want.name} of the dense model", "another value", "the results would differ"
                 )
-            if not claim.whole:
-                raise Unproved(f"result {place} to be whole", str(claim), "each rank would return its own part")
-            if self.terms.grads[term] and claim.grad != "complete":
+            if not self.is_wanted(claim, place):
+                layout = self.wanted.get(place, WHOLE)
+                raise Unproved(f"result {place} to be {layout}", str(claim), "each rank would return another part")
+            if self.terms.grads[term] and claim.grad not in ("complete", "both"):
                 raise Unproved(
                     f"result {place} to take a complete gradient",
                     f"one that is {claim}",
@@ -168,18 +184,26 @@ class _Walk:
 
 
 def check(
-    captured: fx.Graph, graph: fx.Graph, stored: Mapping[str, Layout], parameters: Collection[str], tp: int
+    captured: fx.Graph,
+    graph: fx.Graph,
+    stored: Mapping[str, Layout],
+    parameters: Collection[str],
+    tp: int,
+    inputs: Mapping[int, Layout] | None = None,
+    results: Mapping[int, Layout] | None = None,
 ) -> Verdict:
     """Prove that a rewritten graph is the captured one.
 
     Args:
         captured: the dense model's graph.
         graph: the graph of all ranks, in which a constant that differs between them is a ``PerRank``.
-        stored: the layouts in which ranks hold parameters and buffers; others are whole, as inputs and results are.
+        stored: the layouts in which ranks hold parameters and buffers; others are whole.
+        inputs: the layouts in which ranks are given inputs, by position; others are whole.
+        results: the layouts in which ranks are to return results, by position; others are whole.
         parameters: the ``get_attr`` targets that gradients are wanted of.
         tp: the number of ranks.
 
     Returns:
         PROVED with counts, or the first node that cannot be proved.
     """
-    return _Walk(captured, graph, stored, parameters, tp).run()
+    return _Walk(captured, graph, stored, parameters, tp, inputs or {}, results or {}).run()

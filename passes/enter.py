@@ -49,6 +49,8 @@ def _is_whole(node: fx.Node) -> bool:
 
 def _on_shards(node: fx.Node) -> bool:
     """Whether a node computes on shards, so that its whole operands get partial gradients."""
+    if node.op == "output":  # what it returns in parts says nothing of what it returns whole
+        return False
     return node.meta.get("state") in ("split", "pending") or any(
         n.meta.get("state") == "split" for n in node.all_input_nodes if node.target is not ops.all_gather
     )
@@ -67,7 +69,7 @@ def _replicas(graph: fx.Graph) -> None:
     end = ends(graph, lambda n: n.meta.get("state") == "split", lambda n: n.meta.get("state") == "pending")
     together: dict[tuple[str, fx.Node, object], list[fx.Node]] = {}
     for node in list(graph.nodes):
-        if node.op != "get_attr" or not node.meta["grad"] or node.meta["state"] != "split":
+        if node.op not in ("get_attr", "placeholder") or not node.meta["grad"] or node.meta["state"] != "split":
             continue
         layout = node.meta["layout"]
         if all(s.disjoint for _, s in layout.shards) or len(layout.shards) != 1:

@@ -40,6 +40,7 @@ __all__ = [
     "enter",
     "enter_overlapping",
     "head_parallel_attention",
+    "leave",
     "narrow",
     "random_per_rank",
     "random_same",
@@ -220,6 +221,27 @@ def enter_overlapping(x: torch.Tensor, places: Places, group: str) -> torch.Tens
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     return _EnterOverlapping.apply(x, places, fabric.current().group(group))
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dim: int, mine: Runs) -> torch.Tensor:
+        ctx.dim, ctx.mine = dim, mine
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        kept = torch.zeros_like(grads[0])
+        for a, b in ctx.mine:
+            kept.narrow(ctx.dim, a, b - a).copy_(grads[0].narrow(ctx.dim, a, b - a))
+        return kept, None, None
+
+
+def leave(x: torch.Tensor, dim: int, mine: Runs) -> torch.Tensor:
+    """A shard that overlaps other ranks' is given to the caller, whose gradient of it is the same on each of them:
+    only that at the local positions ``mine`` along ``dim`` counts, which the runs of one rank hold of each index."""
+    return _Leave.apply(x, dim, mine) if torch.is_grad_enabled() and x.requires_grad else x
 
 
 def _indices(runs: Runs, device: torch.device) -> torch.Tensor:

@@ -45,7 +45,9 @@ def propagate(graph: fx.Graph) -> Facts:
                     _keep_together(node, facts)
             continue
         if node.op == "output":
-            facts.opaque(node, [n for n in node.all_input_nodes if is_tensor(n)])
+            slots = node.meta.get("slots", {})  # results that ranks may keep in parts
+            returned = [n for i, n in enumerate(node.args[0]) if i not in slots]
+            facts.opaque(node, [n for n in dict.fromkeys(returned) if is_tensor(n)])
             continue
         value = rule_of(node).propagate(node, facts)
         if is_tensor(node):

@@ -36,7 +36,7 @@ def _texts(captured: Captured) -> list[tuple[Any, ...]]:
         for n in captured.graph.nodes
     ]  # fmt: skip
     constants = [(name, t.tolist() if t.device.type != "meta" else t.shape) for name, t in captured.constants.items()]
-    rest = (constants, captured.parameters, captured.out_leaves, captured.static, captured.equal)
+    rest = (constants, captured.parameters, captured.outputs.leaves, captured.static, captured.equal)
     return [*nodes, rest, sorted(str(where) for _, where in captured.guards)]
 
 

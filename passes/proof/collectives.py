@@ -9,12 +9,12 @@ import numpy as np
 
 from passes.fabric import parse_group
 from passes.proof.claims import Claim, Dim, Split, Unproved, counted_once, is_whole
-from passes.proof.steps import Proof, Step, wholly
+from passes.proof.steps import Proof, Step, axis, wholly
 from passes.proof.terms import plain
 from passes.state import GROUP
 
-__all__ = ["all_gather", "all_reduce", "enter", "enter_overlapping", "norm_over_shards", "settle", "vocab_embedding",
-           "vocab_loss"]  # fmt: skip
+__all__ = ["all_gather", "all_reduce", "enter", "enter_overlapping", "leave", "norm_over_shards", "settle",
+           "vocab_embedding", "vocab_loss"]  # fmt: skip
 
 
 def all_reduce(proof: Proof, step: Step) -> Claim:
@@ -96,6 +96,31 @@ def settle(proof: Proof, step: Step) -> Claim:
             "a whole value whose gradient is in parts", str(claim), "its gradient would be dropped on other ranks"
         )
     return Claim(claim.term, claim.dims, "complete" if proof.terms.grads[claim.term] else None)
+
+
+def leave(proof: Proof, step: Step) -> Claim:
+    """R -> I, of a shard: of what several ranks hold one takes the gradient."""
+    source, dim, mine = list(step.args.values())[:3]
+    claim = proof.settled(proof.claim(source))
+    if claim.grad is None:
+        return claim
+    d = axis(proof.same(dim), len(claim.dims))
+    splits = [split for _, split in claim.dims[d] if split is not None]
+    if len(claim.splits) != 1 or len(splits) != 1 or len(claim.dims[d]) != 1:
+        raise Unproved("a value split along this dim", str(claim), "gradients would be counted by no rule")
+    counted = np.zeros(splits[0].size, dtype=int)
+    for rank, runs in enumerate(proof.ranks(mine)):
+        places = [p for a, b in runs for p in range(a, b)]
+        if any(p >= splits[0].counts[rank] for p in places):
+            raise Unproved("positions that the rank holds", str(runs), "the program would fail")
+        np.add.at(counted, splits[0].ranks[rank][places], 1)
+    if (counted != 1).any() or claim.grad == "complete":
+        raise Unproved(
+            "a gradient in parts, of which one rank takes that of each index",
+            f"one that is {claim}",
+            "it would be lost or counted more than once",
+        )
+    return Claim(claim.term, claim.dims, "complete")
 
 
 def enter(proof: Proof, step: Step) -> Any:

@@ -224,6 +224,22 @@ def index(proof: Proof, step: Step) -> Claim:
     return proof.of_one(term, (*claim.dims[:first], *new, *claim.dims[first + count :]), claim)
 
 
+def placed(proof: Proof, step: Step) -> Claim:
+    """Something written over indices of one whole dim: ``x[:, :, indices] = y``, and ``index_copy``."""
+    operands = proof.claim(step.args["self"]), proof.claim(step.args.get("source", step.args.get("values")))
+    given = step.args.get("indices")
+    used = [axis(step.args["dim"], len(operands[0].dims))] if given is None else []
+    used = used or [d for d, n in enumerate(given or []) if n is not None]
+    if all(c.whole for c in operands) or len(used) != 1 or len(operands[0].dims) != len(operands[1].dims):
+        return general(proof, step)
+    indices = proof.claim(step.args["index"] if given is None else given[used[0]])
+    if not indices.whole or len(indices.dims) > 1:
+        raise Unproved("whole indices of one dim", str(indices), "other places would be written over")
+    out = [f"d{i}" for i in range(len(operands[0].dims))]
+    letters = [[name if i in used else x for i, x in enumerate(out)] for name in ("to", "from")]
+    return proof.combined(proof.called(step), operands, letters, letters[0], whole=("to", "from"))
+
+
 def norm(proof: Proof, step: Step) -> Claim:
     """Layer and RMS norms over whole features."""
     operands = proof.tensors(step.args)

@@ -153,7 +153,8 @@ def attention(proof: Proof, step: Step) -> Claim:
     letters = [[*lead, *ends][-len(c.dims) :] for c, ends in zip(operands, ("qd", "kd", "kv", "qk"))]
     if args.get("enable_gqa"):
         return _grouped_queries(proof, term, operands, letters, [*lead, "q", "v"])
-    return proof.combined(term, operands, letters, [*lead, "q", "v"], whole="qkd")
+    whole = "qkd" if args.get("is_causal") else "kd"  # then a query's place among the others counts
+    return proof.combined(term, operands, letters, [*lead, "q", "v"], whole=whole)
 
 
 def flex_attention(proof: Proof, step: Step) -> Claim:

@@ -29,6 +29,7 @@ _PARALLEL: dict[Any, Rule] = {
     ops.settle: collectives.settle,
     ops.enter: collectives.enter,
     ops.enter_overlapping: collectives.enter_overlapping,
+    ops.leave: collectives.leave,
     ops.narrow: moves.narrow,
     ops.take: moves.take,
     norm_over_shards: collectives.norm_over_shards,
@@ -66,6 +67,7 @@ _RULES: Mapping[str, Rule] = (
     | dict.fromkeys(("aten.pad", "aten.constant_pad_nd", "aten.roll"), others.shifted)
     | dict.fromkeys(("aten.view_as_complex", "aten.view_as_real"), others.complex_pairs)
     | dict.fromkeys(("aten.index", "aten.index_select"), others.index)
+    | dict.fromkeys(("aten.index_copy", "aten.index_put"), others.placed)
     | {
         "aten.cat": moves.join,
         "aten.embedding": others.embedding,

@@ -26,7 +26,10 @@ __all__ = ["Attention"]
 
 @register("aten.scaled_dot_product_attention")
 class Attention(Rule):
-    """Heads may be split; a rank attends with its own heads only."""
+    """Heads may be split; a rank attends with its own heads only.
+
+    The queries of a head may be split too, where they are query heads that share it, laid out as one after another.
+    """
 
     def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]]:
         """Queries, keys, values and mask, a letter for each of their dims, and the result's letters."""
@@ -54,13 +57,18 @@ class Attention(Rule):
             return self._opaque(node, operands, facts)
         alignment, refined = found
         across = []
-        for keys, labels in (f for each in keyed_factors(alignment, refined) for f in each):
-            mixed = [i for i, k in enumerate(keys) if k[0] in "qkd"]
+        factors = [f for each in keyed_factors(alignment, refined) for f in each]
+        of_heads = [{k[0] for k in keys} & {*out[:-2]} for keys, _ in factors]  # the heads' queries, one after another
+        apart = any(lead and "q" in {k[0] for k in keys} for lead, (keys, _) in zip(of_heads, factors, strict=True))
+        for keys, labels in factors:
+            mixed = [
+                i for i, k in enumerate(keys) if k[0] in ("kdv" if apart and not self._is_ordered(node) else "qkd")
+            ]
             if not mixed:
                 across.append((keys, labels))
             elif (rest := facts.mix(node, Factor(tuple(range(len(keys))), labels), mixed)) is not None:
                 across.append((tuple(keys[i] for i in rest.dims), rest.labels))
-        kept = combine(across, facts.units, across=alignment.sizes)
+        kept = combine(across, facts.units, across=[k for k in alignment.sizes if k[0] != "q"])
         facts.alignments[node] = (self._stored_once(alignment, repeats), operands)
         facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept])
         return as_value(alignment, kept)
@@ -68,6 +76,10 @@ class Attention(Rule):
     def _grouped_queries(self, node: fx.Node) -> bool:
         """Whether a head of keys and values serves several of the queries."""
         return bool(node.kwargs.get("enable_gqa"))
+
+    def _is_ordered(self, node: fx.Node) -> bool:
+        """Whether a query's place among the others counts."""
+        return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal"))
 
     @staticmethod
     def _opaque(node: fx.Node, operands: list[fx.Node], facts: Facts) -> Value:
@@ -149,6 +161,9 @@ class FlexAttention(Attention):
     def _grouped_queries(self, node: fx.Node) -> bool:
         query, key, *_ = node.args
         return shape(query)[1] != shape(key)[1]
+
+    def _is_ordered(self, node: fx.Node) -> bool:
+        return True  # the functions may ask
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         operands = list(node.args[:3])

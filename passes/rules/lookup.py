@@ -8,17 +8,19 @@ import torch
 from torch import fx
 
 from passes.axes import Size, trivial_axes
-from passes.graphs import shape
+from passes.graphs import op_name, shape
 from passes.layout import Layout
-from passes.rules.base import Facts, Rule, register, without
+from passes.rules.base import Facts, Rule, align, as_value, combine, keyed_factors, register, without
 from passes.rules.movement import Move, behind
+from passes.rules.opaque import Opaque
+from passes.rules.pointwise import Pointwise
 from passes.units import Factor, Value
 from passes.vocabulary import vocab_parallel_embedding
 
 if TYPE_CHECKING:
     from passes.shard import Sharder
 
-__all__ = ["Embedding", "Index", "Pick"]
+__all__ = ["Embedding", "Index", "Pick", "Place"]
 
 
 @register("aten.embedding")
@@ -97,3 +99,40 @@ class Index(Move):
         axes = value.axes[:first] + new + value.axes[first + count :]
         shift = sum(len(dim) for dim in new) - len(inside)
         return Value(axes, behind(kept, inside.stop, shift))
+
+
+@register("aten.index_copy", "aten.index_put")
+class Place(Pointwise):
+    """Something written over indices of one whole dim: ``x[:, :, indices] = y``; the other dims go index by index."""
+
+    def propagate(self, node: fx.Node, facts: Facts) -> Value:
+        out = shape(node)
+        found = written(node)
+        if found is None or len(shape(found[1])) != len(out):
+            return Opaque().propagate(node, facts)
+        dim, source, indices = found
+        operands = [node.args[0], source]
+        values = [without(node, facts.values[n], [dim], facts) for n in operands]
+        letters = [[f"d{i}" if i != dim else name for i in range(len(out))] for name in ("to", "from")]
+        aligned = align(values, letters, letters[0], facts.units)
+        facts.opaque(node, [indices])
+        if aligned is None:
+            facts.opaque(node, operands)
+            return facts.units.labelled(out)
+        alignment, refined = aligned
+        facts.alignments[node] = (alignment, operands)
+        factors = [f for each in keyed_factors(alignment, refined) for f in each]
+        return as_value(alignment, combine(factors, facts.units))
+
+
+def written(node: fx.Node) -> tuple[int, fx.Node, fx.Node] | None:
+    """The dim that a node writes over, what it writes, and at which indices; None where those are of several dims."""
+    if op_name(node) == "aten.index_copy":
+        _, dim, indices, source = node.args
+        return dim % len(shape(node)), source, indices
+    _, places, source, *accumulate = node.args
+    used = [(d, n) for d, n in enumerate(places) if n is not None]
+    if len(used) != 1 or any(accumulate) or node.kwargs or used[0][1].meta["val"].dtype in (torch.bool, torch.uint8):
+        return None
+    ((dim, indices),) = used
+    return (dim, source, indices) if len(shape(indices)) == 1 else None

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.simulate import Simulation
@@ -35,8 +36,8 @@ class OneProgram:
         self.model, self.last, self._graphs = model, program, {}
         self.dense = Dense.of(model)
 
-    def find(self, args: Any, kwargs: Any) -> tuple[Rewritten, list[torch.Tensor]]:
-        return self.last, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    def find(self, args: Any, kwargs: Any) -> tuple[Rewritten, Arguments]:
+        return self.last, Arguments(args, kwargs)
 
     def graph(self, program: Rewritten, rank: int) -> RankGraph:
         return self._graphs.setdefault(rank, RankGraph(program, rank, self.model))

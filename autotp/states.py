@@ -1,0 +1,387 @@
+"""states: objects among a call's arguments that the call reads and changes, such as a cache of keys and values.
+
+torch's pytree cannot see into them, so they are opened here: an object's attributes, and the lists and
+dicts in them, down to tensors and constants. What is in which place is the object's *form*; the tensors are
+leaves of the call like any other. A call gives the leaves of the form that it leaves behind, and the object
+that was passed gets what has changed, in place.
+
+Of caches of transformers, and classes that :func:`sharded_state` has marked, every rank keeps its own share
+between calls; all other objects hold whole values.
+
+A number that a call changes (how many tokens a cache has seen) is a count, and a leaf too: a tensor of that
+many elements that takes no memory, so that its size is as symbolic as a sequence's length. Numbers that no
+call has been seen to change are constants, a graph for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = ["Change", "Counts", "Form", "Opened", "Opener", "Slot", "State", "UnseenError", "build", "changes",
+           "is_sharded", "is_state", "opened", "plain_leaves", "sharded_state"]  # fmt: skip
+
+Counts = Collection[tuple[type, str]]
+"""The attributes that calls were seen to count in, with their objects' classes."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """The place of a tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """The place of a number that calls change."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that is all that its text says."""
+
+    kind: type
+    text: str
+    value: Any = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Box:
+    """An object, list, tuple or dict: its class, and what is under which name, number or key."""
+
+    cls: type
+    keys: tuple[Any, ...]
+    forms: tuple[Form, ...]
+
+    @property
+    def items(self) -> dict[Any, Form]:
+        """What is in it."""
+        return dict(zip(self.keys, self.forms, strict=True))
+
+
+Form = Leaf | Count | Constant | Box
+
+GONE = Constant(type(None), "gone", None)
+"""What is in a place that is empty now."""
+
+_CONSTANTS = (bool, float, complex, str, bytes, type(None), type(...), enum.Enum, torch.dtype, torch.device,
+              torch.layout, torch.memory_format, torch.Size, slice, range, type)  # fmt: skip
+_CONTAINERS = (list, tuple, dict)
+_MARKED: set[type] = set()
+
+C = TypeVar("C", bound=type)
+
+
+def sharded_state(cls: C) -> C:
+    """Class decorator: between calls each rank keeps only its own share of the tensors in such objects.
+
+    For a key-value cache of your own that is passed to the model, read by it and changed by it, and whose
+    tensors nothing else reads. Caches of transformers are such already.
+
+    Example:
+        >>> @autotp.sharded_state
+        ... class Cache:
+        ...     def __init__(self): self.keys, self.values = [], []
+    """
+    _MARKED.add(cls)
+    return cls
+
+
+def is_sharded(cls: type) -> bool:
+    """Whether ranks keep their own shares of the tensors in objects of a class."""
+    module = sys.modules.get("transformers.cache_utils")
+    return any(c in _MARKED for c in cls.__mro__) or (module is not None and issubclass(cls, module.Cache))
+
+
+def is_state(x: Any) -> bool:
+    """Whether a leaf of pytree's is an object to be opened."""
+    return hasattr(x, "__dict__") and not isinstance(x, (torch.Tensor, enum.Enum)) and not callable(x)
+
+
+def _is_registered(x: Any) -> bool:
+    """Whether an object that is to be opened here is one that pytree has been told how to open."""
+    return type(x) in pytree.SUPPORTED_NODES and is_sharded(type(x))
+
+
+def plain_leaves(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tree as pytree sees them, but objects that hold states unopened; and how they go together."""
+    return pytree.tree_flatten(tree, is_leaf=_is_registered)
+
+
+class UnseenError(Exception):
+    """Something is in an object into which autotp cannot see."""
+
+
+class Opener:
+    """Opens objects.
+
+    Args:
+        counts: the attributes that are counts; None where those are that are symbolic.
+        first: the number of the first leaf.
+
+    Attributes:
+        leaves: the leaves found so far.
+        paths: their places.
+        numbers: all numbers found, by place, each with the attribute that it was found in.
+    """
+
+    def __init__(self, counts: Counts | None = (), first: int = 0) -> None:
+        self.leaves: list[Any] = []
+        self.paths: list[str] = []
+        self.numbers: dict[str, tuple[tuple[type, str], Any]] = {}
+        self._counts, self._first = counts, first
+        self._seen: dict[Any, int] = {}
+        self._inside: set[int] = set()
+
+    def open(self, x: Any, path: str = "", owner: type = object, name: str = "") -> Form:
+        """The form of an object, whose leaves are added to the others.
+
+        Raises:
+            UnseenError: there is something in it into which autotp cannot see.
+        """
+        kind = type(x)
+        if isinstance(x, torch.Tensor):
+            return Leaf(self._add(id(x), x, path))
+        if isinstance(x, torch.SymInt) or kind is int:
+            self.numbers[path] = (owner, name), x
+            if kind is not int or (self._counts is not None and (x in (0, 1) or (owner, name) in self._counts)):
+                return Count(self._add((owner, name, str(x)), x, path))
+        if isinstance(x, (int, *_CONSTANTS)):
+            return Constant(kind, repr(x), x)
+        if not (isinstance(x, _CONTAINERS) or hasattr(x, "__dict__")) or isinstance(x, torch.nn.Module) or callable(x):
+            raise UnseenError(f"{path or 'it'} is a {kind.__module__}.{kind.__qualname__}")
+        if id(x) in self._inside:
+            raise UnseenError(f"{path or 'it'} holds itself")
+        self._inside.add(id(x))
+        dot = "." if path else ""
+        if isinstance(x, dict):
+            keys = tuple(x)
+            forms = tuple(self.open(x[k], f"{path}[{k!r}]", owner, f"{name}[{k!r}]") for k in keys)
+        elif isinstance(x, (list, tuple)):
+            keys = tuple(range(len(x)))
+            forms = tuple(self.open(v, f"{path}[{i}]", owner, f"{name}[]") for i, v in enumerate(x))
+        else:
+            keys = tuple(x.__dict__)
+            forms = tuple(self.open(x.__dict__[k], f"{path}{dot}{k}", kind, k) for k in keys)
+        self._inside.discard(id(x))
+        return Box(kind, keys, forms)
+
+    def slots(self, sharded: bool) -> list[Slot]:
+        """The leaves' slots, in an object of which each rank keeps its own share or not."""
+        return [
+            Slot(p, sharded and isinstance(x, torch.Tensor), not isinstance(x, torch.Tensor))
+            for p, x in zip(self.paths, self.leaves, strict=True)
+        ]
+
+    def counted(self, before: Mapping[str, Any]) -> set[tuple[type, str]]:
+        """The attributes that count: they are symbolic, or not what they were ``before``."""
+        return {
+            attribute
+            for path, (attribute, x) in self.numbers.items()
+            if isinstance(x, torch.SymInt) or (path in before and before[path] != x)
+        }
+
+    def _add(self, key: Any, x: Any, path: str) -> int:
+        found = self._seen.setdefault(key, self._first + len(self.leaves))
+        if found == self._first + len(self.leaves):
+            self.leaves.append(x)
+            self.paths.append(path)
+        return found
+
+
+def build(form: Form, leaves: Sequence[Any]) -> Any:
+    """A new object of this form."""
+    if isinstance(form, (Leaf, Count)):
+        return leaves[form.index]
+    if isinstance(form, Constant):
+        return form.value
+    values = [build(f, leaves) for f in form.forms]
+    if issubclass(form.cls, dict):
+        return form.cls(zip(form.keys, values, strict=True))
+    if issubclass(form.cls, (list, tuple)):
+        return form.cls(*values) if hasattr(form.cls, "_fields") else form.cls(values)
+    made = form.cls.__new__(form.cls)
+    made.__dict__.update(zip(form.keys, values, strict=True))
+    return made
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(number: int) -> torch.Tensor:
+    return torch.empty(()).expand(number)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A leaf's place in an object.
+
+    Attributes:
+        path: the way to it.
+        sharded: whether each rank keeps its own share of it.
+        count: whether it is a number.
+    """
+
+    path: str
+    sharded: bool
+    count: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """An object among a call's arguments: its form, and its leaves' slots."""
+
+    form: Form
+    slots: tuple[Slot, ...]
+    numbers: tuple[tuple[str, int], ...] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """How the leaves of a call's arguments go together.
+
+    Attributes:
+        spec: pytree's.
+        states: per leaf of pytree's, the object that it is, if it is one.
+    """
+
+    spec: Any
+    states: tuple[State | None, ...]
+
+    def close(self, leaves: Sequence[Any]) -> Any:
+        """Arguments of these leaves, counts as numbers; the objects are new ones."""
+        given = iter(leaves)
+        plain = []
+        for state in self.states:
+            if state is None:
+                plain.append(next(given))
+            else:
+                held = [next(given) for _ in state.slots]
+                numbers = [x.shape[0] if slot.count else x for x, slot in zip(held, state.slots, strict=True)]
+                plain.append(build(state.form, numbers))
+        return pytree.tree_unflatten(plain, self.spec)
+
+    @functools.cached_property
+    def slots(self) -> dict[int, Slot]:
+        """The slots of the leaves that are in objects."""
+        found: dict[int, Slot] = {}
+        at = 0
+        for state in self.states:
+            found |= {at + i: slot for i, slot in enumerate(state.slots)} if state is not None else {}
+            at += 1 if state is None else len(state.slots)
+        return found
+
+    def paths(self) -> list[str]:
+        """``args[0]``, ``kwargs['cache'].layers[0].keys``: what the caller calls each leaf."""
+        whole = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
+        args, kwargs = whole
+        names = [
+            name + pytree.keystr(path)
+            for name, part in (("args", args), ("kwargs", kwargs))
+            for path, _ in pytree.tree_flatten_with_path(part)[0]
+        ]
+        found = []
+        for name, state in zip(names, self.states, strict=True):
+            found += [name] if state is None else [f"{name}.{slot.path}" for slot in state.slots]
+        return found
+
+
+def opened(tree: Any, counts: Counts = ()) -> tuple[list[Any], Opened, list[Any]]:
+    """The leaves of arguments, how they go together, and the objects among them.
+
+    Args:
+        tree: tuples, lists, dicts and what pytree knows, of tensors, constants and objects.
+        counts: the attributes of such objects that are counts.
+    """
+    plain, spec = plain_leaves(tree)
+    leaves: list[Any] = []
+    states: list[State | None] = []
+    objects = []
+    for x in plain:
+        state = None
+        if is_state(x):
+            opener = Opener(counts)
+            with contextlib.suppress(UnseenError):  # a leaf then, which is refused where it matters
+                form = opener.open(x)
+                numbers = tuple((path, n) for path, (_, n) in opener.numbers.items())
+                state = State(form, tuple(opener.slots(is_sharded(type(x)))), numbers)
+        states.append(state)
+        if state is None:
+            leaves.append(x)
+        else:
+            leaves += [x if isinstance(x, torch.Tensor) else _counted(x) for x in opener.leaves]
+            objects.append(x)
+    return leaves, Opened(spec, tuple(states)), objects
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a call changes in an object.
+
+    Attributes:
+        path: the way to what holds it: names, numbers and keys.
+        key: the name, number or key there.
+        form: what is there now, of the call's results; :data:`GONE` for nothing.
+        inside: whether a tensor was changed in place, and stays the same one.
+    """
+
+    path: tuple[Any, ...]
+    key: Any
+    form: Form
+    inside: bool = False
+
+    def make(self, of: Any, results: Sequence[Any]) -> None:
+        """Make the change."""
+        for key in self.path:
+            of = of[key] if isinstance(of, (list, tuple, dict)) else of.__dict__[key]
+        if not isinstance(of, (list, dict)):
+            of = of.__dict__
+        if self.form is GONE:
+            del of[self.key]
+        elif self.inside:
+            assert isinstance(self.form, Leaf)
+            if (new := results[self.form.index]) is not (old := of[self.key]):
+                with torch.no_grad():
+                    old.copy_(new)
+        elif isinstance(of, list) and self.key == len(of):
+            of.append(build(self.form, results))
+        else:
+            of[self.key] = build(self.form, results)
+
+
+def changes(
+    before: Form, after: Form, same: Collection[tuple[int, int]], path: tuple[Any, ...] = ()
+) -> Iterator[Change]:
+    """What is different about an object after a call.
+
+    Args:
+        before: its form, whose leaves are the arguments.
+        after: its form, whose leaves are the results.
+        same: pairs of an argument and a result that are one and the same tensor, changed or not.
+        path: the way to it.
+
+    Raises:
+        UnseenError: the object itself would have to be another one.
+    """
+    if not isinstance(before, Box) or not isinstance(after, Box) or before.cls is not after.cls:
+        raise UnseenError(f"{path} became another object")
+    had, has = before.items, after.items
+    for key in reversed([k for k in had if k not in has]):
+        yield Change(path, key, GONE)
+    for key, form in has.items():
+        old = had.get(key)
+        if isinstance(old, Leaf) and isinstance(form, Leaf) and (old.index, form.index) in same:
+            yield Change(path, key, form, inside=True)
+        elif isinstance(old, Box) and isinstance(form, Box) and old.cls is form.cls and not issubclass(old.cls, tuple):
+            yield from changes(old, form, same, (*path, key))
+        elif isinstance(form, (Leaf, Count)) or old != form:
+            yield Change(path, key, form)
