@@ -18,7 +18,7 @@ from autotp.digests import checksum, digest
 from autotp.errors import CaptureError, ProofError, UnprovedWarning
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.watch import Watch, dotted
-from passes import Layout
+from passes import Layout, Lowering
 
 __all__ = ["Programs"]
 
@@ -54,6 +54,7 @@ class Programs:
         counts: the attributes of objects among the arguments that calls were seen to count in.
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
+        lowering: which passes make the programs faster.
     """
 
     keeps_parts = True
@@ -75,6 +76,7 @@ class Programs:
         self.rank: int | None = None
         self.comparison: Comparison | None = None
         self.proof: bool | str = False
+        self.lowering = Lowering()
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
@@ -83,6 +85,7 @@ class Programs:
 
     def _passed_on(self, copy: Programs) -> Programs:
         copy.proof, copy.slots, copy.counts = self.proof, self.slots, set(self.counts)
+        copy.lowering = self.lowering
         return copy
 
     def shape(self, name: str) -> Sequence[int]:
