@@ -45,7 +45,7 @@ class Arguments:
         slots: Mapping[str, Layout] | None = None,
         rank: int | None = None,
     ) -> None:
-        self.leaves, self.spec, self.objects = opened((args, dict(kwargs)), counts)
+        self.leaves, self.spec, self.objects = opened(args, kwargs, counts)
         self.tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
         self.shapes: list[Sequence[int]] = [x.shape for x in self.tensors]
         self.error: AutoTPError | None = None

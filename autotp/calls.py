@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture
 from autotp.comparison import Comparison, is_constant, kinds
-from autotp.digests import checksum, digest
 from autotp.errors import CaptureError, ProofError, UnprovedWarning
+from autotp.meaning import meaning
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.watch import Watch, dotted
 from passes import Layout
@@ -162,9 +162,8 @@ class Programs:
             program = rewrite(captured, self.tp, self.stored, self.settled, self.slots)
             self._prove(program)
         if agreement is not None:
-            constants = {n: checksum(t) for n, t in program.captured.constants.items()}
-            text = f"{program.graph} {constants}"
-            agreement.check("capture", digest(text), lambda: {"the graph": f"{digest(text):x}"})
+            meant = meaning(program.graph, program.captured.constants)
+            agreement.check("capture", meant, lambda: {"the graph": f"{meant:x}"})
         self.stored, self.slots = program.stored, program.slots
         self._by_structure.setdefault(key, []).append(program)
         self.last = program

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
+from autotp.orders import Orders, reordered, sorted_by_key
+
 __all__ = ["Change", "Counts", "Form", "Opened", "Opener", "Slot", "State", "UnseenError", "build", "changes",
            "is_sharded", "is_state", "opened", "plain_leaves", "sharded_state"]  # fmt: skip
 
@@ -252,10 +254,12 @@ class Opened:
     Attributes:
         spec: pytree's.
         states: per leaf of pytree's, the object that it is, if it is one.
+        orders: how the dicts among them were ordered (:mod:`autotp.orders`); no part of the text that ranks compare.
     """
 
     spec: Any
     states: tuple[State | None, ...]
+    orders: Orders = field(default=(), repr=False)
 
     def close(self, leaves: Sequence[Any]) -> Any:
         """Arguments of these leaves, counts as numbers; the objects are new ones."""
@@ -268,7 +272,8 @@ class Opened:
                 held = [next(given) for _ in state.slots]
                 numbers = [x.shape[0] if slot.count else x for x, slot in zip(held, state.slots, strict=True)]
                 plain.append(build(state.form, numbers))
-        return pytree.tree_unflatten(plain, self.spec)
+        args, kwargs = pytree.tree_unflatten(plain, self.spec)
+        return reordered(args, kwargs, self.orders) if self.orders else (args, kwargs)
 
     @functools.cached_property
     def slots(self) -> dict[int, Slot]:
@@ -295,14 +300,18 @@ class Opened:
         return found
 
 
-def opened(tree: Any, counts: Counts = ()) -> tuple[list[Any], Opened, list[Any]]:
+def opened(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: Counts = ()
+) -> tuple[list[Any], Opened, list[Any]]:
     """The leaves of arguments, how they go together, and the objects among them.
 
     Args:
-        tree: tuples, lists, dicts and what pytree knows, of tensors, constants and objects.
+        args: tuples, lists, dicts and what pytree knows, of tensors, constants and objects.
+        kwargs: the same by keyword.
         counts: the attributes of such objects that are counts.
     """
-    plain, spec = plain_leaves(tree)
+    args, kwargs, orders = sorted_by_key(args, kwargs)
+    plain, spec = plain_leaves((args, kwargs))
     leaves: list[Any] = []
     states: list[State | None] = []
     objects = []
@@ -320,7 +329,7 @@ def opened(tree: Any, counts: Counts = ()) -> tuple[list[Any], Opened, list[Any]
         else:
             leaves += [x if isinstance(x, torch.Tensor) else _counted(x) for x in opener.leaves]
             objects.append(x)
-    return leaves, Opened(spec, tuple(states)), objects
+    return leaves, Opened(spec, tuple(states), orders), objects
 
 
 @dataclass(frozen=True)
