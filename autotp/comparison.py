@@ -47,10 +47,14 @@ class Comparison:
         agreement: through which the ranks compare.
         watch: the module's.
         split: whether the ranks hold different shares of a parameter, by its name in the module.
+        outer: the watch of the module that it is in, where it is called by itself.
     """
 
-    def __init__(self, agreement: Agreement, watch: Watch, split: Callable[[str], Any]) -> None:
+    def __init__(
+        self, agreement: Agreement, watch: Watch, split: Callable[[str], Any], outer: Watch | None = None
+    ) -> None:
         self.agreement, self.watch, self.path = agreement, watch, watch.path
+        self._watches = [watch] if outer is None else [outer, watch]
         self._split = split
         self._digests: dict[Any, int] = {}
 
@@ -119,7 +123,8 @@ class Comparison:
             found[f"mode of {self._full(name) or 'the model'}"] = "train" if module.training else "eval"
         for name, p in self._parameters():
             found[f"parameter {self._full(name)}"] = f"{p.dtype}{', requires_grad' if p.requires_grad else ''}"
-        return found | {self._full(dotted(*place)): value for place, value in self.watch.changes().items()}
+        changes = [(w, place, value) for w in self._watches for place, value in w.changes().items()]
+        return found | {dotted(w.path, *place): value for w, place, value in changes}
 
 
 def _is_tensor(x: Any) -> bool:

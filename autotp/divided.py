@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
@@ -161,6 +162,10 @@ class _Part(Whole):
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """:class:`Whole`'s call."""
         return super().__call__(args, kwargs)
+
+    def inside(self, name: str, module: nn.Module) -> Whole:
+        """The runtime of a submodule that is called by itself."""
+        return _Part(self.divided, module, self.programs.inside(name), self.agreement, self.fabric)
 
     def before(self, random: bool) -> None:
         """Start the streams of random numbers anew if the program draws some."""

@@ -18,6 +18,7 @@ from autotp.digests import checksum, digest
 from autotp.divided import Divided
 from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call
+from autotp.inside import Inside
 from autotp.parts import Division, divide, divide_in_parts
 from autotp.plan import Plan
 from autotp.planning import announce, plan_of
@@ -31,6 +32,8 @@ __all__ = ["full_gradients", "full_state_dict", "graph", "parallelize"]
 
 def _runtime(model: nn.Module) -> Runtime:
     runtime = model.__dict__.get("_autotp")
+    if isinstance(runtime, Inside):
+        return runtime.runtime
     if runtime is None:
         raise AutoTPError(
             f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first"
@@ -216,10 +219,11 @@ def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
     Args:
-        model: a parallelized model; of one that was captured in parts, the module that is a part.
+        model: a parallelized model; of one that was captured in parts, the module that is a part; or a submodule
+            that was called by itself.
 
     Raises:
-        AutoTPError: the model is not parallelized, or runs as several graphs; it lists them.
+        AutoTPError: the model is not parallelized, or runs as several graphs, which it lists, or has not run.
 
     Example:
         >>> print(autotp.graph(model))
@@ -229,7 +233,11 @@ def graph(model: nn.Module) -> RankGraph:
         paths = ", ".join(f"model.{p.programs.path}" for p in runtime.parts)
         raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
     assert isinstance(runtime, Whole)
-    assert runtime.programs.last is not None
+    if runtime.programs.last is None:
+        raise AutoTPError(
+            f"this {type(model).__name__} ({runtime.programs.path}) has not been called by itself, and has no graph of "
+            "its own: pass the model that was parallelized"
+        )
     return runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
 
 

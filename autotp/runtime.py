@@ -16,6 +16,7 @@ from autotp.clipping import count_once
 from autotp.comparison import Comparison
 from autotp.errors import AutoTPError
 from autotp.forwards import Guard, install
+from autotp.inside import Inside
 from autotp.loading import accept_dense
 from autotp.optimizers import check_steps
 from autotp.process import ProcessFabric
@@ -125,7 +126,8 @@ class Whole(Runtime):
     def _take(self, programs: Programs) -> None:
         self.programs = programs
         programs.rank = self.mesh.rank
-        programs.comparison = Comparison(self.agreement, programs.watch, self.shards)
+        outer = programs.outer.watch if programs.outer is not None else None
+        programs.comparison = Comparison(self.agreement, programs.watch, self.shards, outer)
 
     @property
     def stored(self) -> Mapping[str, Layout]:
@@ -133,17 +135,19 @@ class Whole(Runtime):
         return self.programs.stored or {}
 
     def attach(self) -> None:
-        """Let the module run its programs, and its submodules that hold shards refuse to be called."""
+        """Let the module run its programs, and its submodules that hold shards programs of their own."""
         super().attach()
-        self.guard()
+        for name, module in self.model.named_modules():
+            held = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
+            if "_autotp" not in module.__dict__ and any(self.shards(n) for n in held):
+                inside = Inside(self, name, module)
+                install(module, inside, inside)
+                module.register_forward_pre_hook(Guard(dotted(self.programs.path, name), self.is_running))
         self.programs.watch.settle()
 
-    def guard(self) -> None:
-        """Let submodules that hold shards refuse to be called: their own code computes on whole weights."""
-        for name, module in self.model.named_modules():
-            inside = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
-            if "_autotp" not in module.__dict__ and any(self.shards(n) for n in inside):
-                module.register_forward_pre_hook(Guard(dotted(self.programs.path, name), self.is_running))
+    def inside(self, name: str, module: nn.Module) -> Whole:
+        """The runtime of a submodule that is called by itself."""
+        return Whole(module, self.programs.inside(name), self.agreement, self.fabric)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the module, and the module's own kind of output."""
