@@ -15,8 +15,10 @@ from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
 from autotp.errors import CaptureError, ProofError, UnprovedWarning
+from autotp.inputs import device_of
 from autotp.meaning import meaning
 from autotp.rewrite import RankGraph, Rewritten, rewrite
+from autotp.sharing import take_inputs
 from autotp.watch import Watch, dotted
 from passes import Layout
 
@@ -163,17 +165,18 @@ class Programs:
             AutoTPError: the module was changed in a way that its graphs cannot follow.
         """
         of = self.arguments(args, kwargs)
-        key, error = None, None
-        try:
-            key = self.structure(of)
-        except Exception as raised:
-            error = raised
-        if self.comparison is not None:
-            self.comparison.call(key, of, error)
-        elif error is not None:
-            raise error
+        key, error = self._keyed(of)
+        if self.comparison is None:
+            if error is not None:
+                raise error
+        elif not self.comparison.call(key, of, error):
+            args, kwargs = take_inputs(self.comparison.agreement, args, kwargs, device_of(self.model))
+            of = self.arguments(args, kwargs)
+            key, error = self._keyed(of)
+            self.comparison.call(key, of, error, last=True)
         for program in self._by_structure.get(key, ()):
             if program.captured.fits(of.shapes):
+                self.last = program
                 return program, of
         agreement = self.comparison.agreement if self.comparison is not None else None
         with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
@@ -193,6 +196,13 @@ class Programs:
         self._by_structure.setdefault(key, []).append(program)
         self.last = program
         return program, of
+
+    def _keyed(self, of: Arguments) -> tuple[Any, Exception | None]:
+        """The key of a call, or the error that there is none."""
+        try:
+            return self.structure(of), None
+        except Exception as error:
+            return None, error
 
     def _capture(self, of: Arguments, key: Any) -> Captured:
         known = self._captured.setdefault(key, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from autotp.errors import AutoTPError
 
-__all__ = ["Carried", "Guard", "as_dense", "capturing", "install", "own_forward", "reinstall", "uninstall"]
+__all__ = ["Carried", "Guard", "as_dense", "capturing", "in_call", "install", "own_forward", "reinstall", "uninstall"]
 
 
 class Carried(Protocol):
@@ -56,6 +57,15 @@ def reinstall(model: nn.Module) -> None:
     for module in model.modules():
         if (carried := module.__dict__.get("_autotp")) is not None and "forward" not in module.__dict__:
             install(module, carried, carried)
+
+
+def in_call(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised because of, was raised in what runs in place of a forward."""
+    while error is not None:
+        if any(frame.f_code is _Forward.__call__.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Capturing(threading.local):

@@ -285,17 +285,19 @@ class Opened:
             at += 1 if state is None else len(state.slots)
         return found
 
-    def paths(self) -> list[str]:
-        """``args[0]``, ``kwargs['cache'].layers[0].keys``: what the caller calls each leaf."""
-        whole = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
-        args, kwargs = whole
-        names = [
+    def places(self) -> list[str]:
+        """``args[0]``, ``kwargs['cache']``: what the caller calls each leaf of pytree's."""
+        args, kwargs = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
+        return [
             name + pytree.keystr(path)
             for name, part in (("args", args), ("kwargs", kwargs))
             for path, _ in pytree.tree_flatten_with_path(part)[0]
         ]
+
+    def paths(self) -> list[str]:
+        """``args[0]``, ``kwargs['cache'].layers[0].keys``: what the caller calls each leaf."""
         found = []
-        for name, state in zip(names, self.states, strict=True):
+        for name, state in zip(self.places(), self.states, strict=True):
             found += [name] if state is None else [f"{name}.{slot.path}" for slot in state.slots]
         return found
 
@@ -358,7 +360,9 @@ class Change:
             del of[self.key]
         elif self.inside:
             assert isinstance(self.form, Leaf)
-            if (new := results[self.form.index]) is not (old := of[self.key]):
+            if (new := results[self.form.index]).shape != (old := of[self.key]).shape:  # a whole one, of which
+                of[self.key] = new  # this rank keeps its part from now on
+            elif new is not old:
                 with torch.no_grad():
                     old.copy_(new)
         elif isinstance(of, list) and self.key == len(of):
