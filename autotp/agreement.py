@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ class Agreement:
         timeout: how long a rank waits for the others.
         debug: whether calls are compared in the values of inputs and of whole parameters, too.
         shared_memory: whether ranks on one host compare through memory.
+        broadcast_inputs: whether ranks that are given other inputs than rank 0 take its.
 
     Attributes:
         number: how many steps this rank has begun.
@@ -43,9 +45,11 @@ class Agreement:
     """
 
     def __init__(
-        self, mesh: Mesh, model: str, timeout: timedelta, debug: bool = False, shared_memory: bool = True
-    ) -> None:
+        self, mesh: Mesh, model: str, timeout: timedelta, debug: bool = False, shared_memory: bool = True,
+        broadcast_inputs: bool = False,
+    ) -> None:  # fmt: skip
         self.mesh, self.model, self.timeout, self.debug = mesh, model, timeout, debug
+        self.broadcast_inputs = broadcast_inputs
         self.number, self.doing, self.steps = 0, "parallelize", 0
         self._group: dist.ProcessGroup | None = None
         self._board: Board | None = None
@@ -56,8 +60,13 @@ class Agreement:
                 self._board = join_board(self._group, mesh.rank, mesh.tp, timeout, slot=LINE)
 
     def check(
-        self, doing: str, fingerprint: int, describe: Callable[[], Mapping[str, str]], error: Exception | None = None
-    ) -> None:
+        self,
+        doing: str,
+        fingerprint: int,
+        describe: Callable[[], Mapping[str, str]],
+        error: Exception | None = None,
+        inputs: Callable[[], Mapping[str, str]] | None = None,
+    ) -> bool:
         """Raise on every rank unless all of them are about to do the same.
 
         Args:
@@ -65,26 +74,54 @@ class Agreement:
             fingerprint: equal on two ranks if and only if they do the same.
             describe: the details behind the fingerprint; asked for only where ranks differ.
             error: what this rank would raise instead. It is raised here, and the others learn of it.
+            inputs: those of the details that rank 0's may replace, where ``broadcast_inputs`` is set.
+
+        Returns:
+            True; or False, on every rank, if the ranks differ in such inputs only, and are to take rank 0's.
 
         Raises:
             MismatchError: the ranks differ, which it names; or some have not come within the timeout.
         """
-        self.number, self.doing = self.number + 1, doing
-        if self._group is not None:
-            said = f"{type(error).__name__}: {error}" if error is not None else ""
-            own = digest(f"{self.number} {doing} {fingerprint} {said}")
-            try:
-                same = self._board.same(own) if self._board is not None else self._same(own)
-            except RuntimeError as failure:
-                raise self.missing(failure) from (error or failure)
-            if not same:
-                details = {"what it does": doing, **({"error": said} if said else {}), **describe()}
-                found: list[Mapping[str, str]] = [{}] * self.mesh.tp
-                dist.all_gather_object(found, details, group=self._group)
-                if error is None:
-                    raise MismatchError(f"{self._where()}: {_differences(found)}")
+        if not self.same(doing, fingerprint, error):
+            head = {"what it does": doing, **({"error": _said(error)} if error else {})}
+            found = self.gathered((head, dict(inputs()) if inputs is not None else {}, dict(describe())))
+            alike = all((h, rest) == (head, found[0][2]) for h, _, rest in found)
+            if self.broadcast_inputs and inputs is not None and error is None and alike:
+                return False
+            if error is None:
+                raise MismatchError(f"{self._where()}: {_differences([h | given | rest for h, given, rest in found])}")
         if error is not None:
             raise error
+        return True
+
+    def same(self, doing: str, fingerprint: int, error: Exception | None = None) -> bool:
+        """Whether all ranks are about to do the same: the first half of :meth:`check`.
+
+        Raises:
+            MismatchError: some have not come within the timeout.
+        """
+        self.number, self.doing = self.number + 1, doing
+        if self._group is None:
+            return True
+        own = digest(f"{self.number} {doing} {fingerprint} {_said(error)}")
+        try:
+            return self._board.same(own) if self._board is not None else self._same(own)
+        except RuntimeError as failure:
+            raise self.missing(failure) from (error or failure)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in rank order, through the CPU; for what is rare."""
+        found: list[Any] = [value] * self.mesh.tp
+        if self._group is not None:
+            dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def of_rank_0(self, value: Any) -> Any:
+        """Rank 0's ``value``, through the CPU."""
+        held = [value]
+        if self._group is not None:
+            dist.broadcast_object_list(held, dist.get_global_rank(self._group, 0), group=self._group)
+        return held[0]
 
     def _same(self, number: int) -> bool:
         pair = torch.tensor([number, -number])
@@ -118,6 +155,10 @@ class Agreement:
             return [r for r in range(self.mesh.tp) if not store.check([f"{key}/{r}"])]
         except Exception:  # the process that keeps the store may be the one that died
             return []
+
+
+def _said(error: Exception | None) -> str:
+    return f"{type(error).__name__}: {error}" if error is not None else ""
 
 
 def _differences(found: list[Mapping[str, str]]) -> str:

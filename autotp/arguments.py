@@ -45,11 +45,12 @@ class Arguments:
         slots: Mapping[str, Layout] | None = None,
         rank: int | None = None,
     ) -> None:
-        self.leaves, self.spec, self.objects = opened((args, dict(kwargs)), counts)
+        self.leaves, self.spec, self.objects = opened(args, kwargs, counts)
         self.tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
         self.shapes: list[Sequence[int]] = [x.shape for x in self.tensors]
         self.error: AutoTPError | None = None
         self._parts: set[int] = set()
+        self._split: set[int] = set()
         if rank is None or not slots or not self.objects:
             return
         for i, slot in self.slots().items():
@@ -65,6 +66,7 @@ class Arguments:
     def _widen(self, i: int, path: str, layout: Layout, rank: int) -> None:
         ((dim, shards),) = layout.shards
         shape = self.shapes[i]
+        self._split.add(id(self.tensors[i]))
         held, whole = shards.counts[rank], shards.size
         if dim >= len(shape) or shape[dim] not in (held, whole):
             size = shape[dim] if dim < len(shape) else "nothing"
@@ -78,6 +80,10 @@ class Arguments:
     def is_part(self, x: Any) -> bool:
         """Whether a leaf is this rank's part of a value."""
         return id(x) in self._parts
+
+    def is_split(self, x: Any) -> bool:
+        """Whether ranks may hold different parts of a leaf."""
+        return id(x) in self._split
 
     def dense(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with tensors of the dense shapes, without values, in place of parts; objects are new ones."""

@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autotp.arguments import Arguments
-from autotp.capture import Captured, Dense, capture
+from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
-from autotp.digests import checksum, digest
 from autotp.errors import CaptureError, ProofError, UnprovedWarning
+from autotp.inputs import device_of
+from autotp.meaning import meaning
 from autotp.rewrite import RankGraph, Rewritten, rewrite
+from autotp.sharing import take_inputs
 from autotp.watch import Watch, dotted
 from passes import Layout, Lowering
 
@@ -52,6 +54,7 @@ class Programs:
         comparison: how the ranks compare each call; None for one process.
         slots: the layouts of what ranks keep in parts between calls, by slot.
         counts: the attributes of objects among the arguments that calls were seen to count in.
+        outer: the programs of the module that this one is in, where it is called by itself.
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
         lowering: which passes make the programs faster.
@@ -65,8 +68,9 @@ class Programs:
     ) -> None:
         self.model, self.tp, self.dense, self.stored, self.path = model, tp, dense, stored, path
         self.settled: Mapping[str, Layout] = {}
-        self.slots: Mapping[str, Layout] = {}
+        self.slots: dict[str, Layout] = {}
         self.counts: set[tuple[type, str]] = set()
+        self.outer: Programs | None = None
         self.captures = 0
         self._captured: dict[Any, list[Captured]] = {}
         self._by_structure: dict[Any, list[Rewritten]] = {}
@@ -80,13 +84,35 @@ class Programs:
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
-        copy = Programs(model, self.tp, self.dense, self.stored)
-        return self._passed_on(copy)
-
-    def _passed_on(self, copy: Programs) -> Programs:
-        copy.proof, copy.slots, copy.counts = self.proof, self.slots, set(self.counts)
+        copy = self._made(model, root, self.dense, self.stored, "")
+        copy.proof, copy.slots, copy.counts = self.proof, dict(self.slots), set(self.counts)
         copy.lowering = self.lowering
         return copy
+
+    def _made(
+        self, model: nn.Module, root: nn.Module, dense: Dense, stored: Mapping[str, Layout] | None, path: str
+    ) -> Programs:
+        """Programs of the same kind, of a module in ``root``."""
+        return Programs(model, self.tp, dense, stored, path)
+
+    def inside(self, name: str) -> Programs:
+        """The programs of a submodule that is called by itself: its weights are split as they are here.
+
+        What objects keep in parts a call of either may have left there, so both know the same of it.
+        """
+        module, first = self.model.get_submodule(name), tied_names(self.model)
+        names = {n: f"{name}.{n}" for n in tied_names(module)}
+        stored = {n: (self.stored or {}).get(first[names[n]]) for n in dict.fromkeys(tied_names(module).values())}
+        dense = Dense({n: self.dense.shapes[full] for n, full in names.items()})
+        split = {n: layout for n, layout in stored.items() if layout is not None}
+        made = self._made(module, self._root(), dense, split, dotted(self.path, name))
+        made.proof, made.slots, made.counts, made.outer = self.proof, self.slots, self.counts, self
+        made.lowering = self.lowering
+        return made
+
+    def _root(self) -> nn.Module:
+        """The model that the module is in, as far as its programs must know of it."""
+        return self.model
 
     def shape(self, name: str) -> Sequence[int]:
         """The shape that a parameter has here."""
@@ -122,7 +148,8 @@ class Programs:
                     "torch.utils._pytree.register_pytree_node",
                     reason=f"called with {what}, into which pytree cannot see",
                 )
-        return kinds(of.leaves, of.shapes), of.spec, self.watch.look(), torch.is_autocast_enabled()
+        around = self.outer.watch.look() if self.outer is not None else ""
+        return kinds(of.leaves, of.shapes), of.spec, around, self.watch.look(), torch.is_autocast_enabled()
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """The captured graph of a call, made now if there is none.
@@ -142,17 +169,18 @@ class Programs:
             AutoTPError: the module was changed in a way that its graphs cannot follow.
         """
         of = self.arguments(args, kwargs)
-        key, error = None, None
-        try:
-            key = self.structure(of)
-        except Exception as raised:
-            error = raised
-        if self.comparison is not None:
-            self.comparison.call(key, of, error)
-        elif error is not None:
-            raise error
+        key, error = self._keyed(of)
+        if self.comparison is None:
+            if error is not None:
+                raise error
+        elif not self.comparison.call(key, of, error):
+            args, kwargs = take_inputs(self.comparison.agreement, args, kwargs, device_of(self.model))
+            of = self.arguments(args, kwargs)
+            key, error = self._keyed(of)
+            self.comparison.call(key, of, error, last=True)
         for program in self._by_structure.get(key, ()):
             if program.captured.fits(of.shapes):
+                self.last = program
                 return program, of
         agreement = self.comparison.agreement if self.comparison is not None else None
         with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
@@ -165,13 +193,20 @@ class Programs:
             program = rewrite(captured, self.tp, self.stored, self.settled, self.slots)
             self._prove(program)
         if agreement is not None:
-            constants = {n: checksum(t) for n, t in program.captured.constants.items()}
-            text = f"{program.graph} {constants}"
-            agreement.check("capture", digest(text), lambda: {"the graph": f"{digest(text):x}"})
-        self.stored, self.slots = program.stored, program.slots
+            meant = meaning(program.graph, program.captured.constants)
+            agreement.check("capture", meant, lambda: {"the graph": f"{meant:x}"})
+        self.stored = program.stored
+        self.slots.update(program.slots)
         self._by_structure.setdefault(key, []).append(program)
         self.last = program
         return program, of
+
+    def _keyed(self, of: Arguments) -> tuple[Any, Exception | None]:
+        """The key of a call, or the error that there is none."""
+        try:
+            return self.structure(of), None
+        except Exception as error:
+            return None, error
 
     def _capture(self, of: Arguments, key: Any) -> Captured:
         known = self._captured.setdefault(key, [])
@@ -192,7 +227,9 @@ class Programs:
         self.captures += 1
         self._check(captured)
         known.append(captured)
-        self.watch.settle()  # what capture itself leaves behind is in the graph
+        for programs in (self, self.outer):  # what capture itself leaves behind is in the graph
+            if programs is not None:
+                programs.watch.settle()
         return captured
 
     def _check(self, captured: Captured) -> None:

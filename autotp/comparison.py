@@ -10,7 +10,7 @@ import torch
 
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
-from autotp.digests import checksum, digest
+from autotp.digests import checksum, digest, shown, whole_numbers
 from autotp.watch import Watch, dotted
 
 __all__ = ["Comparison", "is_constant", "kinds"]
@@ -47,29 +47,45 @@ class Comparison:
         agreement: through which the ranks compare.
         watch: the module's.
         split: whether the ranks hold different shares of a parameter, by its name in the module.
+        outer: the watch of the module that it is in, where it is called by itself.
+        broadcasts: whether ranks may take rank 0's inputs in place of others.
     """
 
-    def __init__(self, agreement: Agreement, watch: Watch, split: Callable[[str], Any]) -> None:
-        self.agreement, self.watch, self.path = agreement, watch, watch.path
+    def __init__(
+        self,
+        agreement: Agreement,
+        watch: Watch,
+        split: Callable[[str], Any],
+        outer: Watch | None = None,
+        broadcasts: bool = True,
+    ) -> None:
+        self.agreement, self.watch, self.path, self._broadcasts = agreement, watch, watch.path, broadcasts
+        self._watches = [watch] if outer is None else [outer, watch]
         self._split = split
         self._digests: dict[Any, int] = {}
 
-    def call(self, key: Any, of: Arguments, error: Exception | None = None) -> None:
+    def call(self, key: Any, of: Arguments, error: Exception | None = None, last: bool = False) -> bool:
         """Raise on every rank unless all of them make the same call.
 
         Args:
             key: the call's structure, and what has changed of the module.
             of: its arguments.
             error: what this rank would raise instead.
+            last: whether the inputs are rank 0's already.
+
+        Returns:
+            True; or False, on every rank, if they are to take rank 0's inputs (:mod:`autotp.sharing`).
 
         Raises:
             MismatchError: they do not.
         """
         fingerprint = 0 if error is not None else self._digest(key, of)
-        values = self._values(of) if self.agreement.debug else {}
+        values = self._values(of) if self.agreement.debug else tuple(map(whole_numbers, of.tensors))
         fingerprint = digest(f"{fingerprint} {self.agreement.steps} {values}")
         doing = f"call of {self.path}" if self.path else "call"
-        self.agreement.check(doing, fingerprint, lambda: self._described(of) | values, error)
+        if last or not self._broadcasts or any(x.requires_grad for x in of.tensors):
+            return self.agreement.check(doing, fingerprint, lambda: self._given(of) | self._described(), error)
+        return self.agreement.check(doing, fingerprint, self._described, error, lambda: self._given(of))
 
     def end(self, result: Any, error: Exception | None = None) -> None:
         """Raise on every rank unless all of them have come to the end of the call, without an error.
@@ -95,9 +111,17 @@ class Comparison:
 
     def _values(self, of: Arguments) -> dict[str, str]:
         """Checksums of the inputs, and of the parameters of which every rank holds the whole."""
-        named = {n: x for n, x in zip(of.spec.paths(), of.leaves, strict=True) if not of.is_part(x)}
-        named |= {f"parameter {self._full(n)}": p for n, p in self._parameters() if not self._split(n)}
-        return {f"values of {n}": f"{checksum(x):x}" for n, x in named.items() if _is_tensor(x)}
+        return self._inputs(of) | {
+            f"values of parameter {self._full(n)}": f"{checksum(p):x}"
+            for n, p in self._parameters()
+            if not self._split(n)
+        }
+
+    def _inputs(self, of: Arguments) -> dict[str, str]:
+        """The values of the inputs that the ranks compare."""
+        named = {n: x for n, x in zip(of.spec.paths(), of.leaves, strict=True) if _is_tensor(x) and not of.is_split(x)}
+        compared = {n: x for n, x in named.items() if self.agreement.debug or whole_numbers(x) is not None}
+        return {f"values of {n}": shown(x) for n, x in compared.items()}
 
     def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
         return self.watch.model.named_parameters()
@@ -105,21 +129,30 @@ class Comparison:
     def _full(self, name: str) -> str:
         return dotted(self.path, name)
 
-    def _described(self, of: Arguments) -> dict[str, str]:
-        """A call in words, for ranks that differ."""
+    def _given(self, of: Arguments) -> dict[str, str]:
+        """The inputs of a call in words, for ranks that differ."""
         found = {"structure of the inputs": " ".join(str(of.spec).split())}
         for path, x in zip(of.spec.paths(), of.leaves, strict=True):
             grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
             text = repr(x) if is_constant(x) else f"a {type(x).__module__}.{type(x).__qualname__}"
             found[path] = f"{tuple(x.shape)} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text
-        found["gradients"] = "enabled" if torch.is_grad_enabled() else "disabled"
-        found["steps of optimizers"] = str(self.agreement.steps)
-        found["autocast"] = str(torch.is_autocast_enabled())
+        return found | self._inputs(of)
+
+    def _described(self) -> dict[str, str]:
+        """All else about a call in words, for ranks that differ."""
+        found = {
+            "gradients": "enabled" if torch.is_grad_enabled() else "disabled",
+            "steps of optimizers": str(self.agreement.steps),
+            "autocast": str(torch.is_autocast_enabled()),
+        }
         for name, module in self.watch.model.named_modules():
             found[f"mode of {self._full(name) or 'the model'}"] = "train" if module.training else "eval"
         for name, p in self._parameters():
             found[f"parameter {self._full(name)}"] = f"{p.dtype}{', requires_grad' if p.requires_grad else ''}"
-        return found | {self._full(dotted(*place)): value for place, value in self.watch.changes().items()}
+            if self.agreement.debug and not self._split(name):
+                found[f"values of parameter {self._full(name)}"] = f"{checksum(p):x}"
+        changes = [(w, place, value) for w in self._watches for place, value in w.changes().items()]
+        return found | {dotted(w.path, *place): value for w, place, value in changes}
 
 
 def _is_tensor(x: Any) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 
 import torch
 
-__all__ = ["checksum", "digest"]
+__all__ = ["checksum", "digest", "shown", "whole_numbers"]
 
 _MASK = (1 << 62) - 1
+_WHOLE = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 def digest(text: str) -> int:
@@ -35,3 +37,23 @@ def checksum(tensor: torch.Tensor) -> int:
         weights = torch.arange(1, piece.numel() + 1, device=piece.device) % 65521 + start % 65521
         total = (total * 1000003 + int((piece * weights).sum())) % (1 << 64)
     return total
+
+
+def whole_numbers(tensor: torch.Tensor) -> int | None:
+    """A quick sum of a tensor of integers or truth values on the CPU; None for any other.
+
+    Such are token ids and masks, small and cheap to compare at each call.
+    """
+    if tensor.dtype not in _WHOLE or tensor.device.type != "cpu":
+        return None
+    return zlib.crc32(tensor.contiguous().numpy().data)
+
+
+def shown(tensor: torch.Tensor) -> str:
+    """The beginning of a tensor, and its checksum, which differs where it does.
+
+    >>> shown(torch.arange(9))
+    '0, 1, 2, 3, ... (checksum ...)'
+    """
+    first = ", ".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in tensor.detach().flatten()[:4].tolist())
+    return f"{first}{', ...' if tensor.numel() > 4 else ''} (checksum {checksum(tensor):x})"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
@@ -20,6 +21,7 @@ from autotp.parts import Division, outside_of_parts
 from autotp.process import ProcessFabric
 from autotp.registry import register
 from autotp.runtime import Runtime, Whole
+from autotp.sharing import take_inputs
 from autotp.watch import Watch
 from passes import Layout
 
@@ -86,7 +88,7 @@ class Divided(Runtime):
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A call of the model: its own forward."""
-        self._compare(args, kwargs)
+        args, kwargs = self._compared(args, kwargs)
         before = self.running, self.touches
         self.running, self.touches = True, outside_of_parts(self.model, self.shards)
         result, error = None, None
@@ -110,14 +112,22 @@ class Divided(Runtime):
         """The model's own forward."""
         return self.own_forward or types.MethodType(type(self.model).forward, self.model)
 
-    def _compare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        of = Arguments(args, kwargs)
-        key, error = None, None
+    def _compared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments that all ranks call the model with."""
+        of = self.arguments(args, kwargs)
+        key, error = self._keyed(of)
+        if not self.comparison.call(key, of, error):
+            args, kwargs = take_inputs(self.agreement, args, kwargs, device_of(self.model))
+            of = self.arguments(args, kwargs)
+            key, error = self._keyed(of)
+            self.comparison.call(key, of, error, last=True)
+        return args, kwargs
+
+    def _keyed(self, of: Arguments) -> tuple[Any, Exception | None]:
         try:
-            key = kinds(of.leaves, of.shapes), of.spec, self.watch.look(), torch.is_autocast_enabled()
-        except Exception as raised:
-            error = raised
-        self.comparison.call(key, of, error)
+            return (kinds(of.leaves, of.shapes), of.spec, self.watch.look(), torch.is_autocast_enabled()), None
+        except Exception as error:
+            return None, error
 
     def run(self, part: _Part, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a part."""
@@ -150,6 +160,8 @@ class Divided(Runtime):
 class _Part(Whole):
     """The runtime of a part."""
 
+    broadcasts = False  # what Python between parts makes of rank 0's inputs is the same everywhere, or a mistake
+
     def __init__(self, divided: Divided, *args: Any) -> None:
         self.divided = divided
         super().__init__(*args)
@@ -161,6 +173,10 @@ class _Part(Whole):
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """:class:`Whole`'s call."""
         return super().__call__(args, kwargs)
+
+    def inside(self, name: str, module: nn.Module) -> Whole:
+        """The runtime of a submodule that is called by itself."""
+        return _Part(self.divided, module, self.programs.inside(name), self.agreement, self.fabric)
 
     def before(self, random: bool) -> None:
         """Start the streams of random numbers anew if the program draws some."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from autotp.errors import AutoTPError
 
-__all__ = ["Carried", "Guard", "as_dense", "capturing", "install", "own_forward", "uninstall"]
+__all__ = ["Carried", "Guard", "as_dense", "capturing", "in_call", "install", "own_forward", "reinstall", "uninstall"]
 
 
 class Carried(Protocol):
@@ -47,8 +48,24 @@ def uninstall(module: nn.Module) -> None:
 
 def own_forward(module: nn.Module) -> Any:
     """The forward that was set on a module itself, by others than autotp; None for its class's."""
-    carried = module.__dict__.get("_autotp")
-    return module.__dict__.get("forward") if carried is None else carried.own_forward
+    found = module.__dict__.get("forward")
+    return module.__dict__["_autotp"].own_forward if isinstance(found, _Forward) else found
+
+
+def reinstall(model: nn.Module) -> None:
+    """Let modules whose forwards were replaced, and then deleted by others, run again what they ran."""
+    for module in model.modules():
+        if (carried := module.__dict__.get("_autotp")) is not None and "forward" not in module.__dict__:
+            install(module, carried, carried)
+
+
+def in_call(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised because of, was raised in what runs in place of a forward."""
+    while error is not None:
+        if any(frame.f_code is _Forward.__call__.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Capturing(threading.local):
@@ -66,7 +83,7 @@ def capturing() -> bool:
 @contextlib.contextmanager
 def as_dense(model: nn.Module) -> Iterator[None]:
     """The model and its submodules with the forwards that they had before autotp, and callable."""
-    replaced = [m for m in model.modules() if "_autotp" in m.__dict__]
+    replaced = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), _Forward)]
     ours = [m.__dict__.pop("forward") for m in replaced]
     for module in replaced:
         if (own := module.__dict__["_autotp"].own_forward) is not None:
@@ -83,6 +100,8 @@ def as_dense(model: nn.Module) -> Iterator[None]:
 class Guard:
     """The pre-hook of a submodule that holds shards: its own code, which computes on whole weights, must not run.
 
+    Something else runs in its place, unless it is between the parts of a model or someone has set its forward.
+
     Args:
         name: the submodule's.
         excused: whether it may be called now all the same.
@@ -93,8 +112,8 @@ class Guard:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Refuse."""
-        if not capturing() and not self.excused():
+        if not capturing() and not isinstance(module.__dict__.get("forward"), _Forward) and not self.excused():
             raise AutoTPError(
-                f"{self.name} holds only this rank's share of its weights and cannot be called by itself: call the "
+                f"{self.name} holds only this rank's share of its weights, and its own forward cannot run: call the "
                 "model that was parallelized, or parallelize this module instead of the whole"
             )

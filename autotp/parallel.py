@@ -18,6 +18,7 @@ from autotp.digests import checksum, digest
 from autotp.divided import Divided
 from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call
+from autotp.inside import Inside
 from autotp.parts import Division, divide, divide_in_parts
 from autotp.plan import Plan
 from autotp.planning import announce, plan_of
@@ -31,6 +32,8 @@ __all__ = ["full_gradients", "full_state_dict", "graph", "parallelize"]
 
 def _runtime(model: nn.Module) -> Runtime:
     runtime = model.__dict__.get("_autotp")
+    if isinstance(runtime, Inside):
+        return runtime.runtime
     if runtime is None:
         raise AutoTPError(
             f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first"
@@ -80,6 +83,7 @@ def parallelize(
     strict: bool = False,
     check: bool | str = True,
     shared_memory: bool = True,
+    broadcast_inputs: bool = False,
 ) -> nn.Module:
     """Split ``model`` over ``tp`` ranks, in place, and return it.
 
@@ -109,9 +113,11 @@ def parallelize(
         check: run a rewritten graph only if it is proved to compute, on every rank, what the dense model does,
             values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
             ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
-
         shared_memory: on CPUs, let ranks that share a host exchange values through memory that they map, which takes
             microseconds where gloo takes half a millisecond; False leaves all to the process group.
+        broadcast_inputs: where the inputs of a call, or of ``generate``, differ between ranks, take rank 0's on all of
+            them; left out, that is an error on all of them. Calls compare the values of integers on the CPU (token
+            ids, masks), and with ``debug`` of all inputs; ``generate`` compares those of all.
 
     Returns:
         The same object.
@@ -126,8 +132,9 @@ def parallelize(
         ProofError: a graph is not proved (a mistake of autotp's); it names the node, the line, and what would be wrong.
         AutoTPError: the model is compiled, wrapped or quantized; nothing has been changed.
 
-    Afterwards calls, ``full_state_dict``, ``full_gradients`` and ``clip_grad_norm_`` are compared among the
-    ranks before they start: a MismatchError on all of them says what differs.
+    Afterwards calls, ``generate``, ``full_state_dict``, ``full_gradients`` and ``clip_grad_norm_`` are compared among
+    the ranks before they start: a MismatchError on all of them says what differs. In ``generate`` all ranks draw rank
+    0's random numbers.
 
     Example:
         >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
@@ -139,13 +146,14 @@ def parallelize(
         raise AutoTPError(f"this {type(model).__name__} is parallelized already")
     with torch.inference_mode(False):  # else the shards would be tensors that never train
         return _parallelize(
-            model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict, check, shared_memory
-        )
+            model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict, check, shared_memory,
+            broadcast_inputs,
+        )  # fmt: skip
 
 
 def _parallelize(
     model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool,
-    strict: bool, check: bool | str, shared_memory: bool,
+    strict: bool, check: bool | str, shared_memory: bool, broadcast_inputs: bool,
 ) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
         meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
@@ -153,7 +161,8 @@ def _parallelize(
             raise AutoTPError(f"{meta} is on the meta device: load its weights (model.to_empty, load_state_dict) first")
         admit(model)
         args, kwargs = example_call(model, example_inputs)
-    given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory}
+    given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory,
+             "broadcast_inputs": broadcast_inputs}  # fmt: skip
     place.agree(given | _structure(model, args, kwargs))
     division = _division(model, place, args, kwargs, plan)
     with place.together("proving the graphs"):
@@ -173,7 +182,7 @@ def _parallelize(
                 if grad is not None:
                     parameter.grad = local_part(grad, shards, place.rank).clone()
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
-    agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory)
+    agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory, broadcast_inputs)
     fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory)
     runtime: Runtime
     if division.is_whole:
@@ -216,10 +225,11 @@ def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
     Args:
-        model: a parallelized model; of one that was captured in parts, the module that is a part.
+        model: a parallelized model; of one that was captured in parts, the module that is a part; or a submodule
+            that was called by itself.
 
     Raises:
-        AutoTPError: the model is not parallelized, or runs as several graphs; it lists them.
+        AutoTPError: the model is not parallelized, or runs as several graphs, which it lists, or has not run.
 
     Example:
         >>> print(autotp.graph(model))
@@ -229,7 +239,11 @@ def graph(model: nn.Module) -> RankGraph:
         paths = ", ".join(f"model.{p.programs.path}" for p in runtime.parts)
         raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
     assert isinstance(runtime, Whole)
-    assert runtime.programs.last is not None
+    if runtime.programs.last is None:
+        raise AutoTPError(
+            f"this {type(model).__name__} ({runtime.programs.path}) has not been called by itself, and has no graph of "
+            "its own: pass the model that was parallelized"
+        )
     return runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
 
 

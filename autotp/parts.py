@@ -292,11 +292,16 @@ class _PartPrograms(Programs):
     root: nn.Module
     keeps_parts = False  # the Python between parts may read all that there is
 
-    def anew(self, model: nn.Module, root: nn.Module) -> Programs:
-        """The programs of a copy of the part, in ``root``: the same layouts, and graphs yet to be made."""
-        programs = _PartPrograms(model, self.tp, self.dense, self.stored, self.path)
+    def _made(
+        self, model: nn.Module, root: nn.Module, dense: Dense, stored: Mapping[str, Layout] | None, path: str
+    ) -> Programs:
+        """Programs of the same kind, of a module in ``root``."""
+        programs = _PartPrograms(model, self.tp, dense, stored, path or self.path)
         programs.root = root
-        return self._passed_on(programs)
+        return programs
+
+    def _root(self) -> nn.Module:
+        return self.root
 
     def _check(self, captured: Captured) -> None:
         if captured.outputs.refills:

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from autotp.agreement import Agreement
+from autotp.arguments import Arguments
 from autotp.calls import Programs
 from autotp.capture import tied_names
 from autotp.clipping import count_once
 from autotp.comparison import Comparison
 from autotp.errors import AutoTPError
 from autotp.forwards import Guard, install
+from autotp.generation import wrap_generate
+from autotp.inside import Inside
 from autotp.loading import accept_dense
 from autotp.optimizers import check_steps
 from autotp.process import ProcessFabric
@@ -51,6 +54,10 @@ class Runtime:
         """This rank's part of a call of the module, and the module's own kind of output."""
         raise NotImplementedError
 
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Arguments, flat."""
+        return Arguments(args, kwargs)
+
     def attach(self) -> None:
         """Let the module run this in place of its forward."""
         install(self.model, self, self)
@@ -60,7 +67,8 @@ class Runtime:
         return False
 
     def surround(self) -> None:
-        """Let the model load dense tensors, and what torch does to parameters know of this."""
+        """Let the model generate and load dense tensors, and what torch does to parameters know of this."""
+        wrap_generate(self)
         accept_dense(self.model, {n: self.shards(n) for n in self.tied}, self.mesh.rank)
         count_once()
         check_steps()
@@ -118,6 +126,9 @@ class Whole(Runtime):
         fabric: how they communicate.
     """
 
+    broadcasts = True
+    """Whether ranks may take rank 0's inputs in place of others."""
+
     def __init__(self, model: nn.Module, programs: Programs, agreement: Agreement, fabric: ProcessFabric) -> None:
         super().__init__(model, agreement, fabric)
         self._take(programs)
@@ -125,25 +136,32 @@ class Whole(Runtime):
     def _take(self, programs: Programs) -> None:
         self.programs = programs
         programs.rank = self.mesh.rank
-        programs.comparison = Comparison(self.agreement, programs.watch, self.shards)
+        outer = programs.outer.watch if programs.outer is not None else None
+        programs.comparison = Comparison(self.agreement, programs.watch, self.shards, outer, self.broadcasts)
 
     @property
     def stored(self) -> Mapping[str, Layout]:
         """The split parameters' layouts, by their first names in the module."""
         return self.programs.stored or {}
 
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Arguments, flat; what objects among them hold may be this rank's parts."""
+        return self.programs.arguments(args, kwargs)
+
     def attach(self) -> None:
-        """Let the module run its programs, and its submodules that hold shards refuse to be called."""
+        """Let the module run its programs, and its submodules that hold shards programs of their own."""
         super().attach()
-        self.guard()
+        for name, module in self.model.named_modules():
+            held = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
+            if "_autotp" not in module.__dict__ and any(self.shards(n) for n in held):
+                inside = Inside(self, name, module)
+                install(module, inside, inside)
+                module.register_forward_pre_hook(Guard(dotted(self.programs.path, name), self.is_running))
         self.programs.watch.settle()
 
-    def guard(self) -> None:
-        """Let submodules that hold shards refuse to be called: their own code computes on whole weights."""
-        for name, module in self.model.named_modules():
-            inside = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
-            if "_autotp" not in module.__dict__ and any(self.shards(n) for n in inside):
-                module.register_forward_pre_hook(Guard(dotted(self.programs.path, name), self.is_running))
+    def inside(self, name: str, module: nn.Module) -> Whole:
+        """The runtime of a submodule that is called by itself."""
+        return Whole(module, self.programs.inside(name), self.agreement, self.fabric)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the module, and the module's own kind of output."""

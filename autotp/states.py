@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
+from autotp.orders import Orders, reordered, sorted_by_key
+
 __all__ = ["Change", "Counts", "Form", "Opened", "Opener", "Slot", "State", "UnseenError", "build", "changes",
            "is_sharded", "is_state", "opened", "plain_leaves", "sharded_state"]  # fmt: skip
 
@@ -252,10 +254,12 @@ class Opened:
     Attributes:
         spec: pytree's.
         states: per leaf of pytree's, the object that it is, if it is one.
+        orders: how the dicts among them were ordered (:mod:`autotp.orders`); no part of the text that ranks compare.
     """
 
     spec: Any
     states: tuple[State | None, ...]
+    orders: Orders = field(default=(), repr=False)
 
     def close(self, leaves: Sequence[Any]) -> Any:
         """Arguments of these leaves, counts as numbers; the objects are new ones."""
@@ -268,7 +272,8 @@ class Opened:
                 held = [next(given) for _ in state.slots]
                 numbers = [x.shape[0] if slot.count else x for x, slot in zip(held, state.slots, strict=True)]
                 plain.append(build(state.form, numbers))
-        return pytree.tree_unflatten(plain, self.spec)
+        args, kwargs = pytree.tree_unflatten(plain, self.spec)
+        return reordered(args, kwargs, self.orders) if self.orders else (args, kwargs)
 
     @functools.cached_property
     def slots(self) -> dict[int, Slot]:
@@ -280,29 +285,35 @@ class Opened:
             at += 1 if state is None else len(state.slots)
         return found
 
-    def paths(self) -> list[str]:
-        """``args[0]``, ``kwargs['cache'].layers[0].keys``: what the caller calls each leaf."""
-        whole = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
-        args, kwargs = whole
-        names = [
+    def places(self) -> list[str]:
+        """``args[0]``, ``kwargs['cache']``: what the caller calls each leaf of pytree's."""
+        args, kwargs = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
+        return [
             name + pytree.keystr(path)
             for name, part in (("args", args), ("kwargs", kwargs))
             for path, _ in pytree.tree_flatten_with_path(part)[0]
         ]
+
+    def paths(self) -> list[str]:
+        """``args[0]``, ``kwargs['cache'].layers[0].keys``: what the caller calls each leaf."""
         found = []
-        for name, state in zip(names, self.states, strict=True):
+        for name, state in zip(self.places(), self.states, strict=True):
             found += [name] if state is None else [f"{name}.{slot.path}" for slot in state.slots]
         return found
 
 
-def opened(tree: Any, counts: Counts = ()) -> tuple[list[Any], Opened, list[Any]]:
+def opened(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: Counts = ()
+) -> tuple[list[Any], Opened, list[Any]]:
     """The leaves of arguments, how they go together, and the objects among them.
 
     Args:
-        tree: tuples, lists, dicts and what pytree knows, of tensors, constants and objects.
+        args: tuples, lists, dicts and what pytree knows, of tensors, constants and objects.
+        kwargs: the same by keyword.
         counts: the attributes of such objects that are counts.
     """
-    plain, spec = plain_leaves(tree)
+    args, kwargs, orders = sorted_by_key(args, kwargs)
+    plain, spec = plain_leaves((args, kwargs))
     leaves: list[Any] = []
     states: list[State | None] = []
     objects = []
@@ -320,7 +331,7 @@ def opened(tree: Any, counts: Counts = ()) -> tuple[list[Any], Opened, list[Any]
         else:
             leaves += [x if isinstance(x, torch.Tensor) else _counted(x) for x in opener.leaves]
             objects.append(x)
-    return leaves, Opened(spec, tuple(states)), objects
+    return leaves, Opened(spec, tuple(states), orders), objects
 
 
 @dataclass(frozen=True)
@@ -349,7 +360,9 @@ class Change:
             del of[self.key]
         elif self.inside:
             assert isinstance(self.form, Leaf)
-            if (new := results[self.form.index]) is not (old := of[self.key]):
+            if (new := results[self.form.index]).shape != (old := of[self.key]).shape:  # a whole one, of which
+                of[self.key] = new  # this rank keeps its part from now on
+            elif new is not old:
                 with torch.no_grad():
                     old.copy_(new)
         elif isinstance(of, list) and self.key == len(of):

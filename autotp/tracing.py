@@ -20,6 +20,7 @@ from autotp.backward import OwnBackward, refuse_function, refuse_own_backward
 from autotp.errors import CaptureError
 from autotp.forwards import capturing
 from autotp.functions import checked_functions
+from autotp.orders import sorted_by_key
 from autotp.repeats import Repeats
 from autotp.states import (
     Change,
@@ -132,6 +133,12 @@ class Outputs:
         return form, opener
 
 
+def _held_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The leaves of arguments, in the order in which calls have them."""
+    args, kwargs, _ = sorted_by_key(args, kwargs)
+    return plain_leaves((args, kwargs))[0]
+
+
 class _Flat(nn.Module):
     """A model behind a signature of tensors only, so that nothing else has to be exportable."""
 
@@ -153,12 +160,12 @@ class _Flat(nn.Module):
         for place, slot in self._spec.slots.items():  # what objects hold may be changed in place
             leaves[place] = leaves[place] if slot.count else leaves[place].clone()
         args, kwargs = self._spec.close(leaves)
-        before, _ = plain_leaves((args, kwargs))
+        before = _held_by(args, kwargs)
         with contextlib.ExitStack() as stack:
             for context in self._around:
                 stack.enter_context(context)
             result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
-        after, _ = plain_leaves((args, kwargs))
+        after = _held_by(args, kwargs)
         refills = len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True))
         objects = [(s, x) for s, x in zip(self._spec.states, before, strict=True) if s is not None]
         held = [t for i, t in enumerate(leaves) if i in self._spec.slots]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from autotp.errors import AutoTPError
-from autotp.forwards import own_forward
+from autotp.forwards import own_forward, reinstall
 from autotp.hooks import HOOKS, refuse_global_hooks
 
 __all__ = ["Watch", "dotted"]
@@ -26,6 +26,7 @@ __all__ = ["Watch", "dotted"]
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
+_FORWARD = operator.methodcaller("get", "forward")
 
 Place = tuple[str, str]
 
@@ -111,6 +112,7 @@ class Watch:
         self._dicts = [m.__dict__ for _, m in modules]
         held = [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
         held += [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
+        self._replaced = [d for d in self._dicts if "_autotp" in d]
         self._full, self._empty = [d for d in held if d], [d for d in held if not d]
         self._parameters = list(self.model.parameters())
         self._attributes = {}
@@ -141,7 +143,8 @@ class Watch:
             return None
         held = list(map(id, chain.from_iterable(map(dict.values, self._full))))
         sizes = list(map(torch.Tensor.numel, self._parameters))
-        return list(map(len, self._dicts)), any(self._empty), held, values, sizes
+        forwards = list(map(id, map(_FORWARD, self._replaced)))
+        return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards
 
     def _facts(self) -> dict[Place, Any]:
         """What must stay: submodules, their hooks and forwards; of a model with parts these modules."""
@@ -157,6 +160,7 @@ class Watch:
         return facts
 
     def _check(self) -> None:
+        reinstall(self.model)
         facts, settled = self._facts(), self._settled or {}
         for place in settled.keys() | facts.keys():
             before, now = settled.get(place), facts.get(place)

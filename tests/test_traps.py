@@ -117,23 +117,42 @@ def test_a_module_under_two_names_keeps_its_weights() -> None:
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_a_submodule_that_holds_shards_refuses_to_be_called() -> None:
+def _parallelized_alone(model: nn.Module, *args: torch.Tensor) -> nn.Module:
+    """Rank 0 of two, without the other."""
     from autotp.agreement import Agreement
     from autotp.calls import Programs
     from autotp.capture import Dense
     from autotp.process import TIMEOUT, Mesh, ProcessFabric
     from autotp.runtime import Whole
 
-    model = SmallGPT()
-    ids = torch.zeros(2, 8, dtype=torch.long)
     programs = Programs(model, 2, Dense.of(model))
-    programs.find((ids,), {})
-    agreement = Agreement(Mesh(0, 2, None), "SmallGPT", TIMEOUT)
+    programs.find(args, {})
+    agreement = Agreement(Mesh(0, 2, None), type(model).__name__, TIMEOUT)
     fabric = ProcessFabric(agreement.mesh, 0, agreement.missing)
-    Whole(model, programs, agreement, fabric).guard()
+    Whole(model, programs, agreement, fabric).attach()
+    return model
+
+
+def test_a_submodule_that_holds_shards_never_runs_its_own_forward() -> None:
+    model = _parallelized_alone(SmallGPT(), torch.zeros(2, 8, dtype=torch.long))
+    model.ln_f(torch.zeros(2, 64))  # whole, and so as it was
+    with pytest.raises(autotp.AutoTPError, match=r"\(wte\) has not been called by itself"):
+        autotp.graph(model.wte)
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    ours = model.wte.forward
+    for forward in (lambda x: x, type(model.wte).forward.__get__(model.wte)):
+        model.wte.forward = forward
+        with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's share"):
+            model.wte(ids)
+        with pytest.raises(autotp.AutoTPError, match="wte got or lost a forward of its own"):
+            model(ids)
+    model.wte.forward = ours
+    del model.wte.forward
     with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's share"):
         model.wte(ids)
-    model.ln_f(torch.zeros(2, 64))  # whole, and so callable
+    with pytest.raises(autotp.AutoTPError, match="this rank holds"):  # the weights were not cut here
+        model(ids)
+    assert isinstance(model.wte.forward, type(ours)), "there again"
 
 
 def test_double_backward_is_an_error_and_not_wrong() -> None:
