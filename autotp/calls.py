@@ -61,6 +61,7 @@ class Programs:
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
         lowering: which passes make the programs faster.
+        compiled: options for ``torch.compile``, if the programs are to be compiled.
     """
 
     keeps_parts = True
@@ -86,12 +87,13 @@ class Programs:
         self.comparison: Comparison | None = None
         self.proof: bool | str = False
         self.lowering = Lowering()
+        self.compiled: Mapping[str, Any] | None = None
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
         copy.proof, copy.slots, copy.counts = self.proof, dict(self.slots), set(self.counts)
-        copy.lowering = self.lowering
+        copy.lowering, copy.compiled = self.lowering, self.compiled
         return copy
 
     def _made(
@@ -112,7 +114,7 @@ class Programs:
         split = {n: layout for n, layout in stored.items() if layout is not None}
         made = self._made(module, self._root(), dense, split, dotted(self.path, name))
         made.proof, made.slots, made.counts, made.outer = self.proof, self.slots, self.counts, self
-        made.lowering = self.lowering
+        made.lowering, made.compiled = self.lowering, self.compiled
         return made
 
     def _root(self) -> nn.Module:
