@@ -67,8 +67,8 @@ def test_rank_0_s_weights_are_everyones(around: Ran) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["as before", "a part by itself", "inside a part", "healed", "dense state", "gradients", "copy before a step", "step",
-     "debug", "all raise: after", "all read: after"],
+    ["as before", "a part by itself", "inside a part", "healed", "dense state", "gradients", "copy before a step",
+     "step", "debug", "all raise: after", "all read: after"],
 )  # fmt: skip
 def test_equals_dense(around: Ran, name: str) -> None:
     assert all(result[name] < 1e-9 for result in around)
