@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autotp.bookkeeping import of_generate
 from autotp.errors import AutoTPError
 from autotp.forwards import own_forward, reinstall
 from autotp.hooks import HOOKS, refuse_global_hooks
@@ -119,17 +120,22 @@ class Watch:
         self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         seen: set[int] = set()
         for name, module in modules:
-            self._watch(name, module.__dict__, seen)
+            cls: Any = type(module)
+            skipped = of_generate(cls)
+            self._watch(name, module.__dict__, seen, skipped)
             for key, value in module.__dict__.items():
-                if hasattr(value, "__dict__") and not callable(value) and key != "_autotp":  # a config
+                ours = key == "_autotp" or key in skipped
+                if hasattr(value, "__dict__") and not callable(value) and not ours:  # a config
                     self._watch(dotted(name, key), value.__dict__, seen)
         for name, buffer in self.model.named_buffers():
             self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
         self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
         self._last = self._snapshot()
 
-    def _watch(self, name: str, attributes: dict[str, Any], seen: set[int]) -> None:
-        names = [k for k, v in attributes.items() if isinstance(v, _PLAIN)]
+    def _watch(
+        self, name: str, attributes: dict[str, Any], seen: set[int], skipped: frozenset[str] = frozenset()
+    ) -> None:
+        names = [k for k, v in attributes.items() if isinstance(v, _PLAIN) and k not in skipped]
         if names and id(attributes) not in seen:
             seen.add(id(attributes))
             self._attributes |= {(name, k): attributes[k] for k in names}
