@@ -19,6 +19,7 @@ from autotp.inputs import device_of
 from autotp.meaning import meaning
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.sharing import take_inputs
+from autotp.text import inputs_text
 from autotp.watch import Watch, dotted
 from passes import Layout
 
@@ -265,3 +266,10 @@ class Programs:
         if key not in self._graphs:
             self._graphs[key] = RankGraph(program, rank, self.model)
         return self._graphs[key]
+
+    def place(self, program: Rewritten) -> str:
+        """Which of the module's graphs a program is: how many there are, and what calls it is for."""
+        programs = [p for each in self._by_structure.values() for p in each]
+        number = next(i for i, p in enumerate(programs, start=1) if p is program)
+        which = f"graph {number} of {len(programs)}, {self.captures} captures"
+        return f"{which}; for {inputs_text(program.captured.graph, program.captured.inputs)}"

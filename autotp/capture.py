@@ -61,6 +61,7 @@ class Captured:
         parameters: the ``get_attr`` targets that are parameters.
         outputs: how to put the outputs back together from the graph's results.
         slots: for each input tensor that is in an object its place there.
+        inputs: what the caller calls each input tensor.
         guards: conditions on sizes that the model's Python branched on: a function, and the
             ``(input, dim)`` of each of its arguments.
         static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
@@ -73,6 +74,7 @@ class Captured:
     parameters: set[str]
     outputs: Outputs
     slots: dict[int, Slot]
+    inputs: list[str] = field(default_factory=list)
     guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)
     static: list[tuple[int, int, int]] = field(default_factory=list)
     equal: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -168,6 +170,7 @@ def capture(
         slots, outputs.slots = (
             {n: replace(s, sharded=False) for n, s in each.items()} for each in (slots, outputs.slots)
         )
+    names = [n for n, x in zip(spec.paths(), leaves, strict=True) if isinstance(x, torch.Tensor)]
     captured = _flat_graph(exported, outputs, tied, slots)
     if left := _prepare(captured):
         if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
@@ -184,6 +187,7 @@ def capture(
             raise CaptureError(f"{where(left[0])} changes a tensor in place: {said}", reason=said) from error
         if left := _prepare(captured):
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
+    captured.inputs = names
     return captured
 
 

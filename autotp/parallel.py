@@ -224,6 +224,9 @@ def _division(
 def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
+    Its text begins with how many graphs the model has by now, how often it was captured, and the inputs that this graph
+    is for. What differs only in the sizes of batch and sequence has one graph.
+
     Args:
         model: a parallelized model; of one that was captured in parts, the module that is a part; or a submodule
             that was called by itself.
@@ -244,7 +247,9 @@ def graph(model: nn.Module) -> RankGraph:
             f"this {type(model).__name__} ({runtime.programs.path}) has not been called by itself, and has no graph of "
             "its own: pass the model that was parallelized"
         )
-    return runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
+    found = runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
+    found.note = f"; {runtime.programs.place(runtime.programs.last)}"
+    return found
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
