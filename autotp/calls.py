@@ -21,7 +21,7 @@ from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.sharing import take_inputs
 from autotp.text import inputs_text
 from autotp.watch import Watch, dotted
-from passes import Layout
+from passes import Layout, Lowering
 
 __all__ = ["Programs"]
 
@@ -58,6 +58,7 @@ class Programs:
         outer: the programs of the module that this one is in, where it is called by itself.
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
+        lowering: which passes make the programs faster.
     """
 
     keeps_parts = True
@@ -80,11 +81,13 @@ class Programs:
         self.rank: int | None = None
         self.comparison: Comparison | None = None
         self.proof: bool | str = False
+        self.lowering = Lowering()
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
         copy.proof, copy.slots, copy.counts = self.proof, dict(self.slots), set(self.counts)
+        copy.lowering = self.lowering
         return copy
 
     def _made(
@@ -105,6 +108,7 @@ class Programs:
         split = {n: layout for n, layout in stored.items() if layout is not None}
         made = self._made(module, self._root(), dense, split, dotted(self.path, name))
         made.proof, made.slots, made.counts, made.outer = self.proof, self.slots, self.counts, self
+        made.lowering = self.lowering
         return made
 
     def _root(self) -> nn.Module:

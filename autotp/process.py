@@ -150,6 +150,8 @@ class _Solo:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
+    all_reduce_ = all_reduce
+
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         return [tensor]
 
@@ -165,7 +167,11 @@ class ProcessCommunicator:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""
-        total = tensor.clone(memory_format=torch.contiguous_format)
+        return self.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same, in the memory of ``tensor`` if that has no gaps."""
+        total = tensor.contiguous()
         try:
             dist.all_reduce(total, group=self.group)
         except RuntimeError as failure:

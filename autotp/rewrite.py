@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from autotp.capture import Captured
+from autotp.lowered import LoweredGraph, Weights
 from autotp.text import graph_text
 from passes import (
     Layout,
+    Lowering,
     Minimum,
     Reason,
     Verdict,
@@ -99,6 +102,44 @@ class RankGraph(fx.GraphModule):
         self.__dict__ |= rewritten.captured.constants | rewritten.captured.regions
         self.rank, self.tp = rank, rewritten.tp
         self.graph = localize(rewritten.graph, rank)
+        self._held = rewritten.captured.constants, rewritten.captured.regions
+        self.__dict__["_model"] = model  # not a child: its dicts are this one's
+        self._lowered: dict[tuple[Lowering, bool], LoweredGraph] = {}
+        self._bound: dict[bool, tuple[LoweredGraph, Weights]] = {}
+
+    def lowered(self, lowering: Lowering, grad: bool) -> LoweredGraph:
+        """The program as it runs.
+
+        Args:
+            lowering: which passes make it faster.
+            grad: whether a backward follows.
+        """
+        key = lowering, grad
+        if key not in self._lowered:
+            self._lowered[key] = LoweredGraph(self.graph, self.rank, *self._held, lowering, grad)
+        return self._lowered[key]
+
+    def execute(self, lowering: Lowering, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """Run the lowered program on the model's weights.
+
+        Args:
+            lowering: which passes make it faster; the same in every call.
+            tensors: the inputs, as this rank holds them.
+        """
+        grad = torch.is_grad_enabled()
+        if grad not in self._bound:
+            self._bind(lowering, grad)
+        graph, weights = self._bound[grad]
+        taken = weights.take()
+        if taken is None:  # weights that were to be one are not of one kind
+            self._bind(replace(lowering, merge=False), grad)
+            return self.execute(lowering, tensors)
+        results: tuple[Any, ...] = graph.run(*tensors, *taken)
+        return results
+
+    def _bind(self, lowering: Lowering, grad: bool) -> None:
+        graph = self.lowered(lowering, grad)
+        self._bound[grad] = graph, Weights(self._model, graph.weights)
 
     def __str__(self) -> str:
         return graph_text(self.graph, f"rank {self.rank} of {self.tp}{self.note}", self.rank)

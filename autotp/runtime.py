@@ -169,7 +169,8 @@ class Whole(Runtime):
         run = self.programs.graph(program, self.mesh.rank)
         self.before(program.random)
         with fabric.use(self.fabric):
-            return program.unflatten(run(*of.local(program.inputs, self.mesh.rank)), of.objects)
+            results = run.execute(self.programs.lowering, of.local(program.inputs, self.mesh.rank))
+            return program.unflatten(results, of.objects)
 
     def before(self, random: bool) -> None:
         """What to do before a program runs, which draws random numbers or not."""

@@ -258,6 +258,16 @@ class SharedMemory:
             self._sum(mine, total)
         return out
 
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same, in the memory of ``tensor`` if that has no gaps."""
+        if tensor.device.type != "cpu":
+            return self.far.all_reduce_(tensor)
+        if not tensor.is_contiguous():
+            return self.all_reduce(tensor)
+        for part in tensor.view(-1).split(self.board.slot // tensor.element_size()):
+            self._sum(part, part)
+        return tensor
+
     def _sum(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         slots = self.board.slots("sum", tensor.dtype, (tensor.shape,) * self.size)
         found: list[torch.Tensor] = []

@@ -18,7 +18,7 @@ from autotp.parts import Division, Part, divide
 from autotp.planning import announce, plan_of
 from autotp.rewrite import Rewritten
 from autotp.shards import joined, local_part, shards_of
-from passes import Layout, Shards, fabric
+from passes import Layout, Lowering, Shards, fabric
 
 __all__ = ["Recorder", "Simulation", "lockstep", "simulate"]
 
@@ -51,6 +51,8 @@ class _ThreadCommunicator:
         for part in parts[1:]:
             total += part
         return total
+
+    all_reduce_ = all_reduce  # others may still read this one's tensor
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         parts = self._meeting.exchange(self.rank, tensor.detach())
@@ -273,11 +275,20 @@ class Simulation(nn.Module):
     Call it as the model; outputs and gradients are those of rank 0. After each call ``divergence``
     is the largest difference between ranks of any value that is whole on all of them, ``0.0`` if the
     ranks agree to the bit, and ``diverging`` names the first such value (``record=True``: hidden
-    values are compared too, not only results).
+    values are compared too, not only results). With ``lowering`` the lowered programs run, as they do in
+    processes, else the rewritten ones as they are printed.
     """
 
-    def __init__(self, model: nn.Module, tp: int, programs: Programs | Division, record: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tp: int,
+        programs: Programs | Division,
+        record: bool = False,
+        lowering: Lowering | None = None,
+    ) -> None:
         super().__init__()
+        self.lowering = lowering
         self.__dict__["model"] = model  # not a child: its parameters are its own
         self.division = programs if isinstance(programs, Division) else Division.whole(model, programs)
         self.tp, self.record = tp, record
@@ -320,10 +331,20 @@ class Simulation(nn.Module):
     ) -> Any:
         """One rank's program on its weights."""
         own = {alias: weights[name] for alias, name in part.aliases.items()}
-        recorder = Recorder(part.programs.graph(rewritten, rank), own, self.record)
+        graph = part.programs.graph(rewritten, rank)
+        if self.lowering is not None:
+            lowered = graph.lowered(self.lowering, torch.is_grad_enabled())
+            return tuple(lowered.run(*inputs, *(self._weight(part.module, own, n) for n in lowered.weights)))
+        recorder = Recorder(graph, own, self.record)
         results = recorder.run(*inputs)
         self._seen[rank] = recorder.seen
         return tuple(results)
+
+    @staticmethod
+    def _weight(module: nn.Module, own: dict[str, torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
+        """A weight of a lowered graph, or several of them side by side."""
+        found = [own[n] if n in own else module.get_buffer(n) for n in names]
+        return found[0] if len(found) == 1 else torch.cat([t.detach() for t in found])
 
     def compare(self, results: list[tuple[Any, ...]], parts: Mapping[int, Layout]) -> None:
         """Record how far the ranks' results, and recorded hidden values, are apart; not of what each keeps in part."""

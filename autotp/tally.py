@@ -14,7 +14,7 @@ from autotp.shared_memory import SharedMemory
 __all__ = ["Tally"]
 
 _ENDS = (SharedMemory, ProcessCommunicator)
-_KINDS = ("all_reduce", "all_gather")
+_KINDS = {"all_reduce": "all_reduce", "all_reduce_": "all_reduce", "all_gather": "all_gather"}
 
 
 class Tally:
@@ -43,7 +43,7 @@ class Tally:
         self._inside = False
         self._own = {(end, kind): getattr(end, kind) for end in _ENDS for kind in _KINDS}
         for (end, kind), call in self._own.items():
-            setattr(end, kind, self._counted(kind, call))
+            setattr(end, kind, self._counted(_KINDS[kind], call))
         return self
 
     def _counted(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:

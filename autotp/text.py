@@ -12,7 +12,7 @@ from torch import fx
 from passes import Shards
 from passes.state import PerRank
 
-__all__ = ["graph_dot", "graph_text", "inputs_text"]
+__all__ = ["graph_dot", "graph_text", "inputs_text", "lowered_text"]
 
 
 def _argument(value: Any) -> str:
@@ -99,6 +99,30 @@ def inputs_text(graph: fx.Graph, names: Sequence[str]) -> str:
         shape = f"[{', '.join(map(str, node.meta['val'].shape))}]"
         found.setdefault(whole, []).append("" if dot else shape)
     return ", ".join(n + (each[0] or f" ({len(each)} tensor{'s' * (len(each) > 1)})") for n, each in found.items())
+
+
+def lowered_text(graph: fx.Graph, title: str) -> str:
+    """A lowered graph as text: one line a node, grouped by module, with each value's local shape."""
+    lines, module = [f"# {title}"], None
+    names = {n.name: " | ".join(n.meta["weights"]) for n in graph.nodes if "weights" in n.meta}
+    for node in graph.nodes:
+        if node.op == "get_attr" or node.name in names:
+            continue
+        if node.op == "output":
+            lines += ["", f"return {_argument(node.args[0])}"]
+            continue
+        if node.meta.get("module", module) != module:
+            module = node.meta["module"]
+            lines += ["", f"# {module or 'the model'}"]
+        value = node.meta.get("local")
+        shape = f"[{', '.join(map(str, value.shape))}]" if value is not None else ""
+        args = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
+        call = "" if node.op == "placeholder" else f" = {_target(node)}({', '.join(args)})"
+        lines.append(f"{node.name + call:<100}  # {shape}" if shape else node.name + call)
+    text = "\n".join(lines)
+    for name in sorted(names, key=len, reverse=True):
+        text = re.sub(rf"\b{name}\b", f"self[{names[name]}]", text)
+    return text
 
 
 def _weight(argument: Any) -> str:

@@ -15,6 +15,7 @@ In the order in which they run:
 ``enter``          where whole values enter computation on shards, for complete gradients
 ``check``          a proof that the result is the captured graph, from rules of its own (:mod:`passes.proof`)
 ``localize``       one rank's graph
+``lower``          the same, faster (passes of its own: :mod:`passes.lowering`)
 ``minimum``        the fewest collectives the layouts leave possible, to hold the result against
 =================  ==================================================================================
 """
@@ -29,6 +30,7 @@ from passes.functionalize import functionalize
 from passes.inline import inline
 from passes.layout import IndexSet, Layout, Shards
 from passes.localize import localize
+from passes.lower import Lowered, Lowering, lower
 from passes.minimum import Minimum, minimum
 from passes.propagate import propagate
 from passes.shard import shard
@@ -38,6 +40,8 @@ __all__ = [
     "Decision",
     "IndexSet",
     "Layout",
+    "Lowered",
+    "Lowering",
     "Minimum",
     "Reason",
     "Shards",
@@ -51,6 +55,7 @@ __all__ = [
     "functionalize",
     "inline",
     "localize",
+    "lower",
     "minimum",
     "propagate",
     "shard",

@@ -101,12 +101,17 @@ class Conversion:
         layout: Layout = WHOLE,
         value: Value | None = None,
         name: str | None = None,
+        shaped: bool = True,
     ) -> fx.Node:
-        """Add a call on rewritten nodes; ``state`` is ``whole``, ``split`` or ``pending``."""
+        """Add a call on rewritten nodes; ``state`` is ``whole``, ``split`` or ``pending``.
+
+        ``shaped`` is false for one whose result has not the shape of ``value`` in ``layout``.
+        """
         origin = self._current
         assert origin is not None
         node = self.graph.create_node("call_function", target, args, kwargs or {}, name or readable(origin))
         self._describe(node, origin, state, layout, value)
+        node.meta["shaped"] = shaped
         return node
 
     def size(self, target: Callable[..., Any], *args: Any) -> fx.Node:
@@ -176,23 +181,20 @@ class Conversion:
         parts, now = self._parts(value, want), {d: s for d, _, _, s in self._parts(value, have) or []}
         assert parts is not None, (node, value.axes)
         result = source
-        for dim, unflat, position, shards in parts:
+        for left, (dim, unflat, position, shards) in zip(reversed(range(len(parts))), parts, strict=True):
             held = now.get(dim)
             runs = [
                 (held.ranks[r].positions(shards.ranks[r]) if held else shards.ranks[r]).runs for r in range(self.tp)
             ]
             inside = dim + position
             if unflat:
-                result = self.call(aten.unflatten.int, (result, dim, unflat), state="whole", value=value)
-            result = self.call(ops.narrow, (result, inside, PerRank.of(runs)), state="split", layout=want, value=value)
+                result = self.call(aten.unflatten.int, (result, dim, unflat), state="whole", value=value, shaped=False)
+            given, shaped = (result, inside, PerRank.of(runs)), not (left or unflat)
+            result = self.call(ops.narrow, given, state="split", layout=want, value=value, shaped=shaped)
             if unflat:
-                result = self.call(
-                    aten.flatten.using_ints,
-                    (result, dim, dim + len(unflat) - 1),
-                    state="split",
-                    layout=want,
-                    value=value,
-                )
+                given = (result, dim, dim + len(unflat) - 1)
+                target = aten.flatten.using_ints
+                result = self.call(target, given, state="split", layout=want, value=value, shaped=not left)
         self._current = origin
         return result
 
@@ -202,21 +204,24 @@ class Conversion:
         assert parts is not None, (node, value.axes)
         result, places = source, []
         shift = 0
+        given: tuple[Any, ...]
         for dim, unflat, position, shards in parts:
             inside = dim + shift
             if unflat:
                 local = [PerRank.of(list(shards.counts)) if i == position else n for i, n in enumerate(unflat)]
-                result = self.call(aten.unflatten.int, (result, inside, local), state="split", layout=have, value=value)
+                given = (result, inside, local)
+                result = self.call(aten.unflatten.int, given, state="split", layout=have, value=value, shaped=False)
                 shift += len(unflat) - 1
                 inside += position
             places.append((inside, tuple(s.runs for s in shards.ranks)))
         name = f"{source.name}_all_gather"
-        result = self.call(ops.all_gather, (result, tuple(places), GROUP), state="whole", value=value, name=name)
+        given = (result, tuple(places), GROUP)
+        result = self.call(ops.all_gather, given, state="whole", value=value, name=name, shaped=not shift)
         for dim, unflat, _, _ in parts:
             if unflat:
-                result = self.call(
-                    aten.flatten.using_ints, (result, dim, dim + len(unflat) - 1), state="whole", value=value
-                )
+                given = (result, dim, dim + len(unflat) - 1)
+                shift -= len(unflat) - 1
+                result = self.call(aten.flatten.using_ints, given, state="whole", value=value, shaped=not shift)
         self._current = origin
         return result
 

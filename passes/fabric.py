@@ -18,13 +18,17 @@ __all__ = ["Communicator", "Fabric", "current", "parse_group", "replica_group", 
 
 
 class Communicator(Protocol):
-    """One rank's end of a group. No method changes its argument; all ranks get the same bits."""
+    """One rank's end of a group. All ranks get the same bits, and only ``all_reduce_`` may change its argument."""
 
     rank: int
     size: int
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""
+        ...
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same, perhaps in the memory of ``tensor``."""
         ...
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -32,6 +32,7 @@ __all__ = [
     "ROW_PARALLEL",
     "all_gather",
     "all_reduce",
+    "all_reduce_",
     "column_parallel_addmm",
     "column_parallel_baddbmm",
     "column_parallel_einsum",
@@ -151,7 +152,14 @@ class _AllReduce(torch.autograd.Function):
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     """P -> I: the sum of the ranks' tensors, on every rank. The gradient passes as it is."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return fabric.current().group(group).all_reduce(x)
     return _AllReduce.apply(x, fabric.current().group(group))
+
+
+def all_reduce_(x: torch.Tensor, group: str) -> torch.Tensor:
+    """:func:`all_reduce` where no gradient is wanted and nothing reads ``x`` any more: it may be written over."""
+    return fabric.current().group(group).all_reduce_(x)
 
 
 class _Enter(torch.autograd.Function):

@@ -41,6 +41,10 @@ def outputs(result: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
+def storages(model: Any) -> list[Any]:
+    return [p.untyped_storage() for p in model.parameters()]
+
+
 def backward(values: list[torch.Tensor]) -> None:
     """A backward from every output with fixed weights."""
     roots = [v for v in values if v.requires_grad]
@@ -99,7 +103,7 @@ def correctness(rank: int, world: int, names: list[str]) -> dict[str, Any]:
                 "hidden": len(checks),
                 "state": list(full) == list(state) and all(torch.equal(full[k], state[k]) for k in state),
                 "held": sum(p.numel() for p in model.parameters()),
-                "stored": sum(p.untyped_storage().nbytes() for p in model.parameters()) // 8,
+                "stored": sum({s.data_ptr(): s.nbytes() for s in storages(model)}.values()) // 8,
                 "planned": plan.parameters(rank),
                 "counts": counts,
                 "planned_counts": (plan.count("forward"), plan.count("backward")),

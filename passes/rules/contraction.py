@@ -234,7 +234,8 @@ class AddMatmul(Contraction):
         if beta != 0:
             addend = sharder.whole(bias)
             if beta != 1:
-                addend = sharder.call(aten.mul.Tensor, (addend, beta), state="whole", value=sharder.value(bias))
+                of = sharder.value(bias)
+                addend = sharder.call(aten.mul.Tensor, (addend, beta), state="whole", value=of, shaped=False)
         sharder.stand(node, total, pending=True, addend=addend)
 
 

@@ -93,9 +93,9 @@ class Pointwise(Rule):
             def combined(a: fx.Node | None, b: fx.Node | None, state: str) -> fx.Node | None:
                 value = sharder.value(node)
                 if a is not None and b is not None:
-                    return sharder.call(node.target, (a, b), state=state, value=value)
+                    return sharder.call(node.target, (a, b), state=state, value=value, shaped=state == "pending")
                 if b is not None and minus:
-                    return sharder.call(aten.neg.default, (b,), state=state, value=value)
+                    return sharder.call(aten.neg.default, (b,), state=state, value=value, shaped=state == "pending")
                 return a if a is not None else b
 
             first, second = (sharder.states[a] if sharder.pending(a) else None for a in (left, right))
@@ -112,7 +112,9 @@ class Pointwise(Rule):
             if any(is_tensor(a) for a in args[1:]) or node.kwargs:
                 return False
             state, value, rest = sharder.states[args[0]], sharder.value(node), sharder.rest(args[1:])
-            beside = state.addend and sharder.call(node.target, (state.addend, *rest), state="whole", value=value)
+            beside = state.addend and sharder.call(
+                node.target, (state.addend, *rest), state="whole", value=value, shaped=False
+            )
             total = sharder.call(node.target, (state.node, *rest), state="pending", value=value)
             sharder.stand(node, total, pending=True, addend=beside)
             return True

@@ -20,7 +20,7 @@ from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.simulate import Simulation
-from passes import Layout, Shards
+from passes import Layout, Lowering, Shards
 from passes import check as prove
 
 CLOSE = 1e-10
@@ -117,9 +117,9 @@ def called(graph: fx.Graph, names: Iterable[str]) -> dict[str, int]:
     return {name: count[name] for name in names if count[name]}
 
 
-def simulation(model: nn.Module, program: Rewritten) -> Simulation:
-    """All ranks of a given program in lockstep."""
-    return Simulation(model, program.tp, OneProgram(model, program), record=True)
+def simulation(model: nn.Module, program: Rewritten, lowering: Lowering | None = None) -> Simulation:
+    """All ranks of a given program in lockstep, lowered or as it is."""
+    return Simulation(model, program.tp, OneProgram(model, program), record=True, lowering=lowering)
 
 
 def check(
@@ -164,8 +164,29 @@ def check(
         for name, difference in dense.differences(run(parallel, model, inputs)).items():
             assert difference < CLOSE, f"tp {tp}: {name} is off by {difference:.2g}\n{program.graph}"
         assert parallel.divergence == 0.0, f"tp {tp}: the ranks differ in {parallel.diverging}"
+        check_lowered(model, program, inputs, dense)
         programs.append(program)
     return programs
+
+
+def check_lowered(model: nn.Module, program: Rewritten, inputs: Iterable[torch.Tensor], dense: Results) -> None:
+    """Compare all ranks' lowered programs with the dense model: with a backward, and forward only."""
+    inputs = list(inputs)
+    parallel = simulation(model, program, Lowering())
+    for name, difference in dense.differences(run(parallel, model, inputs)).items():
+        assert difference < CLOSE, f"lowered, {name} is off by {difference:.2g}\n{texts(model, program, True)}"
+    with torch.no_grad():
+        outputs = [x for x in pytree.tree_leaves(parallel(*inputs)) if isinstance(x, torch.Tensor)]
+    for i, (a, b) in enumerate(zip(dense.outputs, outputs, strict=True)):
+        difference = apart(a, b)
+        assert difference < CLOSE, f"lowered, output {i} is off by {difference:.2g}\n{texts(model, program, False)}"
+    assert parallel.divergence == 0.0, f"lowered: the ranks differ in {parallel.diverging}"
+
+
+def texts(model: nn.Module, program: Rewritten, grad: bool) -> str:
+    """A program of the first rank as it is and lowered."""
+    graph = RankGraph(program, 0, model)
+    return f"{graph}\n\n{graph.lowered(Lowering(), grad)}"
 
 
 def sets(shards: Shards) -> list[list[int]]:

@@ -1,0 +1,118 @@
+"""lowered: the program that a rank really runs, and the weights that it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autotp.text import lowered_text
+from passes import Lowering, lower
+
+__all__ = ["LoweredGraph", "Weights"]
+
+
+class Weights:
+    """The weights of a lowered graph where a module keeps them: what is assigned to the module later is seen.
+
+    Weights that a graph takes as one lie side by side in memory. They are laid so when they are first asked for, and
+    again when they have moved (a cast, an assignment); they stay parameters of their own, as views of it.
+
+    Args:
+        module: the module.
+        names: for each weight the name of a parameter or buffer, or the names of several that are taken as one.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[tuple[str, ...]]) -> None:
+        self._places = [[_place(module, n) for n in each] for each in names]
+        self._single = [(d, k) for d, k in (each[0] for each in self._places)]
+        self._groups = [(i, each) for i, each in enumerate(self._places) if len(each) > 1]
+        self._whole: dict[int, tuple[torch.Tensor, list[int]]] = {}
+
+    def take(self) -> list[torch.Tensor] | None:
+        """The weights; None where some that are taken as one are not of one kind, and cannot lie side by side."""
+        found = [d[k] for d, k in self._single]
+        for i, places in self._groups:
+            parts = [d[k] for d, k in places]
+            whole, pointers = self._whole.get(i, (None, None))
+            if whole is None or [p.data_ptr() for p in parts] != pointers or parts[0].dtype != whole.dtype:
+                if any(
+                    (p.dtype, p.device, p.layout) != (parts[0].dtype, parts[0].device, parts[0].layout) for p in parts
+                ):
+                    return None
+                whole = laid_side_by_side(parts)
+                self._whole[i] = whole, [p.data_ptr() for p in parts]
+            found[i] = whole
+        return found
+
+
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict in which a module keeps a parameter or buffer, and its key there."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return (owner._parameters if key in owner._parameters else owner._buffers), key
+
+
+def laid_side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of which parameters are views, one after another along their first dim; they become that here."""
+    with torch.no_grad(), torch.inference_mode(False):
+        if (base := _base(parts)) is not None:
+            return base
+        whole = torch.cat([p.detach() for p in parts])
+        for p, part in zip(parts, whole.split([p.shape[0] for p in parts]), strict=True):
+            p.data = part
+    return whole
+
+
+def _base(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The tensor of which contiguous ones are views already, one after another."""
+    at, first = parts[0].data_ptr(), parts[0].detach()
+    for p in parts:
+        if (
+            not p.is_contiguous()
+            or p.data_ptr() != at
+            or p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return None
+        at += p.numel() * p.element_size()
+    rows = sum(p.shape[0] for p in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+class LoweredGraph(fx.GraphModule):
+    """A rank's program as it runs: an fx graph whose inputs are the call's tensors and then the weights.
+
+    ``print`` it to read it: each line is commented with the value's local shape.
+
+    Args:
+        graph: the rank's rewritten graph.
+        rank: the rank.
+        constants: the tensors that the graph has.
+        regions: the modules that it calls.
+        lowering: which passes run.
+        grad: whether a backward follows.
+
+    Attributes:
+        weights: for each input after the call's tensors the names of the weights that it is.
+        found: how much each pass found.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        rank: int,
+        constants: Mapping[str, torch.Tensor],
+        regions: Mapping[str, nn.Module],
+        lowering: Lowering,
+        grad: bool,
+    ) -> None:
+        made = lower(graph, rank, constants, regions, lowering, grad=grad)
+        super().__init__({**made.constants, **regions}, made.graph)
+        self.weights, self.found, self.grad = made.weights, made.found, grad
+        self.run: Callable[..., Any] = self.forward
+
+    def __str__(self) -> str:
+        kind = "with a backward" if self.grad else "forward only"
+        return lowered_text(self.graph, f"lowered, {kind}: {', '.join(f'{n} {c}' for n, c in self.found.items() if c)}")

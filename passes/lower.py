@@ -1,0 +1,189 @@
+"""lower: one rank's graph becomes one that computes the same faster."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes import ops
+from passes.graphs import op_name
+from passes.lowering import bind, causal, deduplicate, fold, fuse, group, merge, reuse, split, together
+from passes.lowering.values import call, describe, is_tensor, local, plain, tidy
+
+__all__ = ["Lowered", "Lowering", "lower"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Which passes run (:mod:`passes.lowering`); each can be switched off.
+
+    Attributes:
+        fold: take out what computes nothing, or the same in every call.
+        causal: ``is_causal`` instead of a mask that says just that.
+        deduplicate: compute once what is computed twice.
+        group: grouped-query attention instead of repeated keys and values.
+        fuse: norms and GELUs that are written out as one op.
+        merge: Linears of one input as one product.
+        together: do once what is done alike to adjacent parts of a value.
+        split: cut out in one call the parts that make up a whole.
+        reuse: without a backward, write over operands that nothing reads any more.
+        bind: call torch's C functions.
+    """
+
+    fold: bool = True
+    causal: bool = True
+    deduplicate: bool = True
+    group: bool = True
+    fuse: bool = True
+    merge: bool = True
+    together: bool = True
+    split: bool = True
+    reuse: bool = True
+    bind: bool = True
+
+    @staticmethod
+    def none() -> Lowering:
+        """No pass at all."""
+        return Lowering(**dict.fromkeys((f.name for f in fields(Lowering)), False))
+
+    @staticmethod
+    def exact() -> Lowering:
+        """The passes that leave every number as it is, to the bit: not those that call other kernels."""
+        return Lowering(causal=False, group=False, fuse=False, merge=False)
+
+
+@dataclass
+class Lowered:
+    """A lowered graph.
+
+    Attributes:
+        graph: its inputs are the rewritten graph's, and then the weights.
+        weights: for each input that is a weight the name of a parameter or buffer, or the names of several that lie
+            side by side in memory.
+        constants: the tensors that the graph has, by ``get_attr`` target.
+        found: how much each pass found.
+    """
+
+    graph: fx.Graph
+    weights: list[tuple[str, ...]]
+    constants: dict[str, torch.Tensor]
+    found: dict[str, int] = field(default_factory=dict)
+
+
+def _copied(graph: fx.Graph, kept: Collection[str]) -> fx.Graph:
+    """A copy that takes weights as inputs, after its others, in place of all attributes but those kept."""
+    own, copies, held = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, fx.Node]()
+    for node in graph.find_nodes(op="placeholder"):
+        copies[node] = own.node_copy(node)
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name not in kept and name not in held:
+            spelled = name.replace(".", "_")
+            held[name] = own.placeholder(spelled if spelled.isidentifier() else f"weight_{spelled}")
+            held[name].meta = {**node.meta, "weights": (name,)}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in held:
+            copies[node] = held[node.target]
+        elif node.op != "placeholder":
+            copies[node] = own.node_copy(node, copies.__getitem__)
+    return own
+
+
+_BACKWARD_ONLY = (ops.enter, ops.enter_overlapping, ops.leave)
+
+
+def _forward_only(graph: fx.Graph) -> None:
+    """Take out what does something in a backward only."""
+    for node in list(graph.nodes):
+        if node.target not in _BACKWARD_ONLY:
+            continue
+        source = node.args[0]
+        if isinstance(source, tuple):
+            for user in list(node.users):
+                user.replace_all_uses_with(source[user.args[1]])
+                graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+_VIEWS = {"aten.slice", "aten.transpose", "aten.permute", "aten.reshape", "aten.view", "aten.unsqueeze", "aten.squeeze",
+          "aten.select", "getitem", "aten.unflatten", "aten.flatten"}  # fmt: skip
+_CUTS = {"aten.slice", "aten.select", "getitem"}
+
+
+def _own_results(graph: fx.Graph) -> None:
+    """Let results that are parts of larger values be copies, so that these are not kept for them."""
+    output = graph.output_node()
+    for node in list(output.all_input_nodes):
+        cut, source = False, node
+        while op_name(source) in _VIEWS and isinstance(source.args[0], fx.Node):
+            cut = cut or op_name(source) in _CUTS
+            source = source.args[0]
+        if cut and is_tensor(node) and op_name(source) != "" and op_name(source) not in ("max", "min", "topk", "sort"):
+            options = {"memory_format": torch.contiguous_format}
+            own = call(output, aten.clone.default, (node,), options, like=node, shape=local(node).shape)
+            output.replace_input_with(node, own)
+
+
+def lower(
+    graph: fx.Graph,
+    rank: int,
+    constants: Mapping[str, torch.Tensor],
+    regions: Collection[str] = (),
+    lowering: Lowering | None = None,
+    *,
+    grad: bool,
+) -> Lowered:
+    """Make one rank's graph faster.
+
+    Args:
+        graph: the rank's graph (:func:`passes.localize`), which stays as it is.
+        rank: the rank.
+        constants: the tensors that the graph has, by ``get_attr`` target.
+        regions: the submodules that it calls, by ``get_attr`` target.
+        lowering: which passes run; all of them by default.
+        grad: whether a backward follows.
+
+    Returns:
+        The lowered graph.
+    """
+    lowering = lowering or Lowering()
+    held = dict(constants)
+    own = _copied(graph, {*held, *regions})
+    describe(own, rank)
+    plain(own)
+    if not grad:
+        _forward_only(own)
+    found: dict[str, int] = {}
+
+    def run(name: str, apply: Any, *args: Any) -> None:
+        if getattr(lowering, name):
+            found[name] = found.get(name, 0) + apply(own, *args)
+
+    run("causal", causal)
+    run("fold", fold, held)
+    run("deduplicate", deduplicate)
+    run("group", group)
+    run("fuse", fuse, grad)
+    run("merge", merge, grad)
+    run("together", together)
+    run("deduplicate", deduplicate)
+    run("split", split)
+    _own_results(own)
+    if not grad:
+        run("reuse", reuse)
+    run("bind", bind)
+    tidy(own)
+    for node in own.find_nodes(op="placeholder"):
+        if "weights" in node.meta and not node.users:
+            own.erase_node(node)
+    weights = [n.meta["weights"] for n in own.find_nodes(op="placeholder") if "weights" in n.meta]
+    used = {str(n.target) for n in own.find_nodes(op="get_attr")}
+    return Lowered(own, weights, {n: t for n, t in held.items() if n in used}, found)
