@@ -266,8 +266,8 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str], slots:
         spec = kinds[node.name]
         if spec.kind is InputKind.USER_INPUT:
             for d, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, int):
-                    captured.static.append((count, d, size))
+                if isinstance(size, int) or size.node.expr.is_number:  # one that became a constant while tracing
+                    captured.static.append((count, d, int(size)))
                 elif (first := dims.setdefault(str(size), (count, d))) != (count, d):
                     captured.equal.append((*first, count, d))
             if (slot := slots.get(count)) is not None:

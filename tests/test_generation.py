@@ -45,6 +45,17 @@ class TestTokens:
         assert all(result["a copy is its own"] for result in ways)
 
 
+class TestInParts:
+    @pytest.mark.parametrize("name", ["greedy", "beam", "sampling"])
+    def test_tokens_are_the_dense_models(self, ways: Ran, name: str) -> None:
+        assert all(result["in parts"] > 2 and result[f"in parts: {name}"] is True for result in ways)
+
+    def test_ranks_that_differ_are_found(self, ways: Ran) -> None:
+        for result in ways:
+            assert "inputs: (2, 9) torch.int64" in result["in parts: prompts"]
+            assert "values of args[0]: " in result["in parts: inputs"]
+
+
 class TestSampling:
     def test_each_rank_has_its_own_random_numbers_back(self, ways: Ran) -> None:
         assert all(result["sampling: own numbers afterwards"] for result in ways)

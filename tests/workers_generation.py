@@ -155,7 +155,27 @@ def ways(rank: int, world: int) -> Result:
             if name != "sliding":
                 expected, state = (m.get_encoder()(ids).last_hidden_state for m in (dense, model))
                 found[f"{name}: encoder"] = relative_error(expected, state)
+        _in_parts(rank, world, ids, found)
     return found
+
+
+def _in_parts(rank: int, world: int, ids: torch.Tensor, found: Result) -> None:
+    """A model that runs its own Python between parts, because there is a hook in it."""
+
+    def hooked() -> Any:
+        model = llama()
+        model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+        return model
+
+    dense, model = pair(hooked, world)
+    found["in parts"] = len(model.__dict__["_autotp"].parts)
+    found["in parts: greedy"], found["in parts: beam"] = (equal(dense, model, ids, num_beams=n) for n in (1, 2))
+    torch.manual_seed(7)
+    expected = tokens(dense, ids, do_sample=True)
+    torch.manual_seed(7 + rank)
+    found["in parts: sampling"] = torch.equal(expected, tokens(model, ids, do_sample=True))
+    found["in parts: prompts"] = raised(lambda: model.generate(prompt(seed=rank), **PLAIN))
+    found["in parts: inputs"] = raised(lambda: model(prompt(seed=rank)))
 
 
 def _sampling(rank: int, dense: Any, model: Any, ids: torch.Tensor, found: Result) -> None:
