@@ -27,7 +27,7 @@ __all__ = ["Watch", "dotted"]
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
-_FORWARD = operator.methodcaller("get", "forward")
+_FORWARD = operator.itemgetter("forward")
 
 Place = tuple[str, str]
 
@@ -90,7 +90,7 @@ class Watch:
         refuse_global_hooks()
         if self._settled is None:
             self.settle()
-        elif self._snapshot() != self._last:
+        elif (now := self._snapshot()) is None or now != self._last:
             self._scan()
             self._last = None
             self._check()
@@ -145,11 +145,11 @@ class Watch:
         """What is the same, in values and identities, as long as nothing changes. Runs at each call."""
         try:
             values = [get(d) for get, d in self._getters]
+            forwards = list(map(_FORWARD, self._replaced))
         except KeyError:
             return None
         held = list(map(id, chain.from_iterable(map(dict.values, self._full))))
         sizes = list(map(torch.Tensor.numel, self._parameters))
-        forwards = list(map(id, map(_FORWARD, self._replaced)))
         return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards
 
     def _facts(self) -> dict[Place, Any]:
