@@ -59,6 +59,11 @@ class Agreement:
             if shared_memory:
                 self._board = join_board(self._group, mesh.rank, mesh.tp, timeout, slot=LINE)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self._group is None
+
     def check(
         self,
         doing: str,

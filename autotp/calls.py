@@ -17,8 +17,9 @@ from autotp.comparison import Comparison, is_constant, kinds
 from autotp.errors import CaptureError, ProofError, UnprovedWarning
 from autotp.inputs import device_of
 from autotp.meaning import meaning
+from autotp.recognition import Recognize, Recognized, dynamic_sizes, recognizer
 from autotp.rewrite import RankGraph, Rewritten, rewrite
-from autotp.sharing import take_inputs
+from autotp.sharing import Call, take_inputs
 from autotp.text import inputs_text
 from autotp.watch import Watch, dotted
 from passes import Layout, Lowering
@@ -27,6 +28,8 @@ __all__ = ["Programs"]
 
 _MANY = 16
 """How many captures of one module are no surprise."""
+_REMEMBERED = 16
+"""How many structures are recognised at sight."""
 
 
 def _usable(x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +77,9 @@ class Programs:
         self.outer: Programs | None = None
         self.captures = 0
         self._captured: dict[Any, list[Captured]] = {}
-        self._by_structure: dict[Any, list[Rewritten]] = {}
+        self._by_structure: dict[Any, list[int]] = {}
+        self._made_so_far: list[Rewritten] = []
+        self._recognizers: list[tuple[Recognize, int, list[str]]] = []
         self._graphs: dict[tuple[int, int], RankGraph] = {}
         self.watch = Watch(model, self.shape, path=path)
         self.last: Rewritten | None = None
@@ -125,6 +130,8 @@ class Programs:
         """Give the layouts of some weights, before any call or to make all programs anew."""
         self.settled, self.stored = settled, None
         self._by_structure.clear()
+        self._made_so_far.clear()
+        self._recognizers.clear()
         self._graphs.clear()
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
@@ -161,7 +168,7 @@ class Programs:
         of = self.arguments(args, kwargs)
         return self._capture(of, self.structure(of))
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Arguments]:
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Arguments | Recognized]:
         """The program for a call, made now if there is none, and the call's arguments.
 
         Raises:
@@ -169,20 +176,25 @@ class Programs:
             CaptureError: the call cannot be captured.
             AutoTPError: the module was changed in a way that its graphs cannot follow.
         """
-        of = self.arguments(args, kwargs)
-        key, error = self._keyed(of)
+        taken = False
+        if (known := self._recognized(args, kwargs)) is not None:
+            program, given, number = known
+            if self.comparison is None or self.comparison.again(number, given, lambda: self.arguments(args, kwargs)):
+                self.last = program
+                return program, given
+            args, kwargs, taken = *self._taken(args, kwargs), True
+        of, key, error, place = self._looked_up(args, kwargs)
         if self.comparison is None:
             if error is not None:
                 raise error
-        elif not self.comparison.call(key, of, error):
-            args, kwargs = take_inputs(self.comparison.agreement, args, kwargs, device_of(self.model))
-            of = self.arguments(args, kwargs)
-            key, error = self._keyed(of)
-            self.comparison.call(key, of, error, last=True)
-        for program in self._by_structure.get(key, ()):
-            if program.captured.fits(of.shapes):
-                self.last = program
-                return program, of
+        elif not self.comparison.call(key, of, error, taken, place):
+            args, kwargs = self._taken(args, kwargs)
+            of, key, error, place = self._looked_up(args, kwargs)
+            self.comparison.call(key, of, error, True, place)
+        if place is not None:
+            self.last = self._made_so_far[place[0]]
+            self._recognize_next(place[0], of)
+            return self.last, of
         agreement = self.comparison.agreement if self.comparison is not None else None
         with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
             captured = self._capture(of, key)
@@ -198,9 +210,58 @@ class Programs:
             agreement.check("capture", meant, lambda: {"the graph": f"{meant:x}"})
         self.stored = program.stored
         self.slots.update(program.slots)
-        self._by_structure.setdefault(key, []).append(program)
+        self._by_structure.setdefault(key, []).append(len(self._made_so_far))
+        self._made_so_far.append(program)
         self.last = program
+        self._recognize_next(len(self._made_so_far) - 1, of)
         return program, of
+
+    def _taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Rank 0's arguments."""
+        assert self.comparison is not None
+        return take_inputs(self.comparison.agreement, args, kwargs, device_of(self.model))
+
+    def _looked_up(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Arguments, Any, Exception | None, tuple[int, tuple[int, ...]] | None]:
+        """A call's arguments, its key or the error that there is none, and its program's number and sizes, if known."""
+        of = self.arguments(args, kwargs)
+        key, error = self._keyed(of)
+        for number in self._by_structure.get(key, ()) if error is None else ():
+            captured = self._made_so_far[number].captured
+            if captured.fits(of.shapes):
+                return of, key, error, (number, dynamic_sizes(captured, of.shapes))
+        return of, key, error, None
+
+    def _watches(self) -> list[Watch]:
+        return [self.watch] if self.outer is None else [self.outer.watch, self.watch]
+
+    def _recognize_next(self, number: int, of: Arguments) -> None:
+        """Recognise the next call of this structure by code made for it."""
+        if self.rank is None:
+            return
+        texts = [w.text for w in self._watches()]
+        if any(n == number and t == texts for _, n, t in self._recognizers):  # a form that it is written for, or none
+            return
+        program = self._made_so_far[number]
+        if (made := recognizer(of, program.captured, program.inputs, self.rank)) is not None:
+            self._recognizers.insert(0, (made, number, texts))
+            del self._recognizers[_REMEMBERED:]
+
+    def _recognized(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Recognized, int] | None:
+        """The program of a call that is recognised at sight, its arguments, and the program's number."""
+        if self.comparison is not None and self.comparison.agreement.debug:
+            return None
+        for i, (recognize, number, texts) in enumerate(self._recognizers):
+            if (given := recognize(args, kwargs)) is None:  # type: ignore[arg-type]
+                continue
+            watches = self._watches()
+            if not all(w.is_same() for w in watches) or [w.text for w in watches] != texts:
+                return None
+            if i:
+                self._recognizers.insert(0, self._recognizers.pop(i))
+            return self._made_so_far[number], given, number
+        return None
 
     def _keyed(self, of: Arguments) -> tuple[Any, Exception | None]:
         """The key of a call, or the error that there is none."""
@@ -243,7 +304,7 @@ class Programs:
             ProofError: one is not proved, and ``proof`` is True.
         """
         self.proof = proof
-        for program in (p for each in self._by_structure.values() for p in each):
+        for program in self._made_so_far:
             self._prove(program)
 
     def _prove(self, program: Rewritten) -> None:
@@ -273,7 +334,6 @@ class Programs:
 
     def place(self, program: Rewritten) -> str:
         """Which of the module's graphs a program is: how many there are, and what calls it is for."""
-        programs = [p for each in self._by_structure.values() for p in each]
-        number = next(i for i, p in enumerate(programs, start=1) if p is program)
-        which = f"graph {number} of {len(programs)}, {self.captures} captures"
+        number = next(i for i, p in enumerate(self._made_so_far, start=1) if p is program)
+        which = f"graph {number} of {len(self._made_so_far)}, {self.captures} captures"
         return f"{which}; for {inputs_text(program.captured.graph, program.captured.inputs)}"

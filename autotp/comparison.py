@@ -11,6 +11,7 @@ import torch
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
 from autotp.digests import checksum, digest, shown, whole_numbers
+from autotp.recognition import Recognized
 from autotp.watch import Watch, dotted
 
 __all__ = ["Comparison", "is_constant", "kinds"]
@@ -64,7 +65,14 @@ class Comparison:
         self._split = split
         self._digests: dict[Any, int] = {}
 
-    def call(self, key: Any, of: Arguments, error: Exception | None = None, last: bool = False) -> bool:
+    def call(
+        self,
+        key: Any,
+        of: Arguments,
+        error: Exception | None = None,
+        last: bool = False,
+        place: tuple[int, tuple[int, ...]] | None = None,
+    ) -> bool:
         """Raise on every rank unless all of them make the same call.
 
         Args:
@@ -72,6 +80,8 @@ class Comparison:
             of: its arguments.
             error: what this rank would raise instead.
             last: whether the inputs are rank 0's already.
+            place: the number of its program, if there is one already, and the sizes that it does not take for
+                constants.
 
         Returns:
             True; or False, on every rank, if they are to take rank 0's inputs (:mod:`autotp.sharing`).
@@ -79,13 +89,46 @@ class Comparison:
         Raises:
             MismatchError: they do not.
         """
-        fingerprint = 0 if error is not None else self._digest(key, of)
+        if error is not None:
+            of_call: Any = 0
+        else:
+            of_call = self._digest(key, of) if place is None else (*place, self._grads())
         values = self._values(of) if self.agreement.debug else tuple(map(whole_numbers, of.tensors))
-        fingerprint = digest(f"{fingerprint} {self.agreement.steps} {values}")
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in of.tensors)
+        return self._check(of_call, values, grad, lambda: of, error, last)
+
+    def again(self, number: int, given: Recognized, of: Callable[[], Arguments]) -> bool:
+        """:meth:`call` for one that was recognised.
+
+        Args:
+            number: its program's.
+            given: its arguments.
+            of: opens them, if ranks differ.
+        """
+        if self.agreement.is_alone:
+            return True
+        values = tuple(map(whole_numbers, given.tensors))
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in given.tensors)
+        return self._check((number, given.sizes, self._grads()), values, grad, of)
+
+    def _grads(self) -> Any:
+        """Which gradients will be wanted."""
+        return self.watch.trainable_digest() if torch.is_grad_enabled() else None
+
+    def _check(
+        self,
+        of_call: Any,
+        values: Any,
+        grad: bool,
+        of: Callable[[], Arguments],
+        error: Exception | None = None,
+        last: bool = False,
+    ) -> bool:
+        fingerprint = digest(f"{of_call} {self.agreement.steps} {values}")
         doing = f"call of {self.path}" if self.path else "call"
-        if last or not self._broadcasts or any(x.requires_grad for x in of.tensors):
-            return self.agreement.check(doing, fingerprint, lambda: self._given(of) | self._described(), error)
-        return self.agreement.check(doing, fingerprint, self._described, error, lambda: self._given(of))
+        if last or not self._broadcasts or grad:
+            return self.agreement.check(doing, fingerprint, lambda: self._given(of()) | self._described(), error)
+        return self.agreement.check(doing, fingerprint, self._described, error, lambda: self._given(of()))
 
     def end(self, result: Any, error: Exception | None = None) -> None:
         """Raise on every rank unless all of them have come to the end of the call, without an error.

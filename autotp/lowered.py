@@ -30,9 +30,16 @@ class Weights:
         self._single = [(d, k) for d, k in (each[0] for each in self._places)]
         self._groups = [(i, each) for i, each in enumerate(self._places) if len(each) > 1]
         self._whole: dict[int, tuple[torch.Tensor, list[int]]] = {}
+        self._last: tuple[Any, list[torch.Tensor]] | None = None
 
-    def take(self) -> list[torch.Tensor] | None:
-        """The weights; None where some that are taken as one are not of one kind, and cannot lie side by side."""
+    def take(self, seen: Any = None) -> list[torch.Tensor] | None:
+        """The weights; None where some that are taken as one are not of one kind, and cannot lie side by side.
+
+        Args:
+            seen: the same object as in the last call if no weight has been replaced or moved since; None: unknown.
+        """
+        if seen is not None and self._last is not None and self._last[0] is seen:
+            return self._last[1]
         found = [d[k] for d, k in self._single]
         for i, places in self._groups:
             parts = [d[k] for d, k in places]
@@ -45,6 +52,7 @@ class Weights:
                 whole = laid_side_by_side(parts)
                 self._whole[i] = whole, [p.data_ptr() for p in parts]
             found[i] = whole
+        self._last = (seen, found) if seen is not None else None
         return found
 
 

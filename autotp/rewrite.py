@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from autotp.capture import Captured
+from autotp.giving import giver
 from autotp.lowered import LoweredGraph, Weights
 from autotp.text import graph_text
 from passes import (
@@ -81,7 +82,11 @@ class Rewritten:
 
     def unflatten(self, results: tuple[Any, ...], objects: Sequence[Any] = ()) -> Any:
         """The model's own output structure from the graph's results; what a call changes in objects, it changes."""
-        return self.captured.outputs.give(results, objects)
+        return self._give(results, objects)
+
+    @functools.cached_property
+    def _give(self) -> Any:
+        return giver(self.captured.outputs)
 
 
 class RankGraph(fx.GraphModule):
@@ -119,21 +124,22 @@ class RankGraph(fx.GraphModule):
             self._lowered[key] = LoweredGraph(self.graph, self.rank, *self._held, lowering, grad)
         return self._lowered[key]
 
-    def execute(self, lowering: Lowering, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    def execute(self, lowering: Lowering, tensors: Sequence[torch.Tensor], seen: Any = None) -> tuple[Any, ...]:
         """Run the lowered program on the model's weights.
 
         Args:
             lowering: which passes make it faster; the same in every call.
             tensors: the inputs, as this rank holds them.
+            seen: the same object as in the last call if no weight has been replaced or moved since; None: unknown.
         """
         grad = torch.is_grad_enabled()
         if grad not in self._bound:
             self._bind(lowering, grad)
         graph, weights = self._bound[grad]
-        taken = weights.take()
+        taken = weights.take(seen)
         if taken is None:  # weights that were to be one are not of one kind
             self._bind(replace(lowering, merge=False), grad)
-            return self.execute(lowering, tensors)
+            return self.execute(lowering, tensors, seen)
         results: tuple[Any, ...] = graph.run(*tensors, *taken)
         return results
 

@@ -169,7 +169,9 @@ class Whole(Runtime):
         run = self.programs.graph(program, self.mesh.rank)
         self.before(program.random)
         with fabric.use(self.fabric):
-            results = run.execute(self.programs.lowering, of.local(program.inputs, self.mesh.rank))
+            results = run.execute(
+                self.programs.lowering, of.local(program.inputs, self.mesh.rank), self.programs.watch.seen
+            )
             return program.unflatten(results, of.objects)
 
     def before(self, random: bool) -> None:

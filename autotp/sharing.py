@@ -15,7 +15,7 @@ from autotp.agreement import Agreement
 from autotp.comparison import is_constant
 from autotp.states import Opener, UnseenError, is_sharded, is_state, plain_leaves
 
-__all__ = ["rank_0_draws", "take_inputs"]
+__all__ = ["Call", "rank_0_draws", "take_inputs"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

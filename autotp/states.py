@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from autotp.orders import Orders, reordered, sorted_by_key
 
 __all__ = ["Change", "Counts", "Form", "Opened", "Opener", "Slot", "State", "UnseenError", "build", "changes",
-           "is_sharded", "is_state", "opened", "plain_leaves", "sharded_state"]  # fmt: skip
+           "counted", "is_sharded", "is_state", "opened", "plain_leaves", "sharded_state"]  # fmt: skip
 
 Counts = Collection[tuple[type, str]]
 """The attributes that calls were seen to count in, with their objects' classes."""
@@ -219,7 +219,8 @@ def build(form: Form, leaves: Sequence[Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _counted(number: int) -> torch.Tensor:
+def counted(number: int) -> torch.Tensor:
+    """A number as a tensor of so many elements, which takes no memory."""
     return torch.empty(()).expand(number)
 
 
@@ -329,7 +330,7 @@ def opened(
         if state is None:
             leaves.append(x)
         else:
-            leaves += [x if isinstance(x, torch.Tensor) else _counted(x) for x in opener.leaves]
+            leaves += [x if isinstance(x, torch.Tensor) else counted(x) for x in opener.leaves]
             objects.append(x)
     return leaves, Opened(spec, tuple(states), orders), objects
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from autotp.bookkeeping import of_generate
+from autotp.digests import digest
 from autotp.errors import AutoTPError
 from autotp.forwards import own_forward, reinstall
 from autotp.hooks import HOOKS, refuse_global_hooks
@@ -26,6 +28,10 @@ __all__ = ["Watch", "dotted"]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
+_OF_ALL = ("training", "_is_full_backward_hook")
+"""Plain attributes that every module has: the one is looked at for all at once, the other changes with hooks."""
+
+_TRAINING = operator.itemgetter("training")
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
 _FORWARD = operator.itemgetter("forward")
 
@@ -50,6 +56,10 @@ class Watch:
         parts: the parts that run as graphs, by path, each of which has a watch of its own; left out, the
             model is one graph.
         path: what to call the model in messages, if it is a part itself.
+
+    Attributes:
+        text: what the last look gave.
+        seen: what it saw; the same object as long as nothing changes.
     """
 
     def __init__(
@@ -64,6 +74,10 @@ class Watch:
         self._first: dict[Place, Any] = {}
         self._last: Any = None
         self._settled: dict[Place, Any] | None = None
+        self.seen: Any = None
+        self._seen_held: list[Any] = []
+        self._trainable: tuple[Any, int] = None, 0
+        self.text = ""
 
     def settle(self) -> None:
         """Take modules, hooks, forwards and ties as they are now for those that the graphs hold.
@@ -97,11 +111,48 @@ class Watch:
             self._scan()
             self._changes = self._differing()
         kinds = {f"{dtype} {device.type}" for dtype, device in set(map(_KIND, self._parameters))}
-        return f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
+        self.text = f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
+        self.seen, self._seen_held = self._glance(), self._held()
+        return self.text
+
+    def is_same(self) -> bool:
+        """Whether nothing has changed since the last look, as far as a glance shows: what is set on modules and
+        configs, the tensors and where they lie, hooks that are registered. In doubt, no."""
+        held = self._held()
+        if len(held) != len(self._seen_held) or not all(map(operator.is_, held, self._seen_held)):
+            return False
+        return (now := self._glance()) is not None and bool(now == self.seen)
+
+    def _held(self) -> list[Any]:
+        """The submodules and tensors of all modules."""
+        return list(chain.from_iterable(map(dict.values, self._tensors)))
+
+    def _glance(self) -> Any:
+        """What, beside what is held, is the same as long as :meth:`_snapshot` is, quicker."""
+        try:
+            return (
+                RemovableHandle.next_id,  # one more for each hook
+                list(map(len, self._dicts)),
+                list(map(_TRAINING, self._dicts)),
+                [get(d) for get, d in self._rest],
+                any(self._none),
+                list(map(torch.Tensor.numel, self._parameters)),
+                list(map(torch.Tensor.data_ptr, self._parameters)),  # a cast or a move gives others
+                list(map(_FORWARD, self._replaced)),
+            )
+        except (KeyError, RuntimeError):
+            return None
 
     def trainable(self) -> tuple[bool, ...]:
         """Which parameters need gradients: the graphs serve for all, but the ranks must agree."""
         return tuple(map(_TRAINABLE, self._parameters))
+
+    def trainable_digest(self) -> int:
+        """:meth:`trainable` as a number."""
+        found = self.trainable()
+        if found != self._trainable[0]:
+            self._trainable = found, digest(str(found))
+        return self._trainable[1]
 
     def changes(self) -> dict[Place, str]:
         """The plain attributes that are not as they were at first, by module and name, with their values."""
@@ -115,8 +166,11 @@ class Watch:
         held += [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
         self._replaced = [d for d in self._dicts if "_autotp" in d]
         self._full, self._empty = [d for d in held if d], [d for d in held if not d]
+        own = [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
+        self._tensors, self._none = [d for d in own if d], [d for d in own if not d]
         self._parameters = list(self.model.parameters())
         self._attributes = {}
+        self._rest: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         seen: set[int] = set()
         for name, module in modules:
@@ -140,6 +194,8 @@ class Watch:
             seen.add(id(attributes))
             self._attributes |= {(name, k): attributes[k] for k in names}
             self._getters.append((operator.itemgetter(*names), attributes))
+            if rest := [n for n in names if n not in _OF_ALL]:
+                self._rest.append((operator.itemgetter(*rest), attributes))
 
     def _snapshot(self) -> Any:
         """What is the same, in values and identities, as long as nothing changes. Runs at each call."""

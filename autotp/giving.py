@@ -1,0 +1,114 @@
+"""giving: what a call gives back, put together of a graph's results by code that is made for this one form.
+
+The objects that were passed get what the call changes in them, in place.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autotp.states import GONE, Box, Change, Count, Leaf, build
+
+if TYPE_CHECKING:
+    from autotp.tracing import Outputs
+
+__all__ = ["giver"]
+
+Give = Callable[[Sequence[Any], Sequence[Any]], Any]
+
+
+def _overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
+    if new.shape != (old := held[key]).shape:  # a whole one, of which this rank keeps its part from now on
+        held[key] = new
+    elif new is not old:
+        with torch.no_grad():
+            old.copy_(new)
+
+
+class _Writer:
+    def __init__(self, outputs: Outputs) -> None:
+        self.outputs = outputs
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {"build": build, "overwrite": _overwrite, "containers": (list, tuple, dict)}
+        self._reached: dict[tuple[Any, ...], str] = {}
+
+    def write(self) -> Give:
+        for number, change in self.outputs.changes:
+            self.change(number, change)
+        leaves = iter(self.outputs.leaves)
+        self.lines.append(f"return {self.tree(self.outputs.spec, leaves)}")
+        body = "\n".join(f"    {line}" for line in self.lines)
+        text = f"def give(results, objects):\n{body}\n"
+        file = f"<autotp giving {id(self):x}>"
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        exec(compile(text, file, "exec"), self.names)
+        function: Give = self.names["give"]
+        return function
+
+    def known(self, value: Any) -> str:
+        name = f"k{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def reached(self, path: tuple[Any, ...]) -> str:
+        """The variable of what is at a place in the objects; of an object the dict of its attributes."""
+        if path not in self._reached:
+            found = f"objects[{path[0]}]" if len(path) == 1 else f"{self.reached(path[:-1])}[{path[-1]!r}]"
+            name = self._reached[path] = f"o{len(self._reached)}"
+            self.lines.append(f"{name} = {found}")
+            self.lines.append(f"{name} = {name} if isinstance({name}, containers) else {name}.__dict__")
+        return self._reached[path]
+
+    def change(self, number: int, change: Change) -> None:
+        if not all(isinstance(k, (str, int)) for k in (*change.path, change.key)):
+            raise KeyError(change.key)
+        at = self.reached((number, *change.path))
+        if change.form is GONE:
+            self.lines.append(f"del {at}[{change.key!r}]")
+        elif change.inside:
+            assert isinstance(change.form, Leaf)
+            self.lines.append(f"overwrite({at}, {change.key!r}, results[{change.form.index}])")
+        elif isinstance(change.key, int):  # a list, which may be as long as its next place
+            value = self.form(change.form)
+            self.lines.append(f"if len({at}) == {change.key}: {at}.append({value})")
+            self.lines.append(f"else: {at}[{change.key}] = {value}")
+        else:
+            self.lines.append(f"{at}[{change.key!r}] = {self.form(change.form)}")
+
+    def form(self, form: Any) -> str:
+        if isinstance(form, (Leaf, Count)):
+            return f"results[{form.index}]"
+        return f"build({self.known(form)}, results)" if isinstance(form, Box) else self.known(form.value)
+
+    def tree(self, spec: Any, leaves: Any) -> str:
+        if spec.is_leaf():
+            kind, x = next(leaves)
+            if kind == "given":
+                return f"objects[{x}]"
+            return self.form(x) if kind == "made" else f"results[{x}]" if kind == "result" else self.known(x)
+        children = [self.tree(child, leaves) for child in spec.children()]
+        inner = "".join(f"{c}, " for c in children)
+        if spec.type is tuple:
+            return f"({inner})"
+        if spec.type is list:
+            return f"[{inner}]"
+        if spec.type is dict:
+            return f"{{{', '.join(f'{self.known(k)}: {c}' for k, c in zip(spec.context, children, strict=True))}}}"
+        return f"{self.known(pytree.SUPPORTED_NODES[spec.type].unflatten_fn)}([{inner}], {self.known(spec.context)})"
+
+
+def giver(outputs: Outputs) -> Give:
+    """A function of a graph's results, and of the objects that the call was passed, that gives what the model gives.
+
+    Args:
+        outputs: how it goes together.
+    """
+    try:
+        return _Writer(outputs).write()
+    except KeyError:  # a type, or a key, that only the slower way knows
+        return outputs.give
