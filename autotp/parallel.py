@@ -109,7 +109,7 @@ def parallelize(
         debug: let the ranks compare the values of each call's inputs, and of the parameters that all hold
             whole, not only the call's structure. Every rank reads all of them at each call.
         strict: refuse what is otherwise a warning: weights, 1% of the parameters or more, that have too few pieces
-            for so many ranks and so stay whole on all of them, and a model that is captured in parts.
+            for so many ranks and so stay whole on all of them, and a model, or a later call, that is captured in parts.
         check: run a rewritten graph only if it is proved to compute, on every rank, what the dense model does,
             values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
             ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
@@ -191,6 +191,7 @@ def _parallelize(
         runtime = Divided(division, agreement, seed, fabric)
     for part in division.parts:
         part.calls.clear()  # they hold values of the example
+        part.programs.runs_python = not strict
     runtime.attach()
     runtime.surround()
     return model
