@@ -311,7 +311,9 @@ class Programs:
         with torch.inference_mode(False):  # the graph, and its constants, will serve in training too
             args, kwargs = of.dense()
             args, kwargs = pytree.tree_map_only(torch.Tensor, _usable, (args, kwargs))
-            captured = capture(self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts)
+            captured = capture(
+                self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts, layouts=self.slots
+            )
         self.captures += 1
         self._check(captured)
         known.append(captured)

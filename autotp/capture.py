@@ -25,7 +25,7 @@ from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
 from autotp.states import Counts, Slot
 from autotp.tracing import Outputs, trace
-from passes import canonicalize, differentiable, functionalize, inline, simplify
+from passes import Layout, canonicalize, differentiable, functionalize, inline, simplify
 from passes.graphs import is_random, is_tensor, op_name, where
 
 __all__ = ["Captured", "Dense", "capture", "tied_names"]
@@ -129,6 +129,7 @@ def capture(
     *,
     counts: Counts = (),
     sharded: bool = True,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Captured:
     """Capture one call of a model as a functional fx graph.
 
@@ -142,6 +143,8 @@ def capture(
         dense: the dense shapes, where the parameters no longer have them.
         counts: the attributes of objects among the inputs that calls are known to count in.
         sharded: whether ranks may keep their own shares of what is in such objects.
+        layouts: those of the slots of which they do, as far as they are known: a dim that is split (heads) is as long
+            as the weights make it, and so a constant.
 
     Raises:
         CaptureError: the model's Python depends on the values of tensors, or changes a buffer or input.
@@ -154,6 +157,8 @@ def capture(
     ]
     floating = iter([x for x in leaves if isinstance(x, torch.Tensor)])
     tensors = [t.requires_grad_(next(floating).requires_grad) if t.is_floating_point() else t for t in tensors]
+    split = {i: (layouts or {}).get(slot.path) for i, slot in of.slots().items() if slot.sharded and sharded}
+    fixed = {(i, d) for i, layout in split.items() if layout is not None for d, _ in layout.shards}
     refuse_hooks(model)
     tied = tied_names(model)
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not a checkpoint's around us
@@ -161,7 +166,7 @@ def capture(
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
-            exported, outputs = trace(model, leaves, spec, tensors)
+            exported, outputs = trace(model, leaves, spec, tensors, fixed)
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})
