@@ -14,12 +14,13 @@ from torch.utils import _pytree as pytree
 from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
-from autotp.errors import CaptureError, ProofError, UnprovedWarning
+from autotp.errors import CaptureError, ProofError, UncapturedError, UnprovedWarning
 from autotp.inputs import device_of
 from autotp.meaning import meaning
 from autotp.recognition import Recognize, Recognized, dynamic_sizes, recognizer
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.sharing import Call, take_inputs
+from autotp.text import inputs_text
 from autotp.watch import Watch, dotted
 from passes import Layout, Lowering
 
@@ -62,6 +63,7 @@ class Programs:
             none is looked at.
         lowering: which passes make the programs faster.
         compiled: options for ``torch.compile``, if the programs are to be compiled.
+        runs_python: whether the module's own Python may run where a call cannot be captured.
     """
 
     keeps_parts = True
@@ -88,12 +90,15 @@ class Programs:
         self.proof: bool | str = False
         self.lowering = Lowering()
         self.compiled: Mapping[str, Any] | None = None
+        self.runs_python = False
+        self._uncaptured: dict[Any, CaptureError] = {}
 
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
         copy.proof, copy.slots, copy.counts = self.proof, dict(self.slots), set(self.counts)
         copy.lowering, copy.compiled = self.lowering, self.compiled
+        copy.runs_python = self.runs_python
         return copy
 
     def _made(
@@ -115,6 +120,7 @@ class Programs:
         made = self._made(module, self._root(), dense, split, dotted(self.path, name))
         made.proof, made.slots, made.counts, made.outer = self.proof, self.slots, self.counts, self
         made.lowering, made.compiled = self.lowering, self.compiled
+        made.runs_python = self.runs_python
         return made
 
     def _root(self) -> nn.Module:
@@ -197,15 +203,33 @@ class Programs:
             self._recognize_next(place[0], of)
             return self.last, of
         agreement = self.comparison.agreement if self.comparison is not None else None
+        python = agreement is not None and self._has_python()
+        if python and key in self._uncaptured:
+            raise UncapturedError(self._uncaptured[key], args, kwargs)
+        failed: CaptureError | None = None
         with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
-            captured = self._capture(of, key)
-            if not captured.outputs.counts <= self.counts:  # what was taken for constant is not
-                self.counts |= captured.outputs.counts
-                of = self.arguments(args, kwargs)
-                key = self.structure(of)
+            try:
                 captured = self._capture(of, key)
-            program = rewrite(captured, self.tp, self.stored, self.settled, self.slots)
-            self._prove(program)
+                if not captured.outputs.counts <= self.counts:  # what was taken for constant is not
+                    self.counts |= captured.outputs.counts
+                    of = self.arguments(args, kwargs)
+                    key = self.structure(of)
+                    captured = self._capture(of, key)
+            except CaptureError as error:
+                if not python:
+                    raise
+                failed = error
+            else:
+                program = rewrite(captured, self.tp, self.stored, self.settled, self.slots)
+                self._prove(program)
+        if python and agreement is not None:
+            everywhere = all(agreement.mesh.gathered(failed is not None))
+            if failed is not None and everywhere:
+                self._uncaptured[key] = failed
+                raise UncapturedError(failed, args, kwargs) from failed
+            with agreement.mesh.together("capturing this call"):
+                if failed is not None:
+                    raise failed
         if agreement is not None:
             meant = meaning(program.graph, program.captured.constants)
             agreement.check("capture", meant, lambda: {"the graph": f"{meant:x}"})
@@ -216,6 +240,11 @@ class Programs:
         self.last = program
         self._recognize_next(len(self._made_so_far) - 1, of)
         return program, of
+
+    def _has_python(self) -> bool:
+        """Whether the module's own Python may run where a call cannot be captured (:mod:`autotp.between`)."""
+        inside = (m for m in self.model.modules() if m is not self.model and "_autotp" in m.__dict__)
+        return self.runs_python and not torch.is_grad_enabled() and next(inside, None) is not None
 
     def _taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Rank 0's arguments."""
@@ -286,7 +315,9 @@ class Programs:
         with torch.inference_mode(False):  # the graph, and its constants, will serve in training too
             args, kwargs = of.dense()
             args, kwargs = pytree.tree_map_only(torch.Tensor, _usable, (args, kwargs))
-            captured = capture(self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts)
+            captured = capture(
+                self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts, layouts=self.slots
+            )
         self.captures += 1
         self._check(captured)
         known.append(captured)
@@ -332,3 +363,9 @@ class Programs:
         if key not in self._graphs:
             self._graphs[key] = RankGraph(program, rank, self.model)
         return self._graphs[key]
+
+    def place(self, program: Rewritten) -> str:
+        """Which of the module's graphs a program is: how many there are, and what calls it is for."""
+        number = next(i for i, p in enumerate(self._made_so_far, start=1) if p is program)
+        which = f"graph {number} of {len(self._made_so_far)}, {self.captures} captures"
+        return f"{which}; for {inputs_text(program.captured.graph, program.captured.inputs)}"

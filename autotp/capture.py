@@ -25,7 +25,7 @@ from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
 from autotp.states import Counts, Slot
 from autotp.tracing import Outputs, trace
-from passes import canonicalize, differentiable, functionalize, inline, simplify
+from passes import Layout, canonicalize, differentiable, functionalize, inline, simplify
 from passes.graphs import is_random, is_tensor, op_name, where
 
 __all__ = ["Captured", "Dense", "capture", "tied_names"]
@@ -61,6 +61,7 @@ class Captured:
         parameters: the ``get_attr`` targets that are parameters.
         outputs: how to put the outputs back together from the graph's results.
         slots: for each input tensor that is in an object its place there.
+        inputs: what the caller calls each input tensor.
         guards: conditions on sizes that the model's Python branched on: a function, and the
             ``(input, dim)`` of each of its arguments.
         static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
@@ -73,6 +74,7 @@ class Captured:
     parameters: set[str]
     outputs: Outputs
     slots: dict[int, Slot]
+    inputs: list[str] = field(default_factory=list)
     guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)
     static: list[tuple[int, int, int]] = field(default_factory=list)
     equal: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -127,6 +129,7 @@ def capture(
     *,
     counts: Counts = (),
     sharded: bool = True,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> Captured:
     """Capture one call of a model as a functional fx graph.
 
@@ -140,6 +143,8 @@ def capture(
         dense: the dense shapes, where the parameters no longer have them.
         counts: the attributes of objects among the inputs that calls are known to count in.
         sharded: whether ranks may keep their own shares of what is in such objects.
+        layouts: those of the slots of which they do, as far as they are known: a dim that is split (heads) is as long
+            as the weights make it, and so a constant.
 
     Raises:
         CaptureError: the model's Python depends on the values of tensors, or changes a buffer or input.
@@ -152,6 +157,8 @@ def capture(
     ]
     floating = iter([x for x in leaves if isinstance(x, torch.Tensor)])
     tensors = [t.requires_grad_(next(floating).requires_grad) if t.is_floating_point() else t for t in tensors]
+    split = {i: (layouts or {}).get(slot.path) for i, slot in of.slots().items() if slot.sharded and sharded}
+    fixed = {(i, d) for i, layout in split.items() if layout is not None for d, _ in layout.shards}
     refuse_hooks(model)
     tied = tied_names(model)
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not a checkpoint's around us
@@ -159,7 +166,7 @@ def capture(
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
-            exported, outputs = trace(model, leaves, spec, tensors)
+            exported, outputs = trace(model, leaves, spec, tensors, fixed)
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})
@@ -168,6 +175,7 @@ def capture(
         slots, outputs.slots = (
             {n: replace(s, sharded=False) for n, s in each.items()} for each in (slots, outputs.slots)
         )
+    names = [n for n, x in zip(spec.paths(), leaves, strict=True) if isinstance(x, torch.Tensor)]
     captured = _flat_graph(exported, outputs, tied, slots)
     if left := _prepare(captured):
         if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
@@ -184,6 +192,7 @@ def capture(
             raise CaptureError(f"{where(left[0])} changes a tensor in place: {said}", reason=said) from error
         if left := _prepare(captured):
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
+    captured.inputs = names
     return captured
 
 
@@ -262,8 +271,8 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str], slots:
         spec = kinds[node.name]
         if spec.kind is InputKind.USER_INPUT:
             for d, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, int):
-                    captured.static.append((count, d, size))
+                if isinstance(size, int) or size.node.expr.is_number:  # one that became a constant while tracing
+                    captured.static.append((count, d, int(size)))
                 elif (first := dims.setdefault(str(size), (count, d))) != (count, d):
                     captured.equal.append((*first, count, d))
             if (slot := slots.get(count)) is not None:

@@ -22,8 +22,10 @@ __all__ = ["giver"]
 Give = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 
-def _overwrite(old: torch.Tensor, new: torch.Tensor) -> None:
-    if new is not old:
+def _overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
+    if new.shape != (old := held[key]).shape:  # a whole one, of which this rank keeps its part from now on
+        held[key] = new
+    elif new is not old:
         with torch.no_grad():
             old.copy_(new)
 
@@ -70,7 +72,7 @@ class _Writer:
             self.lines.append(f"del {at}[{change.key!r}]")
         elif change.inside:
             assert isinstance(change.form, Leaf)
-            self.lines.append(f"overwrite({at}[{change.key!r}], results[{change.form.index}])")
+            self.lines.append(f"overwrite({at}, {change.key!r}, results[{change.form.index}])")
         elif isinstance(change.key, int):  # a list, which may be as long as its next place
             value = self.form(change.form)
             self.lines.append(f"if len({at}) == {change.key}: {at}.append({value})")

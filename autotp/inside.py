@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from autotp.between import inside_of_python
+
 if TYPE_CHECKING:
     from autotp.runtime import Whole
 
@@ -45,7 +47,8 @@ class Inside:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the submodule, and its own kind of output."""
-        return self.runtime(args, kwargs)
+        with inside_of_python():
+            return self.runtime(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inside:
         """What the submodule of a copy of the model carries."""

@@ -109,7 +109,7 @@ def parallelize(
         debug: let the ranks compare the values of each call's inputs, and of the parameters that all hold
             whole, not only the call's structure. Every rank reads all of them at each call.
         strict: refuse what is otherwise a warning: weights, 1% of the parameters or more, that have too few pieces
-            for so many ranks and so stay whole on all of them, and a model that is captured in parts.
+            for so many ranks and so stay whole on all of them, and a model, or a later call, that is captured in parts.
         check: run a rewritten graph only if it is proved to compute, on every rank, what the dense model does,
             values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
             ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
@@ -191,6 +191,7 @@ def _parallelize(
         runtime = Divided(division, agreement, seed, fabric)
     for part in division.parts:
         part.calls.clear()  # they hold values of the example
+        part.programs.runs_python = not strict
     runtime.attach()
     runtime.surround()
     return model
@@ -224,6 +225,9 @@ def _division(
 def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
+    Its text begins with how many graphs the model has by now, how often it was captured, and the inputs that this graph
+    is for. What differs only in the sizes of batch and sequence has one graph.
+
     Args:
         model: a parallelized model; of one that was captured in parts, the module that is a part; or a submodule
             that was called by itself.
@@ -244,7 +248,9 @@ def graph(model: nn.Module) -> RankGraph:
             f"this {type(model).__name__} ({runtime.programs.path}) has not been called by itself, and has no graph of "
             "its own: pass the model that was parallelized"
         )
-    return runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
+    found = runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
+    found.note = f"; {runtime.programs.place(runtime.programs.last)}"
+    return found
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -146,7 +146,10 @@ class _Writer:
 
     def _order(self, keys: tuple[str, ...]) -> tuple[str, ...]:
         """The order that a dict had whose keys were sorted."""
-        return next((o for o in self.of.spec.orders if sorted(o) == list(keys)), keys)
+        found = {o for o in self.of.spec.orders if sorted(o) == list(keys)}
+        if len(found) > 1:  # and which of the dicts had which is not known
+            raise _UnknownError
+        return next(iter(found), keys)
 
     def leaf(self, at: str) -> None:
         """A leaf of pytree's: a tensor, a constant, or an object."""

@@ -94,7 +94,12 @@ class RankGraph(fx.GraphModule):
 
     It has the very dicts that the model keeps them in, so that it sees what is assigned to the model later.
     ``print`` it to read it: each line is commented with the value's type and layout.
+
+    Attributes:
+        note: what to say of it above its text: which of a module's graphs it is.
     """
+
+    note: str = ""
 
     def __init__(self, rewritten: Rewritten, rank: int, model: nn.Module) -> None:
         super().__init__(nn.Module(), fx.Graph())
@@ -153,7 +158,7 @@ class RankGraph(fx.GraphModule):
         self._bound[key] = graph, Weights(self._model, graph.weights)
 
     def __str__(self) -> str:
-        return graph_text(self.graph, f"rank {self.rank} of {self.tp}", self.rank)
+        return graph_text(self.graph, f"rank {self.rank} of {self.tp}{self.note}", self.rank)
 
 
 def rewrite(

@@ -11,12 +11,13 @@ from torch import nn
 
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
+from autotp.between import Between
 from autotp.calls import Programs
 from autotp.capture import tied_names
 from autotp.clipping import count_once
 from autotp.comparison import Comparison
-from autotp.errors import AutoTPError
-from autotp.forwards import Guard, asked, install
+from autotp.errors import AutoTPError, UncapturedError
+from autotp.forwards import Guard, asked, install, own_forward
 from autotp.generation import wrap_generate
 from autotp.inside import Inside
 from autotp.loading import accept_dense
@@ -43,7 +44,7 @@ class Runtime:
         self.model, self.agreement, self.fabric = model, agreement, fabric
         self.mesh = agreement.mesh
         self.tied = tied_names(model)
-        self.own_forward = model.__dict__.get("forward")
+        self.own_forward = own_forward(model)
 
     @property
     def stored(self) -> Mapping[str, Layout]:
@@ -135,6 +136,7 @@ class Whole(Runtime):
 
     def _take(self, programs: Programs) -> None:
         self.programs = programs
+        self._between: Between | None = None
         programs.rank = self.mesh.rank
         outer = programs.outer.watch if programs.outer is not None else None
         programs.comparison = Comparison(self.agreement, programs.watch, self.shards, outer, self.broadcasts)
@@ -165,7 +167,11 @@ class Whole(Runtime):
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the module, and the module's own kind of output."""
-        program, of = self.programs.find(args, kwargs)
+        try:
+            program, of = self.programs.find(args, kwargs)
+        except UncapturedError as why:
+            self._between = self._between or Between(self)
+            return self._between(*why.call, why)
         run = self.programs.graph(program, self.mesh.rank)
         self.before(program.random)
         with fabric.use(self.fabric):

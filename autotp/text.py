@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 from passes import Shards
 from passes.state import PerRank
 
-__all__ = ["graph_dot", "graph_text", "lowered_text"]
+__all__ = ["graph_dot", "graph_text", "inputs_text", "lowered_text"]
 
 
 def _argument(value: Any) -> str:
@@ -83,6 +84,21 @@ def graph_text(graph: fx.Graph, title: str, rank: int | None = None) -> str:
             shape = _shape(node, rank)
             lines.append(f"{text:<100}  # {shape}" if shape else text)
     return "\n".join(lines)
+
+
+def inputs_text(graph: fx.Graph, names: Sequence[str]) -> str:
+    """The inputs of a captured graph with their shapes; what objects hold is counted.
+
+    >>> inputs_text(graph, ["args[0]", "kwargs['cache'].keys", "kwargs['cache'].values"])
+    'args[0][s0, 1], cache (2 tensors)'
+    """
+    found: dict[str, list[str]] = {}
+    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
+        name = re.sub(r"^kwargs\['(\w+)'\]", r"\1", name)
+        whole, dot, _ = name.partition(".")
+        shape = f"[{', '.join(map(str, node.meta['val'].shape))}]"
+        found.setdefault(whole, []).append("" if dot else shape)
+    return ", ".join(n + (each[0] or f" ({len(each)} tensor{'s' * (len(each) > 1)})") for n, each in found.items())
 
 
 def lowered_text(graph: fx.Graph, title: str) -> str:

@@ -196,15 +196,24 @@ def _causal_as_told(mask: Any = None, is_causal: bool | None = None, size: int |
     return bool(is_causal)
 
 
-def trace(model: nn.Module, leaves: list[Any], spec: Opened, tensors: list[torch.Tensor]) -> tuple[Any, Outputs]:
-    """torch's export of a call, and how its outputs go together.
+def trace(
+    model: nn.Module,
+    leaves: list[Any],
+    spec: Opened,
+    tensors: list[torch.Tensor],
+    fixed: Container[tuple[int, int]] = (),
+) -> tuple[Any, Outputs]:
+    """torch's export of a call, and how its outputs go together; dims of tensors that are ``fixed`` are constants.
 
     The model's Python goes as it does when the model runs; where that cannot be traced, as it does for an
     export. What repeats is copied; where that fails, or may mislead, torch does all of it alone.
     """
     from torch._dynamo import config as settings  # a second's import, which torch.export does anyway
 
-    shapes = ([{d: torch.export.Dim.AUTO for d, n in enumerate(t.shape) if n > 1} for t in tensors],)
+    auto = torch.export.Dim.AUTO
+    shapes = (
+        [{d: auto for d, n in enumerate(t.shape) if n > 1 and (i, d) not in fixed} for i, t in enumerate(tensors)],
+    )
     first: Exception | None = None
     for eagerly, repeating in itertools.product((True, False), (True, False)):
         if eagerly and first:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from autotp.bookkeeping import of_generate
 from autotp.digests import digest
 from autotp.errors import AutoTPError
 from autotp.forwards import own_forward, reinstall
@@ -32,7 +33,7 @@ _OF_ALL = ("training", "_is_full_backward_hook")
 
 _TRAINING = operator.itemgetter("training")
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
-_FORWARD = operator.methodcaller("get", "forward")
+_FORWARD = operator.itemgetter("forward")
 
 Place = tuple[str, str]
 
@@ -103,7 +104,7 @@ class Watch:
         refuse_global_hooks()
         if self._settled is None:
             self.settle()
-        elif self._snapshot() != self._last:
+        elif (now := self._snapshot()) is None or now != self._last:
             self._scan()
             self._last = None
             self._check()
@@ -120,7 +121,7 @@ class Watch:
         held = self._held()
         if len(held) != len(self._seen_held) or not all(map(operator.is_, held, self._seen_held)):
             return False
-        return bool(self._glance() == self.seen)
+        return (now := self._glance()) is not None and bool(now == self.seen)
 
     def _held(self) -> list[Any]:
         """The submodules and tensors of all modules."""
@@ -137,7 +138,7 @@ class Watch:
                 any(self._none),
                 list(map(torch.Tensor.numel, self._parameters)),
                 list(map(torch.Tensor.data_ptr, self._parameters)),  # a cast or a move gives others
-                list(map(id, map(_FORWARD, self._replaced))),
+                list(map(_FORWARD, self._replaced)),
             )
         except (KeyError, RuntimeError):
             return None
@@ -173,17 +174,22 @@ class Watch:
         self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         seen: set[int] = set()
         for name, module in modules:
-            self._watch(name, module.__dict__, seen)
+            cls: Any = type(module)
+            skipped = of_generate(cls)
+            self._watch(name, module.__dict__, seen, skipped)
             for key, value in module.__dict__.items():
-                if hasattr(value, "__dict__") and not callable(value) and key != "_autotp":  # a config
+                ours = key == "_autotp" or key in skipped
+                if hasattr(value, "__dict__") and not callable(value) and not ours:  # a config
                     self._watch(dotted(name, key), value.__dict__, seen)
         for name, buffer in self.model.named_buffers():
             self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
         self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
         self._last = self._snapshot()
 
-    def _watch(self, name: str, attributes: dict[str, Any], seen: set[int]) -> None:
-        names = [k for k, v in attributes.items() if isinstance(v, _PLAIN)]
+    def _watch(
+        self, name: str, attributes: dict[str, Any], seen: set[int], skipped: frozenset[str] = frozenset()
+    ) -> None:
+        names = [k for k, v in attributes.items() if isinstance(v, _PLAIN) and k not in skipped]
         if names and id(attributes) not in seen:
             seen.add(id(attributes))
             self._attributes |= {(name, k): attributes[k] for k in names}
@@ -195,11 +201,11 @@ class Watch:
         """What is the same, in values and identities, as long as nothing changes. Runs at each call."""
         try:
             values = [get(d) for get, d in self._getters]
+            forwards = list(map(_FORWARD, self._replaced))
         except KeyError:
             return None
         held = list(map(id, chain.from_iterable(map(dict.values, self._full))))
         sizes = list(map(torch.Tensor.numel, self._parameters))
-        forwards = list(map(id, map(_FORWARD, self._replaced)))
         return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards
 
     def _facts(self) -> dict[Place, Any]:

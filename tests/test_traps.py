@@ -117,6 +117,24 @@ def test_a_module_under_two_names_keeps_its_weights() -> None:
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_a_size_that_python_turns_into_a_constant_makes_another_graph() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.linear = nn.Embedding(50, 64), nn.Linear(64, 64)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            places = torch.tensor(list(range(ids.shape[1]))).repeat(ids.shape[0], 1)
+            return self.linear(self.embed(ids)) * places.unsqueeze(-1)
+
+    dense, model = Counts(), autotp.parallelize(Counts(), 1, example_inputs=(torch.zeros(2, 8, dtype=torch.long),))
+    for length in (8, 9, 12, 8):
+        ids = torch.randint(0, 50, (3, length))
+        assert relative_error(dense(ids), model(ids)) < 1e-6
+    assert model.__dict__["_autotp"].programs.captures == 3
+
+
 def _parallelized_alone(model: nn.Module, *args: torch.Tensor) -> nn.Module:
     """Rank 0 of two, without the other."""
     from autotp.agreement import Agreement

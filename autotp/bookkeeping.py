@@ -1,0 +1,47 @@
+"""bookkeeping: what the ``generate`` of transformers keeps on a model, which no graph depends on.
+
+A graph holds for the plain attributes that the model had at capture. Those that ``generate`` sets and looks at
+itself (its settings, the longest cache so far) would make a new graph with each prompt, though no forward reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["of_generate"]
+
+_KEPT = frozenset({"generation_config", "_previous_max_cache_length"})
+
+
+@functools.lru_cache(maxsize=4096)
+def of_generate(cls: Any) -> frozenset[str]:
+    """The attributes that only ``generate`` reads in a module of this class: no other code of the class names them."""
+    if not callable(getattr(cls, "generate", None)):
+        return frozenset()
+    own = [c for c in cls.__mro__ if _is_of_a_model(c.__module__)]
+    generating = {n for c in cls.__mro__ if c not in own for n in vars(c)}
+    named = {x for c in own for n, f in vars(c).items() if n not in generating or n == "forward" for x in _names(f)}
+    return _KEPT - named
+
+
+def _is_of_a_model(module: str) -> bool:
+    return not f"{module}.".startswith(("torch.", "builtins.", "transformers.")) or module.startswith(
+        "transformers.models"
+    )
+
+
+def _names(function: Any) -> Iterator[str]:
+    """The names and strings in a function's code, and in what it wraps."""
+    while function is not None:
+        function = getattr(function, "__func__", getattr(function, "fget", function))
+        code = getattr(function, "__code__", None)
+        stack = [code] if code is not None else []
+        while stack:
+            code = stack.pop()
+            yield from code.co_names
+            yield from (x for x in code.co_consts if isinstance(x, str))
+            stack += [x for x in code.co_consts if isinstance(x, types.CodeType)]
+        function = getattr(function, "__wrapped__", None)
