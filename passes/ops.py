@@ -152,8 +152,6 @@ class _AllReduce(torch.autograd.Function):
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     """P -> I: the sum of the ranks' tensors, on every rank. The gradient passes as it is."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return fabric.current().group(group).all_reduce(x)
     return _AllReduce.apply(x, fabric.current().group(group))
 
 
