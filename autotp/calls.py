@@ -62,6 +62,7 @@ class Programs:
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
         lowering: which passes make the programs faster.
+        compiled: options for ``torch.compile``, if the programs are to be compiled.
         runs_python: whether the module's own Python may run where a call cannot be captured.
     """
 
@@ -88,6 +89,7 @@ class Programs:
         self.comparison: Comparison | None = None
         self.proof: bool | str = False
         self.lowering = Lowering()
+        self.compiled: Mapping[str, Any] | None = None
         self.runs_python = False
         self._uncaptured: dict[Any, CaptureError] = {}
 
@@ -95,7 +97,8 @@ class Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
         copy.proof, copy.slots, copy.counts = self.proof, dict(self.slots), set(self.counts)
-        copy.lowering, copy.runs_python = self.lowering, self.runs_python
+        copy.lowering, copy.compiled = self.lowering, self.compiled
+        copy.runs_python = self.runs_python
         return copy
 
     def _made(
@@ -116,7 +119,8 @@ class Programs:
         split = {n: layout for n, layout in stored.items() if layout is not None}
         made = self._made(module, self._root(), dense, split, dotted(self.path, name))
         made.proof, made.slots, made.counts, made.outer = self.proof, self.slots, self.counts, self
-        made.lowering, made.runs_python = self.lowering, self.runs_python
+        made.lowering, made.compiled = self.lowering, self.compiled
+        made.runs_python = self.runs_python
         return made
 
     def _root(self) -> nn.Module:

@@ -9,11 +9,23 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from autotp.errors import AutoTPError
 
-__all__ = ["Carried", "Guard", "as_dense", "capturing", "in_call", "install", "own_forward", "reinstall", "uninstall"]
+__all__ = [
+    "Carried",
+    "Guard",
+    "as_dense",
+    "asked",
+    "capturing",
+    "in_call",
+    "install",
+    "own_forward",
+    "reinstall",
+    "uninstall",
+]
 
 
 class Carried(Protocol):
@@ -21,6 +33,27 @@ class Carried(Protocol):
 
     own_forward: Any
     """The forward that was set on the module itself, if there was one."""
+
+
+class _Asked(threading.local):
+    options: Mapping[str, Any] | None = None
+
+
+asked = _Asked()
+"""Whether this thread's call comes out of ``torch.compile``'d code: then graphs are compiled, too."""
+
+
+def _run_compiled(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What compiled code calls, and does not look into: recognition, comparison and exchange are no tensor code, and
+    the graph is compiled by itself, whole."""
+    before, asked.options = asked.options, {}
+    try:
+        return run(args, kwargs)
+    finally:
+        asked.options = before
+
+
+_run_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable, without its import
 
 
 class _Forward:
@@ -31,6 +64,8 @@ class _Forward:
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _run_compiled(self.run, args, kwargs)
         return self.run(args, kwargs)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from autotp.text import lowered_text
-from passes import Lowering, lower
+from passes import Lowering, fabric, lower
 
 __all__ = ["LoweredGraph", "Weights"]
 
@@ -89,6 +90,12 @@ def _base(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
+def _can_be_compiled(graph: fx.Graph) -> bool:
+    from passes.traced import traced  # which registers ops: a second's import
+
+    return traced(graph, fabric.current())
+
+
 class LoweredGraph(fx.GraphModule):
     """A rank's program as it runs: an fx graph whose inputs are the call's tensors and then the weights.
 
@@ -101,8 +108,10 @@ class LoweredGraph(fx.GraphModule):
         regions: the modules that it calls.
         lowering: which passes run.
         grad: whether a backward follows.
+        compiled: options for ``torch.compile``; None: the graph runs as it is.
 
     Attributes:
+        run: runs it.
         weights: for each input after the call's tensors the names of the weights that it is.
         found: how much each pass found.
     """
@@ -115,11 +124,17 @@ class LoweredGraph(fx.GraphModule):
         regions: Mapping[str, nn.Module],
         lowering: Lowering,
         grad: bool,
+        compiled: Mapping[str, Any] | None = None,
     ) -> None:
+        if compiled is not None:  # a compiler plans memory itself
+            lowering = replace(lowering, reuse=False, bind=False)
         made = lower(graph, rank, constants, regions, lowering, grad=grad)
+        can = compiled is not None and _can_be_compiled(made.graph)
         super().__init__({**made.constants, **regions}, made.graph)
         self.weights, self.found, self.grad = made.weights, made.found, grad
         self.run: Callable[..., Any] = self.forward
+        if can:
+            self.run = torch.compile(self.forward, fullgraph=True, **{"dynamic": True, **(compiled or {})})
 
     def __str__(self) -> str:
         kind = "with a backward" if self.grad else "forward only"

@@ -110,7 +110,7 @@ class RankGraph(fx.GraphModule):
         self._held = rewritten.captured.constants, rewritten.captured.regions
         self.__dict__["_model"] = model  # not a child: its dicts are this one's
         self._lowered: dict[tuple[Lowering, bool], LoweredGraph] = {}
-        self._bound: dict[bool, tuple[LoweredGraph, Weights]] = {}
+        self._bound: dict[tuple[bool, bool], tuple[LoweredGraph, Weights]] = {}
 
     def lowered(self, lowering: Lowering, grad: bool) -> LoweredGraph:
         """The program as it runs.
@@ -124,28 +124,38 @@ class RankGraph(fx.GraphModule):
             self._lowered[key] = LoweredGraph(self.graph, self.rank, *self._held, lowering, grad)
         return self._lowered[key]
 
-    def execute(self, lowering: Lowering, tensors: Sequence[torch.Tensor], seen: Any = None) -> tuple[Any, ...]:
+    def execute(
+        self,
+        lowering: Lowering,
+        tensors: Sequence[torch.Tensor],
+        seen: Any = None,
+        compiled: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, ...]:
         """Run the lowered program on the model's weights.
 
         Args:
             lowering: which passes make it faster; the same in every call.
             tensors: the inputs, as this rank holds them.
             seen: the same object as in the last call if no weight has been replaced or moved since; None: unknown.
+            compiled: options for ``torch.compile``, if the program is to be compiled.
         """
-        grad = torch.is_grad_enabled()
-        if grad not in self._bound:
-            self._bind(lowering, grad)
-        graph, weights = self._bound[grad]
+        key = torch.is_grad_enabled(), compiled is not None
+        if key not in self._bound:
+            self._bind(lowering, key, compiled)
+        graph, weights = self._bound[key]
         taken = weights.take(seen)
         if taken is None:  # weights that were to be one are not of one kind
-            self._bind(replace(lowering, merge=False), grad)
-            return self.execute(lowering, tensors, seen)
+            self._bind(replace(lowering, merge=False), key, compiled)
+            return self.execute(lowering, tensors, seen, compiled)
         results: tuple[Any, ...] = graph.run(*tensors, *taken)
         return results
 
-    def _bind(self, lowering: Lowering, grad: bool) -> None:
-        graph = self.lowered(lowering, grad)
-        self._bound[grad] = graph, Weights(self._model, graph.weights)
+    def _bind(self, lowering: Lowering, key: tuple[bool, bool], compiled: Mapping[str, Any] | None) -> None:
+        if compiled is None:
+            graph = self.lowered(lowering, key[0])
+        else:
+            graph = LoweredGraph(self.graph, self.rank, *self._held, lowering, key[0], compiled)
+        self._bound[key] = graph, Weights(self._model, graph.weights)
 
     def __str__(self) -> str:
         return graph_text(self.graph, f"rank {self.rank} of {self.tp}{self.note}", self.rank)

@@ -17,7 +17,7 @@ from autotp.capture import tied_names
 from autotp.clipping import count_once
 from autotp.comparison import Comparison
 from autotp.errors import AutoTPError, UncapturedError
-from autotp.forwards import Guard, install, own_forward
+from autotp.forwards import Guard, asked, install, own_forward
 from autotp.generation import wrap_generate
 from autotp.inside import Inside
 from autotp.loading import accept_dense
@@ -175,9 +175,9 @@ class Whole(Runtime):
         run = self.programs.graph(program, self.mesh.rank)
         self.before(program.random)
         with fabric.use(self.fabric):
-            results = run.execute(
-                self.programs.lowering, of.local(program.inputs, self.mesh.rank), self.programs.watch.seen
-            )
+            tensors, seen = of.local(program.inputs, self.mesh.rank), self.programs.watch.seen
+            compiled = self.programs.compiled if asked.options is None else asked.options
+            results = run.execute(self.programs.lowering, tensors, seen, compiled)
             return program.unflatten(results, of.objects)
 
     def before(self, random: bool) -> None:

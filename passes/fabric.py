@@ -8,13 +8,14 @@ simulation are two fabrics; nothing in ``passes`` needs either.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 
-__all__ = ["Communicator", "Fabric", "current", "parse_group", "replica_group", "use"]
+__all__ = ["Communicator", "Fabric", "current", "parse_group", "register", "registered", "replica_group", "use"]
 
 
 class Communicator(Protocol):
@@ -93,3 +94,20 @@ def parse_group(name: str) -> tuple[str, list[list[int]]]:
     """The parent group and the parts of a name that :func:`replica_group` made (no parts: undivided)."""
     parent, _, parts = name.partition(":")
     return parent, [[int(r) for r in part.split(",")] for part in parts.split("|")] if parts else []
+
+
+_fabrics: weakref.WeakValueDictionary[int, Fabric] = weakref.WeakValueDictionary()
+
+
+def register(fabric: Fabric, name: str) -> str:
+    """A key for a group of a fabric that says in any thread which one is meant (:func:`registered`)."""
+    number = next((n for n, f in _fabrics.items() if f is fabric), len(_fabrics))
+    while _fabrics.setdefault(number, fabric) is not fabric:
+        number += 1
+    return f"{number}/{name}"
+
+
+def registered(key: str) -> Communicator:
+    """The communicator of a group by its key."""
+    number, _, name = key.partition("/")
+    return _fabrics[int(number)].group(name)

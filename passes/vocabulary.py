@@ -10,12 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from passes import fabric
 
-__all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_embedding"]
+__all__ = ["cross_entropy_over", "vocab_parallel_cross_entropy", "vocab_parallel_embedding"]
 
 
 def _check_range(inside: torch.Tensor, message: str) -> None:
     """Refuse an index that no rank holds as torch does: at once on a CPU, by an assertion on the device else."""
-    if inside.device.type != "cpu":
+    if inside.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(inside.all(), message)
     elif not inside.all():
         raise IndexError(message)
@@ -126,11 +126,26 @@ def vocab_parallel_cross_entropy(
     Raises:
         IndexError: a target is no class (on a CPU; on other devices their assertion fails).
     """
+    own = fabric.current().group(group)
+    return cross_entropy_over(logits, target, start, classes, reduction, ignore_index, own, weight, label_smoothing)
+
+
+def cross_entropy_over(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    start: int,
+    classes: int,
+    reduction: int,
+    ignore_index: int,
+    group: fabric.Communicator,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """:func:`vocab_parallel_cross_entropy` among the ranks of a given group."""
     ignored = target == ignore_index
     inside = ((target >= 0) & (target < classes)) | ignored
     _check_range(inside, f"target is out of bounds: it must be at least 0 and less than {classes}, or {ignore_index}")
-    own = fabric.current().group(group)
-    losses = _CrossEntropy.apply(logits, target, start, classes, ignore_index, weight, label_smoothing, own)
+    losses = _CrossEntropy.apply(logits, target, start, classes, ignore_index, weight, label_smoothing, group)
     if reduction == 0:
         return losses.to(logits.dtype)
     counts = ~ignored if weight is None else weight[target.masked_fill(ignored, 0).to(torch.int64)] * ~ignored

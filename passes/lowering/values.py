@@ -69,7 +69,8 @@ def _of(node: fx.Node, rank: int) -> Local | None:
         shards = [held.get(v) for v in range(virtual, virtual + len(factors))]
         virtual += len(factors)
         if not any(shards):
-            sizes.append(size if isinstance(size, int) else str(size))
+            text = str(size)  # a number may come as a symbol that was found to be one
+            sizes.append(int(text) if text.isdecimal() else text)
             continue
         parts = [str(f) if s is None else s.counts[rank] for f, s in zip(factors, shards, strict=True)]
         numbers = [int(p) for p in parts if isinstance(p, int) or p.isdecimal()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.passes import golden_lowering  # noqa: F401  # which has cases, too
 from tests.passes.golden_cases import CASES, HERE
 
 

@@ -1,0 +1,200 @@
+"""traced: how ranks meet in a program that is compiled: through ops that a compiler sees and leaves as they are.
+
+A compiler cannot look into a process group, nor ask a thread which fabric it runs in. So each exchange is an op of
+torch's library, with the shapes of its result, and names its group by a key that is the same in all threads: the
+number of a fabric and the group's name in it (:func:`passes.fabric.register`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.autograd.function import once_differentiable
+
+from passes import fabric, norms, ops, vocabulary
+from passes.layout import IndexSet, Shards
+
+__all__ = ["Traced", "traced"]
+
+
+@torch.library.custom_op("autotp::all_reduce", mutates_args=())
+def _all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    found = fabric.registered(group).all_reduce(x.contiguous())
+    return found.clone() if found.data_ptr() == x.data_ptr() else found  # a rank by itself gives back its own
+
+
+@_all_reduce.register_fake
+def _(x: torch.Tensor, group: str) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("autotp::all_gather", mutates_args=())
+def _all_gather(x: torch.Tensor, dim: int, counts: Sequence[int], group: str) -> torch.Tensor:
+    shapes = [[*x.shape[:dim], count, *x.shape[dim + 1 :]] for count in counts]
+    return torch.cat(fabric.registered(group).all_gather(x.contiguous(), shapes), dim)
+
+
+@_all_gather.register_fake
+def _(x: torch.Tensor, dim: int, counts: Sequence[int], group: str) -> torch.Tensor:
+    return x.new_empty([*x.shape[:dim], sum(counts), *x.shape[dim + 1 :]])
+
+
+class Traced:
+    """A rank's end of a group (:class:`passes.fabric.Communicator`) in a compiled program.
+
+    Args:
+        key: the group's (:func:`passes.fabric.register`).
+        rank: the rank's number in the group.
+        size: how many there are.
+    """
+
+    def __init__(self, key: str, rank: int, size: int) -> None:
+        self.key, self.rank, self.size = key, rank, size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tensors, all of one shape."""
+        return _all_reduce(tensor, self.key)
+
+    all_reduce_ = all_reduce
+
+    def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The ranks' tensors in rank order; ``shapes`` may differ in one dim."""
+        differing = [
+            d for d in range(tensor.dim()) if any(s[d] is not shapes[0][d] and s[d] != shapes[0][d] for s in shapes)
+        ]
+        dim = differing[0] if differing else 0
+        counts = [s[dim] for s in shapes]
+        return list(_all_gather(tensor, dim, counts, self.key).split(counts, dim))
+
+
+def all_reduce(x: torch.Tensor, key: str, rank: int, size: int) -> torch.Tensor:
+    """:func:`passes.ops.all_reduce`."""
+    return ops._AllReduce.apply(x, Traced(key, rank, size))
+
+
+class _Gather(torch.autograd.Function):
+    """:class:`passes.ops._AllGather` along one dim, all that it must know of the ranks' indices worked out before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, how: Any, group: Traced) -> torch.Tensor:
+        dim, counts, pieces, ctx.mine, ctx.kept = how
+        ctx.dim = dim
+        joined = _all_gather(x, dim, counts, group.key)
+        return joined if pieces is None else torch.cat([joined.narrow(dim, a, b - a) for a, b in pieces], dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        dim = ctx.dim
+        own = torch.cat([grads[0].narrow(dim, a, b - a) for a, b in ctx.mine], dim)
+        if ctx.kept is not None:  # of what several ranks hold one passes the gradient on
+            parts = [own.narrow(dim, a, b - a) * int(keep) for a, b, keep in ctx.kept]
+            own = torch.cat(parts, dim)
+        return own, None, None
+
+
+def all_gather(x: torch.Tensor, how: Any, key: str, rank: int, size: int) -> torch.Tensor:
+    """:func:`passes.ops.all_gather`."""
+    return _Gather.apply(x, how, Traced(key, rank, size))
+
+
+def _how(places: Any, rank: int) -> tuple[Any, ...]:
+    """A gather in plain numbers: the dim, how much each rank holds, the pieces of what they hold, one after another,
+    that make up the whole (None: all of it), this rank's runs, and its own runs with whether they count."""
+    ((dim, sets),) = places
+    held = Shards(max(b for each in sets for _, b in each), tuple(IndexSet(s) for s in sets))
+    flat = np.concatenate([s.indices for s in held.ranks])
+    _, first = np.unique(flat, return_index=True)  # where each index of the whole is held first
+    pieces = None if len(first) == len(flat) and (np.diff(first) == 1).all() else _in_runs(first)
+    kept = None
+    if not held.disjoint:
+        counts = np.isin(held.ranks[rank].indices, held.owned.ranks[rank].indices)
+        edges = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
+        kept = tuple((a, b, bool(counts[a])) for a, b in pairwise(edges) if b > a)
+    return dim, held.counts, pieces, sets[rank], kept
+
+
+def _in_runs(positions: Any) -> tuple[tuple[int, int], ...]:
+    """Positions, in their order, as runs."""
+    edges = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
+    return tuple((int(positions[a]), int(positions[b - 1]) + 1) for a, b in pairwise(edges))
+
+
+def enter(x: Any, key: str, rank: int, size: int) -> Any:
+    """:func:`passes.ops.enter`."""
+    tensors = ops._Enter.apply(Traced(key, rank, size), *(x if isinstance(x, tuple) else (x,)))
+    return tensors if isinstance(x, tuple) else tensors[0]
+
+
+def settle(x: torch.Tensor, key: str, rank: int, size: int) -> torch.Tensor:
+    """:func:`passes.ops.settle`."""
+    return ops._Settle.apply(x, Traced(key, rank, size))
+
+
+def enter_overlapping(x: torch.Tensor, places: Any, key: str, rank: int, size: int) -> torch.Tensor:
+    """:func:`passes.ops.enter_overlapping`."""
+    return ops._EnterOverlapping.apply(x, places, Traced(key, rank, size))
+
+
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, start: int, classes: int, reduction: int, ignore_index: int,
+    key: str, rank: int, size: int, weight: torch.Tensor | None = None, label_smoothing: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """:func:`passes.vocabulary.vocab_parallel_cross_entropy`."""
+    group = Traced(key, rank, size)
+    given = (logits, target, start, classes, reduction, ignore_index)
+    return vocabulary.cross_entropy_over(*given, group, weight, label_smoothing)
+
+
+def norm_over_shards(
+    x: torch.Tensor, weight: Any, bias: Any, eps: float | None, counts: Any, centered: bool, key: str, rank: int,
+    size: int,
+) -> torch.Tensor:  # fmt: skip
+    """:func:`passes.norms.norm_over_shards`."""
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    group = Traced(key, rank, size)
+    return norms._Norm.apply(x, weight, bias, eps, tuple(counts), centered, group)
+
+
+_TRACED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
+    ops.all_reduce: (all_reduce, 1),
+    ops.all_gather: (all_gather, 2),
+    ops.enter: (enter, 1),
+    ops.settle: (settle, 1),
+    ops.enter_overlapping: (enter_overlapping, 2),
+    vocabulary.vocab_parallel_cross_entropy: (cross_entropy, 6),
+    norms.norm_over_shards: (norm_over_shards, 6),
+}
+"""For each op by which ranks meet the one that can be compiled, and which of its arguments names the group."""
+
+
+def traced(graph: fx.Graph, of: fabric.Fabric) -> bool:
+    """Let ranks meet through ops that a compiler can see.
+
+    Args:
+        graph: a rank's graph; changed in place.
+        of: the fabric in which it will run.
+
+    Returns:
+        Whether the graph can be compiled: not if it draws random numbers, which ranks draw alike or apart from
+        streams that no compiler knows, or if shards differ in several dims.
+    """
+    random = (ops.random_same, ops.random_per_rank)
+    if any(n.target in random or (n.target is ops.all_gather and len(n.args[1]) > 1) for n in graph.nodes):
+        return False
+    for node in graph.nodes:
+        if node.target not in _TRACED:
+            continue
+        target, at = _TRACED[node.target]
+        key = fabric.register(of, node.args[at])
+        group = of.group(node.args[at])
+        given = list(node.args)
+        if node.target is ops.all_gather:
+            given[1] = _how(given[1], group.rank)
+        node.target, node.args = target, (*given[:at], key, group.rank, group.size, *given[at + 1 :])
+    return True
