@@ -18,13 +18,16 @@ from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
 from autotp.plan import Plan
 from autotp.planning import make_plan as plan
 from autotp.simulate import Simulation, simulate
+from autotp.states import sharded_state
 from autotp.tally import Tally
 from autotp.verify import Report, verify
+from passes import Lowering
 
 __all__ = [
     "AutoTPError",
     "CaptureError",
     "LaunchError",
+    "Lowering",
     "MismatchError",
     "PartialCaptureWarning",
     "Plan",
@@ -40,6 +43,7 @@ __all__ = [
     "graph",
     "parallelize",
     "plan",
+    "sharded_state",
     "simulate",
     "verify",
 ]

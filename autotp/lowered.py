@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -134,7 +135,25 @@ class LoweredGraph(fx.GraphModule):
         self.weights, self.found, self.grad = made.weights, made.found, grad
         self.run: Callable[..., Any] = self.forward
         if can:
-            self.run = torch.compile(self.forward, fullgraph=True, **{"dynamic": True, **(compiled or {})})
+            self._compile(compiled or {})
+
+    def _compile(self, options: Mapping[str, Any]) -> None:
+        # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
+        compiled = torch.compile(self.forward, fullgraph=True, **{"dynamic": not self.grad, **options})
+
+        def run(*given: Any) -> Any:
+            try:
+                return compiled(*given)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything has run
+                warnings.warn(
+                    "a graph was compiled for as many sizes as torch.compile allows, and runs as it is from now on: "
+                    'pad to fewer sizes, or parallelize(compile={"dynamic": True})',
+                    stacklevel=2,
+                )
+                self.run = self.forward
+                return self.forward(*given)
+
+        self.run = run
 
     def __str__(self) -> str:
         kind = "with a backward" if self.grad else "forward only"

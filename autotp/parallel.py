@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,7 @@ from autotp.process import TIMEOUT, Mesh, ProcessFabric, join
 from autotp.rewrite import RankGraph
 from autotp.runtime import Runtime, Whole
 from autotp.shards import local_part, shards_of
+from passes import Lowering
 
 __all__ = ["full_gradients", "full_state_dict", "graph", "parallelize"]
 
@@ -84,6 +86,9 @@ def parallelize(
     check: bool | str = True,
     shared_memory: bool = True,
     broadcast_inputs: bool = False,
+    lowering: bool | Lowering = True,
+    exact: bool = False,
+    compile: bool | str | Mapping[str, Any] = False,
 ) -> nn.Module:
     """Split ``model`` over ``tp`` ranks, in place, and return it.
 
@@ -118,6 +123,13 @@ def parallelize(
         broadcast_inputs: where the inputs of a call, or of ``generate``, differ between ranks, take rank 0's on all of
             them; left out, that is an error on all of them. Calls compare the values of integers on the CPU (token
             ids, masks), and with ``debug`` of all inputs; ``generate`` compares those of all.
+        lowering: which passes make the rewritten graphs faster before they run (:class:`autotp.Lowering`); True: all;
+            False: none, the graphs run as ``autotp.graph`` prints them.
+        exact: leave out those of them that call other kernels than the model does, and so round differently.
+        compile: let ``torch.compile`` make one program of each graph, collectives included, without a graph break; a
+            mode, or a dict of its options. A graph that draws random numbers runs as it is. Without a backward, sizes
+            are dynamic; with one, each size is compiled by itself, and a graph that met too many runs as it is. What
+            ``torch.compile(model)`` returns does the same for a model that was parallelized without.
 
     Returns:
         The same object.
@@ -144,16 +156,31 @@ def parallelize(
         raise ValueError(f'check is True, False or "warn", not {check!r}')
     if "_autotp" in model.__dict__:
         raise AutoTPError(f"this {type(model).__name__} is parallelized already")
+    passes = lowering if isinstance(lowering, Lowering) else Lowering() if lowering else Lowering.none()
+    options = {"mode": compile} if isinstance(compile, str) else dict(compile) if isinstance(compile, Mapping) else {}
+    fast = _Fast(passes.exactly() if exact else passes, options if compile else None)
     with torch.inference_mode(False):  # else the shards would be tensors that never train
         return _parallelize(
             model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict, check, shared_memory,
-            broadcast_inputs,
+            broadcast_inputs, fast,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Fast:
+    """How graphs are made fast: the passes, and options for ``torch.compile``, if they are to be compiled."""
+
+    lowering: Lowering
+    compiled: dict[str, Any] | None
+
+    def __str__(self) -> str:
+        compiled = {k: getattr(v, "__qualname__", v) for k, v in (self.compiled or {}).items()}
+        return f"{self.lowering}, {'compiled' if self.compiled is not None else 'not compiled'} {compiled or ''}"
 
 
 def _parallelize(
     model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool,
-    strict: bool, check: bool | str, shared_memory: bool, broadcast_inputs: bool,
+    strict: bool, check: bool | str, shared_memory: bool, broadcast_inputs: bool, fast: _Fast,
 ) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
         meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
@@ -162,11 +189,12 @@ def _parallelize(
         admit(model)
         args, kwargs = example_call(model, example_inputs)
     given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory,
-             "broadcast_inputs": broadcast_inputs}  # fmt: skip
+             "broadcast_inputs": broadcast_inputs, "how graphs are made fast": str(fast)}  # fmt: skip
     place.agree(given | _structure(model, args, kwargs))
     division = _division(model, place, args, kwargs, plan)
     with place.together("proving the graphs"):
         for part in division.parts:
+            part.programs.lowering, part.programs.compiled = fast.lowering, fast.compiled
             part.programs.prove(check)
     with place.together("looking at what stays whole"):
         announce(plan_of(division, place.tp), division, strict, stacklevel=4)
@@ -181,6 +209,8 @@ def _parallelize(
                 parameter.data = local_part(parameter.data, shards, place.rank).clone()
                 if grad is not None:
                     parameter.grad = local_part(grad, shards, place.rank).clone()
+            elif parameter.untyped_storage().nbytes() > 2 * parameter.nbytes:  # part of a mapped file, say
+                parameter.data = parameter.data.clone()  # else all of it would be kept for this one
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
     agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory, broadcast_inputs)
     fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -52,10 +52,9 @@ class Lowering:
         """No pass at all."""
         return Lowering(**dict.fromkeys((f.name for f in fields(Lowering)), False))
 
-    @staticmethod
-    def exact() -> Lowering:
-        """The passes that leave every number as it is, to the bit: not those that call other kernels."""
-        return Lowering(causal=False, group=False, fuse=False, merge=False)
+    def exactly(self) -> Lowering:
+        """Those of the passes that leave every number as it is, to the bit: not those that call other kernels."""
+        return replace(self, causal=False, group=False, fuse=False, merge=False)
 
 
 @dataclass
