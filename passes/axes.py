@@ -100,7 +100,8 @@ def size_of(size: int | torch.SymInt) -> Size:
     if environment not in _KNOWN:
         _KNOWN[environment] = _guarded(environment)
     known = _KNOWN[environment]
-    if expression not in known:  # such as max(1, s), of s that is two at least
+    if expression not in known:  # such as max(1, s), of s that is two at least, or one more than what is known
+        found = _of_expression(expression.xreplace({e: sympy.Integer(n.number) for e, n in known.items() if n.static}))
         bounds = environment.bound_sympy(expression)
         known[expression] = Size(int(bounds.lower)) if bounds.lower == bounds.upper else found
     return known[expression]

@@ -209,3 +209,19 @@ def test_three_ranks_of_two_key_value_heads(tmp_path_factory: pytest.TempPathFac
         assert share == storage == dense // 2, "replicas aside"
         assert heads == [1, 1]
         assert result["heads"] == [[1, 1]] * 3
+
+
+def test_a_call_that_cannot_be_captured_runs_the_models_python(tmp_path_factory: pytest.TempPathFactory) -> None:
+    results = _run(2, workers_generation.branches, tmp_path_factory)
+    for rank, result in enumerate(results):
+        assert result["whole"]
+        assert max(*result["values"], result["after"], result["a copy"], result["captured as before"]) < 1e-12
+        assert result["branches differ"]
+        (warned,) = result["warned"]
+        assert warned.startswith("a call of this Branches cannot be captured (")
+        assert "Python that depends on the values in a tensor" in warned
+        assert "values of args[1]: 1 (checksum" in result["flags differ"]
+        assert ("in the middle on rank 1" if rank == 0 else "ValueError: in the middle") in result["raise"]
+        assert "up.weight is split over the ranks, and code outside" in result["read"]
+        for name in ("with gradients", "strict"):
+            assert result[name].startswith("CaptureError: Branches cannot be captured as one graph")

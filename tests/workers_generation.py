@@ -305,6 +305,54 @@ class Stops(transformers.StoppingCriteria):
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.at[0])
 
 
+class Branches(torch.nn.Module):
+    """Captured whole for a call without a flag; with one its Python depends on the flag's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = torch.nn.Embedding(131, 64), torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)
+        self.mlp = torch.nn.Sequential(self.up, torch.nn.GELU(), self.down)
+        self.asked: list[str] = []  # no plain attribute, so that the ranks do not compare it
+
+    def forward(self, ids: torch.Tensor, flag: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.mlp(self.embed(ids))
+        if flag is not None and int(flag) > 3:
+            x = self.mlp(x) * 2
+        if "raise" in self.asked:
+            raise ValueError("in the middle")
+        if "read" in self.asked:
+            x = x + self.up.weight.sum()
+        return x
+
+
+def branches(rank: int, world: int) -> Result:
+    """A call that cannot be captured, of a model that was captured whole for another."""
+    ids, found = prompt(), Result()
+    dense, model = pair(Branches, world, example_inputs=(ids,))
+    found["whole"] = hasattr(model.__dict__["_autotp"], "programs")
+    with torch.no_grad():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            errors = [relative_error(dense(ids, torch.tensor(n)), model(ids, torch.tensor(n))) for n in (1, 5, 7)]
+        said = [str(w.message) for w in seen if isinstance(w.message, autotp.PartialCaptureWarning)]
+        found["values"], found["warned"] = errors, said
+        found["branches differ"] = relative_error(dense(ids, torch.tensor(1)), dense(ids, torch.tensor(5))) > 1e-3
+        found["flags differ"] = raised(lambda: model(ids, torch.tensor(1 + rank)))
+        for asked in ("raise", "read"):
+            model.asked = [asked] if asked == "read" or rank == 1 else []
+            found[asked] = raised(lambda: model(ids, torch.tensor(5)))
+            model.asked = []
+        found["after"] = relative_error(dense(ids, torch.tensor(5)), model(ids, torch.tensor(5)))
+        twin = copy.deepcopy(model)
+        found["a copy"] = relative_error(dense(ids, torch.tensor(5)), twin(ids, torch.tensor(5)))
+    found["with gradients"] = raised(lambda: model(ids, torch.tensor(5)))
+    found["captured as before"] = relative_error(dense(ids), model(ids))
+    _, strict = pair(Branches, world, example_inputs=(ids,), strict=True)
+    with torch.no_grad():
+        found["strict"] = raised(lambda: strict(ids, torch.tensor(5)))
+    return found
+
+
 def differences(rank: int, world: int) -> Result:
     """Ranks that are given different prompts or arguments: errors, or rank 0's."""
     warnings.simplefilter("ignore")
