@@ -96,10 +96,14 @@ class Programs:
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
-        copy.proof, copy.slots, copy.counts = self.proof, dict(self.slots), set(self.counts)
-        copy.lowering, copy.compiled = self.lowering, self.compiled
-        copy.runs_python = self.runs_python
-        return copy
+        copy.slots, copy.counts = dict(self.slots), set(self.counts)
+        return self._set_up(copy)
+
+    def _set_up(self, made: Programs) -> Programs:
+        """Other programs, which are to be proved, made fast and run as these are."""
+        made.proof, made.lowering, made.compiled = self.proof, self.lowering, self.compiled
+        made.runs_python = self.runs_python
+        return made
 
     def _made(
         self, model: nn.Module, root: nn.Module, dense: Dense, stored: Mapping[str, Layout] | None, path: str
@@ -118,10 +122,8 @@ class Programs:
         dense = Dense({n: self.dense.shapes[full] for n, full in names.items()})
         split = {n: layout for n, layout in stored.items() if layout is not None}
         made = self._made(module, self._root(), dense, split, dotted(self.path, name))
-        made.proof, made.slots, made.counts, made.outer = self.proof, self.slots, self.counts, self
-        made.lowering, made.compiled = self.lowering, self.compiled
-        made.runs_python = self.runs_python
-        return made
+        made.slots, made.counts, made.outer = self.slots, self.counts, self
+        return self._set_up(made)
 
     def _root(self) -> nn.Module:
         """The model that the module is in, as far as its programs must know of it."""

@@ -5,7 +5,6 @@ The objects that were passed get what the call changes in them, in place.
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autotp.states import GONE, Box, Change, Count, Leaf, build
+from autotp.written import written
 
 if TYPE_CHECKING:
     from autotp.tracing import Outputs
@@ -43,11 +43,7 @@ class _Writer:
         leaves = iter(self.outputs.leaves)
         self.lines.append(f"return {self.tree(self.outputs.spec, leaves)}")
         body = "\n".join(f"    {line}" for line in self.lines)
-        text = f"def give(results, objects):\n{body}\n"
-        file = f"<autotp giving {id(self):x}>"
-        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-        exec(compile(text, file, "exec"), self.names)
-        function: Give = self.names["give"]
+        function: Give = written("give", f"def give(results, objects):\n{body}\n", self.names)
         return function
 
     def known(self, value: Any) -> str:

@@ -9,7 +9,6 @@ the graph takes them for constants. Where it is in doubt it says no, and the arg
 from __future__ import annotations
 
 import enum
-import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from autotp.arguments import Arguments
 from autotp.capture import Captured
 from autotp.states import Box, Constant, Count, Form, Leaf, State, counted
+from autotp.written import written
 from passes import Layout
 
 __all__ = ["Recognized", "dynamic_sizes", "recognizer"]
@@ -100,11 +100,9 @@ class _Writer:
             "def recognize(args, kwargs):\n    try:\n"
             f"{body}\n    except (KeyError, IndexError, AttributeError, ValueError):\n        return None\n"
         )
-        made: dict[str, Any] = {**self.names, "Recognized": Recognized, "Tensor": torch.Tensor}
-        file = f"<autotp recognition {id(made):x}>"
-        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-        exec(compile(text, file, "exec"), made)
-        function: Recognize = made["recognize"]
+        function: Recognize = written(
+            "recognize", text, {**self.names, "Recognized": Recognized, "Tensor": torch.Tensor}
+        )
         return function
 
     def refuse_unless(self, condition: str) -> None:

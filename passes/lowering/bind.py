@@ -16,8 +16,6 @@ from passes.lowering.values import cut, is_tensor, local
 
 __all__ = ["bind"]
 
-aten = torch.ops.aten
-
 _AS_FUNCTIONS = ("abs add addmm all amax amin any arange argmax argmin baddbmm bitwise_and bitwise_not bitwise_or bmm "
                  "cat ceil clamp cos cumsum diff div einsum embedding eq erf exp expm1 flatten floor full ge gelu gt "
                  "index_copy index_select isnan layer_norm le linear log log1p logical_and logical_not logical_or lt "

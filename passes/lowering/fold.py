@@ -62,7 +62,7 @@ def _is_constant(node: fx.Node, constants: dict[str, Any]) -> bool:
     return size is not None and size <= _LARGEST and not any(u.op == "output" for u in node.users)
 
 
-def _evaluate(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> int:
+def _evaluate(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
     """Compute what depends on nothing that a call is given, nor on the model's weights."""
     values: dict[fx.Node, torch.Tensor] = {}
     for node in graph.nodes:
@@ -74,11 +74,8 @@ def _evaluate(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> int:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         with torch.no_grad():
             values[node] = node.target(*args, **kwargs)
-    count = 0
     for node, value in values.items():
-        if node.op == "get_attr" or not any(u not in values for u in node.users):
-            continue
-        if value.is_meta:
+        if node.op == "get_attr" or value.is_meta or all(u in values for u in node.users):
             continue
         name = f"_folded_{len(constants)}"
         constants[name] = value
@@ -86,8 +83,6 @@ def _evaluate(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> int:
             new = graph.create_node("get_attr", name)
         new.meta = {**node.meta, "origin": name}
         node.replace_all_uses_with(new)
-        count += 1
-    return count
 
 
 def fold(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> int:

@@ -33,14 +33,13 @@ _COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
 _NEW = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.add", "aten.sub",
         "aten.mul", "aten.div", "aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoid", "aten.neg",
         "aten.exp", "aten.rsqrt", "aten.pow", "aten.mean", "aten.rms_norm", "aten.layer_norm", "aten.cat",
-        "aten.scaled_dot_product_attention", "aten.embedding", "all_reduce", "all_reduce_", "all_gather",
-        "vocab_parallel_embedding", "add_", "sub_", "mul_", "div_", "silu_", "relu_", "tanh_", "sigmoid_"}  # fmt: skip
+        "aten.scaled_dot_product_attention", "aten.embedding", "all_reduce", "all_gather",
+        "vocab_parallel_embedding"}  # fmt: skip
 """Ops whose results are memory of their own."""
 
 
 def _is_new(node: fx.Node) -> bool:
-    name = op_name(node)
-    return name in _NEW or name.removesuffix("_") in _NEW
+    return op_name(node).removesuffix("_") in _NEW  # written over an operand, it is that one's memory
 
 
 def _free(operand: Any, node: fx.Node) -> bool:
