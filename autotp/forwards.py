@@ -53,19 +53,17 @@ def _run_compiled(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         asked.options = before
 
 
-_run_compiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable, without its import
-
-
 class _Forward:
     """A module's replaced ``forward``; its signature is the module's own."""
 
     def __init__(self, module: nn.Module, run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]) -> None:
         self.run = run
+        self._compiled = torch.compiler.disable(_run_compiled)  # imports what capture has imported before
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return _run_compiled(self.run, args, kwargs)
+            return self._compiled(self.run, args, kwargs)
         return self.run(args, kwargs)
 
 
