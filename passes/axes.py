@@ -84,9 +84,16 @@ _KNOWN: WeakKeyDictionary[Any, dict[sympy.Expr, Size]] = WeakKeyDictionary()
 
 
 def _guarded(environment: Any) -> dict[sympy.Expr, Size]:
-    """The expressions of which a guard of a capture says that they are some number."""
+    """The expressions of which guards of a capture say that they are some number, each with the others put in."""
     equal = [g.expr.args for g in environment.guards if isinstance(g.expr, sympy.Eq)]
-    return {left: Size(int(right)) for left, right in equal if right.is_Integer and right > 0}
+    equal = [(left, right) for left, right in equal if right.is_Integer and right > 0]
+    known: dict[sympy.Expr, sympy.Expr] = {}
+    while True:  # blocks // n = 512 and n = 1: then blocks = 512
+        found = {left.xreplace({e: n for e, n in known.items() if e != left}): right for left, right in equal}
+        found = {left: right for left, right in found.items() if not left.is_number and left not in known}
+        if not found:
+            return {e: Size(int(n)) for e, n in known.items()}
+        known |= found
 
 
 def size_of(size: int | torch.SymInt) -> Size:
