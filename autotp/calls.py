@@ -287,9 +287,9 @@ class Programs:
         for i, (recognize, number, texts) in enumerate(self._recognizers):
             if (given := recognize(args, kwargs)) is None:  # type: ignore[arg-type]
                 continue
-            watches = self._watches()
-            if not all(w.is_same() for w in watches) or [w.text for w in watches] != texts:
-                return None
+            for watch, text in zip(self._watches(), texts, strict=True):
+                if not watch.is_same() or watch.text != text:
+                    return None
             if i:
                 self._recognizers.insert(0, self._recognizers.pop(i))
             return self._made_so_far[number], given, number

@@ -28,10 +28,11 @@ __all__ = ["Watch", "dotted"]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
-_OF_ALL = ("training", "_is_full_backward_hook")
-"""Plain attributes that every module has: the one is looked at for all at once, the other changes with hooks."""
+try:  # a number that is another one after each change of a dict
+    from torch._C._dynamo.guards import dict_version as _version
+except ImportError:  # it is torch's own, for its compiler's guards
+    _version = None  # type: ignore[assignment]
 
-_TRAINING = operator.itemgetter("training")
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
 _FORWARD = operator.itemgetter("forward")
 
@@ -75,7 +76,6 @@ class Watch:
         self._last: Any = None
         self._settled: dict[Place, Any] | None = None
         self.seen: Any = None
-        self._seen_held: list[Any] = []
         self._trainable: tuple[Any, int] = None, 0
         self.text = ""
 
@@ -88,7 +88,7 @@ class Watch:
         self._scan()
         self._settled, self._ties = self._facts(), self._tied()
         self._first = {**self._first, **dict(self._attributes.items() - before.items())}
-        self._changes = self._differing()
+        self._changes, self.seen = self._differing(), None
 
     def follow(self) -> None:
         """Take what has changed since the last look for how it was at first: a model's own forward did it."""
@@ -112,36 +112,30 @@ class Watch:
             self._changes = self._differing()
         kinds = {f"{dtype} {device.type}" for dtype, device in set(map(_KIND, self._parameters))}
         self.text = f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
-        self.seen, self._seen_held = self._glance(), self._held()
+        self.seen = self._glance()
         return self.text
 
     def is_same(self) -> bool:
         """Whether nothing has changed since the last look, as far as a glance shows: what is set on modules and
         configs, the tensors and where they lie, hooks that are registered. In doubt, no."""
-        held = self._held()
-        if len(held) != len(self._seen_held) or not all(map(operator.is_, held, self._seen_held)):
+        now, seen = self._glance(), self.seen
+        if seen is None or now[1:] != seen[1:]:
             return False
-        return (now := self._glance()) is not None and bool(now == self.seen)
+        if now[0] is None or now[0] != seen[0]:  # something was set, perhaps to what it was
+            if self._snapshot() != self._last:
+                return False
+            self.seen = now
+        return True
 
-    def _held(self) -> list[Any]:
-        """The submodules and tensors of all modules."""
-        return list(chain.from_iterable(map(dict.values, self._tensors)))
-
-    def _glance(self) -> Any:
-        """What, beside what is held, is the same as long as :meth:`_snapshot` is, quicker."""
-        try:
-            return (
-                RemovableHandle.next_id,  # one more for each hook
-                list(map(len, self._dicts)),
-                list(map(_TRAINING, self._dicts)),
-                [get(d) for get, d in self._rest],
-                any(self._none),
-                list(map(torch.Tensor.numel, self._parameters)),
-                list(map(torch.Tensor.data_ptr, self._parameters)),  # a cast or a move gives others
-                list(map(_FORWARD, self._replaced)),
-            )
-        except (KeyError, RuntimeError):
-            return None
+    def _glance(self) -> tuple[Any, ...]:
+        """What is the same as long as nothing is set anywhere, and no tensor moves."""
+        return (
+            list(map(_version, self._set)) if _version is not None else None,
+            any(self._none),
+            RemovableHandle.next_id,  # one more for each hook
+            list(map(torch.Tensor.numel, self._parameters)),
+            list(map(torch.Tensor.data_ptr, self._parameters)),  # a cast or a move gives others
+        )
 
     def trainable(self) -> tuple[bool, ...]:
         """Which parameters need gradients: the graphs serve for all, but the ranks must agree."""
@@ -167,10 +161,9 @@ class Watch:
         self._replaced = [d for d in self._dicts if "_autotp" in d]
         self._full, self._empty = [d for d in held if d], [d for d in held if not d]
         own = [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
-        self._tensors, self._none = [d for d in own if d], [d for d in own if not d]
+        self._none = [d for d in own if not d]
         self._parameters = list(self.model.parameters())
         self._attributes = {}
-        self._rest: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         seen: set[int] = set()
         for name, module in modules:
@@ -183,6 +176,9 @@ class Watch:
                     self._watch(dotted(name, key), value.__dict__, seen)
         for name, buffer in self.model.named_buffers():
             self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
+        of_modules = set(map(id, self._dicts))
+        configs = [d for _, d in self._getters if id(d) not in of_modules]
+        self._set = [*self._dicts, *filter(None, own), *configs]
         self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
         self._last = self._snapshot()
 
@@ -194,8 +190,6 @@ class Watch:
             seen.add(id(attributes))
             self._attributes |= {(name, k): attributes[k] for k in names}
             self._getters.append((operator.itemgetter(*names), attributes))
-            if rest := [n for n in names if n not in _OF_ALL]:
-                self._rest.append((operator.itemgetter(*rest), attributes))
 
     def _snapshot(self) -> Any:
         """What is the same, in values and identities, as long as nothing changes. Runs at each call."""

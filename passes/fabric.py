@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -70,15 +70,22 @@ def current() -> Fabric:
     return _current.fabric
 
 
-@contextmanager
-def use(fabric: Fabric) -> Iterator[None]:
-    """Run with ``fabric`` as the current one."""
-    before = _current.fabric
-    _current.fabric = fabric
-    try:
-        yield
-    finally:
-        _current.fabric = before
+class use:  # noqa: N801
+    """Run with ``fabric`` as the current one (written as a class: a generator takes a microsecond of each call).
+
+    Example:
+        >>> with use(fabric):
+        ...     results = graph(*inputs)
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+
+    def __enter__(self) -> None:
+        self._before, _current.fabric = _current.fabric, self._fabric
+
+    def __exit__(self, *_: object) -> None:
+        _current.fabric = self._before
 
 
 def replica_group(name: str, parts: Sequence[Sequence[int]]) -> str:
