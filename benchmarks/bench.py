@@ -17,7 +17,8 @@ too, as they do unless told otherwise: for autotp a gather more, which the hand-
 the same on a model so small that nothing but overhead is left; and autotp at tp=1 beside the dense module.
 
 The models differ in how ranks exchange values, too: autotp through memory (``--model autotp-gloo``: through
-gloo), all others through gloo. ``--profile`` adds where the time goes, ``--memory`` what loading and a
+gloo), all others through gloo. ``--passes`` says what each lowering pass gives: autotp without that one, to
+autotp with all. ``--profile`` adds where the time goes, ``--memory`` what loading and a
 training step need. ``CPU ms`` is the processor time of all ranks together, which other processes on the
 machine disturb less than the clock. Python's garbage collector rests while a step is timed.
 """
@@ -56,6 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", choices=MODELS, help="which models beside the hand-written one; "
                         "all but autotp-gloo")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="add autotp's model under torch.compile")
+    parser.add_argument("--passes", action="store_true", help="add autotp's model without each of the lowering passes")
     parser.add_argument("--logits", action="store_true", help="transformers' models return logits in training, too")
     parser.add_argument("--profile", action="store_true", help="add where the time goes, by kind of operation")
     parser.add_argument("--memory", action="store_true", help="add peak memory, in processes of its own")
@@ -71,6 +73,10 @@ def chosen(options: argparse.Namespace) -> list[str]:
     names = [m.replace("-TP", " TP").replace("-gloo", " gloo") for m in MODELS if m in wanted or m == "hand-written"]
     if options.compile and "autotp" in names:
         names.insert(names.index("autotp") + 1, "autotp compiled")
+    if options.passes and "autotp" in names:
+        from benchmarks.models import WITHOUT
+
+        names += WITHOUT
     return names
 
 
@@ -113,7 +119,7 @@ class Bench:
         """All cases, model by model."""
         import torch
 
-        from benchmarks.report import show_final
+        from benchmarks.report import show_final, show_passes
 
         cpu = platform.processor() or platform.machine()
         before = os.getloadavg()[0]
@@ -125,6 +131,8 @@ class Bench:
             if mine or alone:
                 self.model(size, mine, alone)
         self.show(*show_final(self.record["cases"]))
+        if self.options.passes:
+            self.show(*show_passes(self.record["cases"]))
         self.record["load"] = before, os.getloadavg()[0]
         self.show("", "load average {:.1f} before, {:.1f} at the end".format(*self.record["load"]))
 
@@ -187,7 +195,7 @@ class Bench:
         from benchmarks.cases import example
         from benchmarks.models import make_alone
 
-        return make_alone(dense, example(case, vocab), self.options.compile)
+        return make_alone(dense, example(case, vocab), self.options.compile, self.options.passes)
 
     def measured(self, case: Any, vocab: int, dense: Any, models: list[Any], once: dict[str, float]) -> None:
         """Check, measure and show one case."""

@@ -8,6 +8,8 @@ to every parameter.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +39,15 @@ from benchmarks.megatron import MegatronLlama
 
 Once = dict[str, float]
 """Seconds of what happens once, by what it is."""
+
+WITHOUT = {
+    "autotp without all": autotp.Lowering.none(),
+    **{
+        f"autotp without {f.name}": dataclasses.replace(autotp.Lowering(), **{f.name: False})
+        for f in dataclasses.fields(autotp.Lowering)
+    },
+}
+"""autotp's model without one of the lowering passes, or any, by its name in tables."""
 
 
 class Llama(transformers.LlamaForCausalLM):
@@ -276,6 +287,7 @@ def make(names: list[str], dense: Competitor, example: dict[str, Any], training:
         "autotp": lambda: by_us("autotp"),
         "autotp compiled": lambda: compiled(made["autotp"]),
         "autotp gloo": lambda: by_us("autotp gloo", shared_memory=False),
+        **{name: functools.partial(by_us, name, lowering=passes) for name, passes in WITHOUT.items()},
         "DTensor": lambda: split("DTensor", lambda module: by_dtensor(module, tp)),
         "transformers TP": lambda: split("transformers TP", lambda module: by_transformers(module, tp)),
     }
@@ -285,19 +297,20 @@ def make(names: list[str], dense: Competitor, example: dict[str, Any], training:
     return list(made.values())
 
 
-def make_alone(dense: Competitor, example: dict[str, Any], with_compiled: bool) -> list[Competitor]:
+def make_alone(dense: Competitor, example: dict[str, Any], with_compiled: bool, with_passes: bool) -> list[Competitor]:
     """The dense model and autotp's at tp=1, on rank 0 alone. Collective."""
     group = dist.new_group([0])
 
-    def single() -> Competitor:
+    def single(name: str, lowering: bool | autotp.Lowering = True) -> Competitor:
         if dist.get_rank():
-            return AutoTP("autotp", None, alone=True)
-        return by_autotp(copy.deepcopy(dense.module), 1, example, False, mesh=group)
+            return AutoTP(name, None, alone=True)
+        return by_autotp(copy.deepcopy(dense.module), 1, example, False, name, mesh=group, lowering=lowering)
 
-    parallel = attempted("autotp", single)
-    parallel.alone = True
-    models = [dense, parallel]
-    return models + [compiled(m) for m in models if with_compiled]
+    ways: dict[str, bool | autotp.Lowering] = {"autotp": True, **(WITHOUT if with_passes else {})}
+    parallel = [attempted(name, functools.partial(single, name, passes)) for name, passes in ways.items()]
+    for model in parallel:
+        model.alone = True
+    return [dense, *parallel, *(compiled(m) for m in (dense, parallel[0]) if with_compiled)]
 
 
 def attempted(name: str, way: Callable[[], Competitor]) -> Competitor:

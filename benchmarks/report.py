@@ -15,6 +15,8 @@ from benchmarks.measure import Result, ratios, spread
 Record = dict[str, Any]
 """What goes into the file."""
 
+_WITHOUT = "autotp without "
+
 
 def table(*columns: str) -> Table:
     made = Table(pad_edge=False, box=None)
@@ -83,7 +85,8 @@ def show_final(cases: Record) -> list[Any]:
         rows = {name: record for name, record in cases.items() if record["reference"] == reference}
         if not rows:
             continue
-        columns = list(dict.fromkeys(m for record in rows.values() for m in record["models"] if m != reference))
+        names = dict.fromkeys(m for record in rows.values() for m in record["models"] if m != reference)
+        columns = [m for m in names if not m.startswith(_WITHOUT)]
         made = table(f"eager, to {reference}", *columns)
         work = table("the same in CPU time", *columns)
         for name, record in rows.items():
@@ -92,6 +95,27 @@ def show_final(cases: Record) -> list[Any]:
             work.add_row(name, *(f"{each['ratio_cpu']:.2f}" if "ratio_cpu" in each else "" for each in found))
         parts += ["", made, "", work]
     return parts
+
+
+def show_passes(cases: Record) -> list[Any]:
+    """How much longer autotp takes without each of the lowering passes."""
+    rows = dict.fromkeys(m for record in cases.values() for m in record["models"] if m.startswith(_WITHOUT))
+    made = table("without this pass, to with all", *cases)
+    work = table("the same in CPU time", *cases)
+    for row in rows:
+        texts, busy = [], []
+        for record in cases.values():
+            found, all_of_them = record["models"].get(row, {}), record["models"].get("autotp", {})
+            if not found.get("seconds") or not all_of_them.get("seconds"):
+                texts.append("failed" if found.get("failed") else "")
+                busy.append("")
+                continue
+            low, middle, high = spread([a / b for a, b in zip(found["seconds"], all_of_them["seconds"])])
+            texts.append(f"{middle:.2f} ({low:.2f}..{high:.2f})")
+            busy.append(f"{found['median_cpu'] / all_of_them['median_cpu']:.2f}")
+        made.add_row(row.removeprefix(_WITHOUT), *texts)
+        work.add_row(row.removeprefix(_WITHOUT), *busy)
+    return ["", made, "", work]
 
 
 def show_once(once: dict[str, float]) -> Table:
