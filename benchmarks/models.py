@@ -42,6 +42,7 @@ Once = dict[str, float]
 
 WITHOUT = {
     "autotp without all": autotp.Lowering.none(),
+    "autotp without none": autotp.Lowering(),  # to compare with: "autotp" runs with another's code in the caches
     **{
         f"autotp without {f.name}": dataclasses.replace(autotp.Lowering(), **{f.name: False})
         for f in dataclasses.fields(autotp.Lowering)

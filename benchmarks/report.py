@@ -16,6 +16,7 @@ Record = dict[str, Any]
 """What goes into the file."""
 
 _WITHOUT = "autotp without "
+_ALL = f"{_WITHOUT}none"
 
 
 def table(*columns: str) -> Table:
@@ -100,12 +101,13 @@ def show_final(cases: Record) -> list[Any]:
 def show_passes(cases: Record) -> list[Any]:
     """How much longer autotp takes without each of the lowering passes."""
     rows = dict.fromkeys(m for record in cases.values() for m in record["models"] if m.startswith(_WITHOUT))
+    rows.pop(_ALL, None)
     made = table("without this pass, to with all", *cases)
     work = table("the same in CPU time", *cases)
     for row in rows:
         texts, busy = [], []
         for record in cases.values():
-            found, all_of_them = record["models"].get(row, {}), record["models"].get("autotp", {})
+            found, all_of_them = record["models"].get(row, {}), record["models"].get(_ALL, {})
             if not found.get("seconds") or not all_of_them.get("seconds"):
                 texts.append("failed" if found.get("failed") else "")
                 busy.append("")
