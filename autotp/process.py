@@ -152,6 +152,9 @@ class _Solo:
 
     all_reduce_ = all_reduce
 
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: tensor
+
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         return [tensor]
 
@@ -177,6 +180,24 @@ class ProcessCommunicator:
         except RuntimeError as failure:
             raise self.missing(failure) from failure
         return total
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin :meth:`all_reduce_`; what it returns waits for the sum, and gives it."""
+        total = tensor.contiguous()
+        try:
+            begun = dist.all_reduce(total, group=self.group, async_op=True)
+        except RuntimeError as failure:
+            raise self.missing(failure) from failure
+
+        def finish() -> torch.Tensor:
+            try:
+                if begun is not None:
+                    begun.wait()
+            except RuntimeError as failure:
+                raise self.missing(failure) from failure
+            return total
+
+        return finish
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """The ranks' tensors in rank order; ``shapes`` says what shape each has."""

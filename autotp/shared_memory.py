@@ -182,6 +182,10 @@ class Board:
             AbsentError: the others have not come within the timeout, or an exchange has failed on one before.
             RuntimeError: they exchange something else.
         """
+        self.finish(self.begin(kind, write, read))
+
+    def begin(self, kind: int, write: Callable[[int], None], read: Callable[[int], None]) -> Iterator[None]:
+        """The first half of :meth:`run`: this rank has said what it has to say, and has waited for nobody."""
         if self.broken:
             raise AbsentError("an exchange through memory failed before: start the processes anew")
 
@@ -196,16 +200,29 @@ class Board:
                     raise RuntimeError(f"rank {other} of {self.size} exchanges something else")
             read(at)
 
+        self.number += 1
+        steps = exchange(self, self.rank, self.number, write_and_say, check_and_read)
         try:
-            self.number += 1
-            steps = exchange(self, self.rank, self.number, write_and_say, check_and_read)
+            next(steps)
+            next(steps)  # to where it waits, or would read
+        except BaseException:
+            self._give_up()
+            raise
+        return steps
+
+    def finish(self, steps: Iterator[None]) -> None:
+        """The second half of :meth:`run`: wait for the others, and read. No other exchange may come between."""
+        try:
             for waited, _ in enumerate(steps):
                 if waited > self._patience:
                     self._wait(waited - self._patience)
         except BaseException:
-            self.broken = True
-            self._words[self._line(self.rank) + 2] = 1
+            self._give_up()
             raise
+
+    def _give_up(self) -> None:
+        self.broken = True
+        self._words[self._line(self.rank) + 2] = 1
 
     def _look(self) -> None:
         """Raise if a rank has given up."""
@@ -247,43 +264,58 @@ class SharedMemory:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""
-        count = tensor.numel()
         if tensor.device.type != "cpu":
             return self.far.all_reduce(tensor)
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         most = self.board.slot // tensor.element_size()
-        if count <= most:
-            return self._sum(tensor)
-        flat, out = tensor.reshape(-1), torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        if tensor.numel() <= most:
+            return self._sum(tensor, out)
+        flat = tensor.reshape(-1)
         for mine, total in zip(flat.split(most), out.view(-1).split(most), strict=True):
             self._sum(mine, total)
         return out
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same, in the memory of ``tensor`` if that has no gaps."""
-        if tensor.device.type != "cpu":
-            return self.far.all_reduce_(tensor)
-        if not tensor.is_contiguous():
-            return self.all_reduce(tensor)
-        for part in tensor.view(-1).split(self.board.slot // tensor.element_size()):
-            self._sum(part, part)
-        return tensor
+        return self.start_all_reduce(tensor)()
 
-    def _sum(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin :meth:`all_reduce_`; what it returns waits for the sum, and gives it."""
+        if tensor.device.type != "cpu":
+            return self.far.start_all_reduce(tensor)
+        tensor = tensor.contiguous()
+        most = self.board.slot // tensor.element_size()
+        parts = [tensor] if tensor.numel() <= most else tensor.view(-1).split(most)
+        first = self._begin_sum(parts[0], parts[0])
+
+        def finish() -> torch.Tensor:
+            self._finish(first)
+            for part in parts[1:]:
+                self._sum(part, part)
+            return tensor
+
+        return finish
+
+    def _sum(self, tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        self._finish(self._begin_sum(tensor, out))
+        return out
+
+    def _begin_sum(self, tensor: torch.Tensor, out: torch.Tensor) -> Iterator[None]:
         slots = self.board.slots("sum", tensor.dtype, (tensor.shape,) * self.size)
-        found: list[torch.Tensor] = []
 
         def write(at: int) -> None:
             slots.views[at][self.rank].copy_(tensor.detach())
 
         def read(at: int) -> None:
             first, second, *rest = slots.views[at]
-            total = torch.add(first, second, out=out) if out is not None else torch.add(first, second)
+            torch.add(first, second, out=out)
             for each in rest:
-                total += each
-            found.append(total)
+                out.add_(each)
 
-        self._run(slots.kind, write, read)
-        return found[0]
+        try:
+            return self.board.begin(slots.kind, write, read)
+        except AbsentError as failure:
+            raise self.missing(failure) from failure
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """The ranks' tensors in rank order; ``shapes`` says what shape each has."""
@@ -293,16 +325,22 @@ class SharedMemory:
             return self.far.all_gather(tensor, shapes)
         slots = self.board.slots("gather", tensor.dtype, sizes)
         found: list[torch.Tensor] = []
-        self._run(
-            slots.kind,
-            lambda at: slots.views[at][self.rank].copy_(tensor.detach()),
-            lambda at: found.extend(each.clone() for each in slots.views[at]),
-        )
+
+        def write(at: int) -> None:
+            slots.views[at][self.rank].copy_(tensor.detach())
+
+        def read(at: int) -> None:
+            found.extend(each.clone() for each in slots.views[at])
+
+        try:
+            self._finish(self.board.begin(slots.kind, write, read))
+        except AbsentError as failure:
+            raise self.missing(failure) from failure
         return found
 
-    def _run(self, kind: int, write: Callable[[int], Any], read: Callable[[int], Any]) -> None:
+    def _finish(self, steps: Iterator[None]) -> None:
         try:
-            self.board.run(kind, write, read)
+            self.board.finish(steps)
         except AbsentError as failure:
             raise self.missing(failure) from failure
 

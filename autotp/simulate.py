@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class _ThreadCommunicator:
         return total
 
     all_reduce_ = all_reduce  # others may still read this one's tensor
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return partial(self.all_reduce, tensor)
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         parts = self._meeting.exchange(self.rank, tensor.detach())

@@ -14,7 +14,7 @@ from autotp.shared_memory import SharedMemory
 __all__ = ["Tally"]
 
 _ENDS = (SharedMemory, ProcessCommunicator)
-_KINDS = {"all_reduce": "all_reduce", "all_reduce_": "all_reduce", "all_gather": "all_gather"}
+_KINDS = {"all_reduce": "all_reduce", "start_all_reduce": "all_reduce", "all_gather": "all_gather"}
 
 
 class Tally:

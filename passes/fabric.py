@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -30,6 +30,11 @@ class Communicator(Protocol):
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same, perhaps in the memory of ``tensor``."""
+        ...
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin :meth:`all_reduce_`. What it returns waits for the sum, and gives it; until then this rank begins no
+        other collective of the group."""
         ...
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:

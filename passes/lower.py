@@ -11,7 +11,7 @@ from torch import fx
 
 from passes import ops
 from passes.graphs import op_name
-from passes.lowering import bind, causal, deduplicate, fold, fuse, group, merge, reuse, split, together
+from passes.lowering import bind, causal, deduplicate, fold, fuse, group, merge, overlap, reuse, split, together
 from passes.lowering.values import call, describe, is_tensor, local, plain, tidy
 
 __all__ = ["Lowered", "Lowering", "lower"]
@@ -32,6 +32,7 @@ class Lowering:
         merge: Linears of one input as one product.
         together: do once what is done alike to adjacent parts of a value.
         split: cut out in one call the parts that make up a whole.
+        overlap: compute what needs no sum over the ranks while that is under way.
         reuse: without a backward, write over operands that nothing reads any more.
         bind: call torch's C functions.
     """
@@ -44,6 +45,7 @@ class Lowering:
     merge: bool = True
     together: bool = True
     split: bool = True
+    overlap: bool = True
     reuse: bool = True
     bind: bool = True
 
@@ -176,6 +178,7 @@ def lower(
     run("deduplicate", deduplicate)
     run("split", split)
     _own_results(own)
+    run("overlap", overlap, grad)
     if not grad:
         run("reuse", reuse)
     run("bind", bind)

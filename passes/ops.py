@@ -49,9 +49,14 @@ __all__ = [
     "row_parallel_linear",
     "row_parallel_matmul",
     "settle",
+    "start_all_reduce",
+    "start_all_reduce_",
     "take",
+    "wait",
 ]
 
+Pending = Callable[[], torch.Tensor]
+"""A collective that was begun: waits for its result, and gives it."""
 Runs = tuple[tuple[int, int], ...]
 Places = tuple[tuple[int, tuple[Runs, ...]], ...]
 
@@ -158,6 +163,21 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
 def all_reduce_(x: torch.Tensor, group: str) -> torch.Tensor:
     """:func:`all_reduce` where no gradient is wanted and nothing reads ``x`` any more: it may be written over."""
     return fabric.current().group(group).all_reduce_(x)
+
+
+def start_all_reduce(x: torch.Tensor, group: str) -> Pending:
+    """Begin :func:`all_reduce`, where no gradient is wanted; :func:`wait` gives the sum."""
+    return start_all_reduce_(x.clone(), group)
+
+
+def start_all_reduce_(x: torch.Tensor, group: str) -> Pending:
+    """:func:`start_all_reduce` where nothing reads ``x`` any more: it may be written over."""
+    return fabric.current().group(group).start_all_reduce(x)
+
+
+def wait(pending: Pending) -> torch.Tensor:
+    """The sum that was begun. Until then ranks must meet in nothing else."""
+    return pending()
 
 
 class _Enter(torch.autograd.Function):

@@ -62,6 +62,11 @@ class Traced:
 
     all_reduce_ = all_reduce
 
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The sum, at once: where it runs is the compiler's to say."""
+        total = self.all_reduce(tensor)
+        return lambda: total
+
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """The ranks' tensors in rank order; ``shapes`` may differ in one dim."""
         differing = [

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import autotp
 from autotp.calls import Programs
 from autotp.capture import Dense
 from autotp.rewrite import RankGraph
+from autotp.shards import local_part, shards_of
 from autotp.simulate import Simulation
 from autotp.verify import Float64, relative_error
-from passes import Lowering
+from passes import Lowering, fabric
 from tests.models import make
 from tests.workers import backward, outputs, run
 from tests.workers_compile import compiled
@@ -118,6 +120,73 @@ def _equal_parts(parts: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
         for b in parts
         if a is not b and a.args[0] is b.args[0] and a.meta["local"] == b.meta["local"]
     )
+
+
+class _Log(TorchDispatchMode):
+    """One of two ranks, whose sums are its own parts: what it computes, and when it begins and ends a sum."""
+
+    rank, size = 0, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+    def group(self, name: str) -> _Log:
+        return self
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.seen.append("sum of ranks")
+        return tensor
+
+    all_reduce_ = all_reduce
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Any:
+        self.seen.append("begin")
+
+        def finish() -> torch.Tensor:
+            self.seen.append("end")
+            return tensor
+
+        return finish
+
+    def all_gather(self, tensor: torch.Tensor, shapes: Any) -> list[torch.Tensor]:
+        return [tensor.new_zeros(shape) for shape in shapes]
+
+    def beside(self) -> list[list[str]]:
+        """What is computed beside each sum that was begun."""
+        begun = [i for i, x in enumerate(self.seen) if x == "begin"]
+        return [self.seen[i + 1 : self.seen.index("end", i)] for i in begun]
+
+
+def test_sums_run_beside_what_does_not_need_them() -> None:
+    model, kwargs, programs = programs_of("llama", 2)
+    for name, parameter in model.named_parameters():
+        parameter.data = local_part(parameter.data, shards_of(programs.stored, name), 0).clone()
+    given, layers = programs.arguments((), kwargs).tensors, model.config.num_hidden_layers
+
+    def logged(lowering: Lowering) -> tuple[_Log, _Log]:
+        graph = RankGraph(programs.last, 0, model)
+        with Float64(), fabric.use(forward := _Log()), forward, torch.no_grad():
+            graph.execute(lowering, given)
+        with Float64(), fabric.use(backward := _Log()):
+            results = graph.execute(lowering, given)
+            backward.seen.clear()
+            with backward:
+                sum(r.sum() for r in results if r.requires_grad).backward()
+        return forward, backward
+
+    forward, backward = logged(Lowering())
+    assert any("cos" in each for each in forward.beside()), "the rotary tables, beside the embedding's sum"
+    assert len(backward.beside()) == 2 * layers + 1, "attention, MLP and head"
+    assert all("mm" in each for each in backward.beside()), "the weights' gradients"
+    for found, one_by_one in zip((forward, backward), logged(Lowering(overlap=False)), strict=True):
+        assert not one_by_one.beside()
+        begun = len(found.beside())
+        assert begun + found.seen.count("sum of ranks") == one_by_one.seen.count("sum of ranks")
 
 
 def test_exact_passes_leave_every_bit() -> None:

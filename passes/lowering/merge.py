@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from passes.lowering.values import Local, call, is_tensor, local, replace
 
-__all__ = ["merge", "side_by_side"]
+__all__ = ["is_weight", "merge", "side_by_side"]
 
 aten = torch.ops.aten
 
@@ -65,7 +65,8 @@ def side_by_side(
     return F.linear(x, weight, bias)
 
 
-def _is_weight(node: Any, dims: int) -> bool:
+def is_weight(node: Any, dims: int) -> bool:
+    """Whether an argument is one weight, with so many dims."""
     return isinstance(node, fx.Node) and len(node.meta.get("weights", ())) == 1 and len(local(node).shape) == dims
 
 
@@ -74,7 +75,7 @@ def _kind(node: fx.Node) -> Any:
     if node.target is not aten.linear.default or not all(is_tensor(a) for a in node.args[:2]):
         return None
     x, weight, bias = (*node.args, None)[:3]
-    if not _is_weight(weight, 2) or not (bias is None or _is_weight(bias, 1)):
+    if not is_weight(weight, 2) or not (bias is None or is_weight(bias, 1)):
         return None
     if not all(isinstance(n, int) and n > 0 for n in local(weight).shape):
         return None

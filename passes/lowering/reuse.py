@@ -28,12 +28,13 @@ _IN_PLACE: dict[Any, Any] = {
     aten.exp.default: aten.exp_.default,
     aten.rsqrt.default: aten.rsqrt_.default,
     ops.all_reduce: ops.all_reduce_,
+    ops.start_all_reduce: ops.start_all_reduce_,
 }
 _COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
 _NEW = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.add", "aten.sub",
         "aten.mul", "aten.div", "aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoid", "aten.neg",
         "aten.exp", "aten.rsqrt", "aten.pow", "aten.mean", "aten.rms_norm", "aten.layer_norm", "aten.cat",
-        "aten.scaled_dot_product_attention", "aten.embedding", "all_reduce", "all_gather",
+        "aten.scaled_dot_product_attention", "aten.embedding", "all_reduce", "all_gather", "wait",
         "vocab_parallel_embedding"}  # fmt: skip
 """Ops whose results are memory of their own."""
 

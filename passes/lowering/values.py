@@ -158,8 +158,8 @@ def tidy(graph: fx.Graph) -> int:
     return before - len(graph.nodes)
 
 
-MEETING = {ops.all_reduce, ops.all_gather, ops.settle, ops.enter, ops.enter_overlapping, norm_over_shards,
-           vocab_parallel_embedding, vocab_parallel_cross_entropy}  # fmt: skip
+MEETING = {ops.all_reduce, ops.start_all_reduce, ops.wait, ops.all_gather, ops.settle, ops.enter,
+           ops.enter_overlapping, norm_over_shards, vocab_parallel_embedding, vocab_parallel_cross_entropy}  # fmt: skip
 """What ranks meet in, forward or backward: all of them in one order."""
 
 

@@ -164,6 +164,29 @@ def split() -> str:
     return lowered(Rotated(), x(2, 5, 32), x(5, 8), x(5, 8), without="split", then="merge together deduplicate", tp=2)
 
 
+@case("lowering/overlap")
+def overlap() -> str:
+    """Without a backward, what needs no sum is computed between its beginning and its end."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        h, angles = self.down(self.up(x).relu()), torch.arange(x.shape[1]) * 0.5
+        return h * angles.cos()[:, None] + x.exp()
+
+    layers = {"up": nn.Linear(64, 96, bias=False), "down": nn.Linear(96, 64, bias=False)}
+    return lowered(Small(run, **layers), x(2, 5, 64), without="overlap", tp=2, grad=False)
+
+
+@case("lowering/overlap_backward")
+def overlap_backward() -> str:
+    """With one, a Linear sums its input's gradient over the ranks while it computes its weight's."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    layers = {n: nn.Linear(64, 96) for n in ("gate", "up")} | {"down": nn.Linear(96, 64)}
+    return lowered(Small(run, **layers), x(2, 5, 64), without="overlap", then="merge", tp=2)
+
+
 @case("lowering/reuse")
 def reuse() -> str:
     """Without a backward, the reduction, the residual sum and the activation write over their operands."""
