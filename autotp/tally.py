@@ -14,7 +14,8 @@ from autotp.shared_memory import SharedMemory
 __all__ = ["Tally"]
 
 _ENDS = (SharedMemory, ProcessCommunicator)
-_KINDS = {"all_reduce": "all_reduce", "start_all_reduce": "all_reduce", "all_gather": "all_gather"}
+_REDUCE = "all_reduce"
+_KINDS = {"all_reduce": _REDUCE, "all_reduce_": _REDUCE, "start_all_reduce": _REDUCE, "all_gather": "all_gather"}
 
 
 class Tally:
@@ -55,7 +56,7 @@ class Tally:
                 result = call(end, tensor, *shapes)
             finally:
                 self._inside = False
-            count = sum(t.numel() for t in (result if isinstance(result, list) else [result]))
+            count = tensor.numel() if kind == _REDUCE else sum(t.numel() for t in result)
             self.calls[kind] += 1
             self.elements[kind] += count
             self.bytes[kind] += count * tensor.element_size()
