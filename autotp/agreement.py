@@ -13,7 +13,7 @@ import torch.distributed as dist
 # By reference: what counts or replaces the collectives of torch.distributed means those of the graph.
 from torch.distributed import all_reduce as _all_reduce
 
-from autotp.digests import digest
+from autotp.digests import combined, digest
 from autotp.errors import AutoTPError, MismatchError
 from autotp.process import Mesh
 from autotp.shared_memory import LINE, Board, join_board
@@ -51,6 +51,7 @@ class Agreement:
         self.mesh, self.model, self.timeout, self.debug = mesh, model, timeout, debug
         self.broadcast_inputs = broadcast_inputs
         self.number, self.doing, self.steps = 0, "parallelize", 0
+        self._doings: dict[str, int] = {}
         self._group: dist.ProcessGroup | None = None
         self._board: Board | None = None
         if mesh.group is not None:
@@ -108,7 +109,9 @@ class Agreement:
         self.number, self.doing = self.number + 1, doing
         if self._group is None:
             return True
-        own = digest(f"{self.number} {doing} {fingerprint} {_said(error)}")
+        if (known := self._doings.get(doing)) is None:
+            known = self._doings[doing] = digest(doing)
+        own = combined(self.number, known, fingerprint, digest(_said(error)) if error is not None else 0)
         try:
             return self._board.same(own) if self._board is not None else self._same(own)
         except RuntimeError as failure:

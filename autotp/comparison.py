@@ -10,7 +10,7 @@ import torch
 
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
-from autotp.digests import checksum, digest, shown, whole_numbers
+from autotp.digests import checksum, combined, digest, shown, whole_numbers
 from autotp.recognition import Recognized
 from autotp.watch import Watch, dotted
 
@@ -64,6 +64,7 @@ class Comparison:
         self._watches = [watch] if outer is None else [outer, watch]
         self._split = split
         self._digests: dict[Any, int] = {}
+        self._integers: dict[int, list[int]] = {}
 
     def call(
         self,
@@ -90,10 +91,13 @@ class Comparison:
             MismatchError: they do not.
         """
         if error is not None:
-            of_call: Any = 0
+            of_call: Any = (0,)
         else:
-            of_call = self._digest(key, of) if place is None else (*place, self._grads())
-        values = self._values(of) if self.agreement.debug else tuple(map(whole_numbers, of.tensors))
+            of_call = (self._digest(key, of),) if place is None else (*place, self._grads())
+        if self.agreement.debug:
+            values: tuple[int, ...] = (digest(str(self._values(of))),)
+        else:
+            values = tuple(n for x in of.tensors if (n := whole_numbers(x)) is not None)
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in of.tensors)
         return self._check(of_call, values, grad, lambda: of, error, last)
 
@@ -107,24 +111,27 @@ class Comparison:
         """
         if self.agreement.is_alone:
             return True
-        values = tuple(map(whole_numbers, given.tensors))
+        if (places := self._integers.get(number)) is None:  # calls that were recognised are alike in dtypes and devices
+            whole = [whole_numbers(x) is not None for x in given.tensors]
+            places = self._integers[number] = [i for i, is_whole in enumerate(whole) if is_whole]
+        values = tuple([whole_numbers(given.tensors[i]) or 0 for i in places])
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in given.tensors)
         return self._check((number, given.sizes, self._grads()), values, grad, of)
 
-    def _grads(self) -> Any:
+    def _grads(self) -> int:
         """Which gradients will be wanted."""
-        return self.watch.trainable_digest() if torch.is_grad_enabled() else None
+        return self.watch.trainable_digest() if torch.is_grad_enabled() else 0
 
     def _check(
         self,
-        of_call: Any,
-        values: Any,
+        of_call: tuple[int | tuple[int, ...], ...],
+        values: tuple[int, ...],
         grad: bool,
         of: Callable[[], Arguments],
         error: Exception | None = None,
         last: bool = False,
     ) -> bool:
-        fingerprint = digest(f"{of_call} {self.agreement.steps} {values}")
+        fingerprint = combined(*of_call, self.agreement.steps, values)
         doing = f"call of {self.path}" if self.path else "call"
         if last or not self._broadcasts or grad:
             return self.agreement.check(doing, fingerprint, lambda: self._given(of()) | self._described(), error)

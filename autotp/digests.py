@@ -7,7 +7,7 @@ import zlib
 
 import torch
 
-__all__ = ["checksum", "digest", "shown", "whole_numbers"]
+__all__ = ["checksum", "combined", "digest", "shown", "whole_numbers"]
 
 _MASK = (1 << 62) - 1
 _WHOLE = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -20,6 +20,15 @@ def digest(text: str) -> int:
     True
     """
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & _MASK
+
+
+def combined(*numbers: int | tuple[int, ...]) -> int:
+    """62 bits of numbers, the same in every process, and quicker than :func:`digest`.
+
+    >>> combined(3, (1, 2)) == combined(3, (1, 2))
+    True
+    """
+    return hash(numbers) & _MASK  # of numbers, unlike texts, no process has a hash of its own
 
 
 def checksum(tensor: torch.Tensor) -> int:
