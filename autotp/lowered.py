@@ -127,8 +127,8 @@ class LoweredGraph(fx.GraphModule):
         grad: bool,
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
-        if compiled is not None:  # a compiler plans memory and order itself
-            lowering = replace(lowering, overlap=False, reuse=False, bind=False)
+        if compiled is not None:  # a compiler plans memory and order
+            lowering = replace(lowering, grow=False, overlap=False, reuse=False, bind=False)
         made = lower(graph, rank, constants, regions, lowering, grad=grad)
         can = compiled is not None and _can_be_compiled(made.graph)
         super().__init__({**made.constants, **regions}, made.graph)

@@ -11,7 +11,7 @@ from torch import fx
 
 from passes import ops
 from passes.graphs import op_name
-from passes.lowering import bind, causal, deduplicate, fold, fuse, group, merge, overlap, reuse, split, together
+from passes.lowering import bind, causal, deduplicate, fold, fuse, group, grow, merge, overlap, reuse, split, together
 from passes.lowering.values import call, describe, is_tensor, local, plain, tidy
 
 __all__ = ["Lowered", "Lowering", "lower"]
@@ -32,6 +32,7 @@ class Lowering:
         merge: Linears of one input as one product.
         together: do once what is done alike to adjacent parts of a value.
         split: cut out in one call the parts that make up a whole.
+        grow: without a backward, let caches grow in memory that has room, without a copy.
         overlap: compute what needs no sum over the ranks while that is under way.
         reuse: without a backward, write over operands that nothing reads any more.
         bind: call torch's C functions.
@@ -45,6 +46,7 @@ class Lowering:
     merge: bool = True
     together: bool = True
     split: bool = True
+    grow: bool = True
     overlap: bool = True
     reuse: bool = True
     bind: bool = True
@@ -178,6 +180,8 @@ def lower(
     run("deduplicate", deduplicate)
     run("split", split)
     _own_results(own)
+    if not grad:
+        run("grow", grow)
     run("overlap", overlap, grad)
     if not grad:
         run("reuse", reuse)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,7 @@ from autotp.shards import local_part, shards_of
 from autotp.simulate import Simulation
 from autotp.verify import Float64, relative_error
 from passes import Lowering, fabric
+from passes.lowering.grow import grown
 from tests.models import make
 from tests.workers import backward, outputs, run
 from tests.workers_compile import compiled
@@ -187,6 +189,68 @@ def test_sums_run_beside_what_does_not_need_them() -> None:
         assert not one_by_one.beside()
         begun = len(found.beside())
         assert begun + found.seen.count("sum of ranks") == one_by_one.seen.count("sum of ranks")
+
+
+def test_what_grows_is_what_a_concatenation_gives() -> None:
+    """Each value ever made keeps its numbers, whichever is put behind which, and memory is taken rarely."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        start = torch.randn(2, 3, 5, 4)
+        values, places = [(start, start.clone())], set()
+        for i in range(120):
+            old, expected = values[-1] if i % 7 else values[i // 2]  # now and then behind one that others are behind
+            new = torch.randn(2, 3, 1 + i % 2, 4)
+            found = grown(old, new, 2)
+            values.append((found, torch.cat((expected, new), 2)))
+            places.add(found.untyped_storage().data_ptr())
+        assert all(torch.equal(a, b) for a, b in values)
+        assert len(places) < 60, "most are not copies"
+        last, expected = values[-1]
+        copied = copy.deepcopy(last)
+        first, second = (grown(x, torch.ones(2, 3, 1, 4), 2) for x in (last, copied))
+        assert torch.equal(first, second)
+        assert first.data_ptr() != second.data_ptr()
+        cropped = grown(first[:, :, :-1], torch.zeros(2, 3, 1, 4), 2)
+        assert torch.equal(cropped, torch.cat((expected, torch.zeros(2, 3, 1, 4)), 2))
+        assert bool((first[:, :, -1] == 1).all()), "cropping and going on elsewhere leaves it as it was"
+
+
+def test_what_grew_in_inference_mode_grows_elsewhere_outside() -> None:
+    with torch.inference_mode():
+        old = grown(torch.ones(1, 2, 4), torch.ones(1, 1, 4), 1)
+    with torch.no_grad():
+        new = grown(old, torch.zeros(1, 1, 4), 1)
+        assert grown(new, torch.zeros(1, 1, 4), 1).data_ptr() == new.data_ptr()
+    assert new.tolist() == [[[1.0] * 4] * 3 + [[0.0] * 4]]
+
+
+def test_a_cache_is_not_copied_for_each_token() -> None:
+    """Its memory stays where it is, but for the first token and after a crop; the tokens before stay as they were."""
+    with torch.no_grad():
+        model, _ = make("llama")
+        torch.manual_seed(1)
+        ids = torch.randint(0, model.config.vocab_size, (2, 12))
+        dense = copy.deepcopy(model)
+        caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+        autotp.parallelize(model, 1)
+        moved, before = 0, -1
+        for each, cache in zip((model, dense), caches, strict=True):
+            each(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        for i in range(1, 12):
+            if i == 6:
+                for cache in caches:
+                    cache.crop(-2)
+            kept = [layer.keys.clone() for layer in caches[0].layers]
+            held = [layer.keys for layer in caches[0].layers]
+            found, expected = (
+                m(input_ids=ids[:, i : i + 1], past_key_values=c, use_cache=True)
+                for m, c in zip((model, dense), caches, strict=True)
+            )
+            torch.testing.assert_close(found.logits, expected.logits)
+            assert all(torch.equal(a, b) for a, b in zip(kept, held, strict=True))
+            place = caches[0].layers[0].keys.data_ptr()
+            moved, before = moved + (place != before), place
+    assert moved == 2, "for the first of them, and after the crop"
 
 
 def test_exact_passes_leave_every_bit() -> None:

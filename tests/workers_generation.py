@@ -89,11 +89,26 @@ def equal(dense: Any, model: Any, ids: torch.Tensor, **options: Any) -> bool:
 
 
 def held(cache: Any) -> tuple[int, int, list[int]]:
-    """The bytes of a cache's tensors, those of the storages behind them, and how many heads each layer keeps."""
+    """The bytes of a cache's tensors, those of the storages behind them, and how many heads each layer keeps.
+
+    Room for a few more tokens behind a tensor (:mod:`passes.lowering.grow`) is not counted.
+    """
     layers = getattr(cache, "layers", None) or [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     each = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.dim() == 4]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in each}
+    storages = {t.untyped_storage().data_ptr(): _behind(t) for t in each}
     return sum(t.nbytes for t in each), sum(storages.values()), [t.shape[1] for t in each]
+
+
+def _behind(tensor: torch.Tensor) -> int:
+    room = getattr(tensor, "_autotp_room", None)
+    if room is not None:
+        more = [a - b for a, b in zip(room.memory.shape, tensor.shape, strict=True)]
+        assert more[:2] == [0, 0], "of this rank's heads"
+        assert more[2] <= max(32, tensor.shape[2] // 8)
+        assert more[3] == 0
+        if room.memory.nbytes == tensor.untyped_storage().nbytes():
+            return tensor.nbytes
+    return tensor.untyped_storage().nbytes()
 
 
 def captures(model: Any) -> int:

@@ -164,6 +164,18 @@ def split() -> str:
     return lowered(Rotated(), x(2, 5, 32), x(5, 8), x(5, 8), without="split", then="merge together deduplicate", tp=2)
 
 
+@case("lowering/grow")
+def grow() -> str:
+    """Without a backward, what a cache holds after a call is not a copy of what it held before."""
+
+    class Keys(nn.Module):
+        def forward(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+            keys = torch.cat([keys, x * 2], 1)
+            return (x @ keys.transpose(1, 2)).softmax(-1), keys
+
+    return lowered(Keys(), x(2, 1, 8), x(2, 5, 8), without="grow", grad=False)
+
+
 @case("lowering/overlap")
 def overlap() -> str:
     """Without a backward, what needs no sum is computed between its beginning and its end."""
