@@ -30,7 +30,7 @@ Source = str | Path | Mapping[str, Any]
 Box = tuple[tuple[int, int], ...]
 """For each dim the first index of a part, and the one behind its last."""
 
-PIECE = 4 << 20
+PIECE = 1 << 20
 """Bytes of a checkpoint that are in memory at once, beside those that stay."""
 ROW = 16 << 10
 """Bytes that are worth a read of their own, where what lies between them is not wanted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -206,6 +207,8 @@ def _parallelize(
         announce(plan_of(division, place.tp), division, strict, stacklevel=4)
     layouts = division.stored
     place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
+    if stored:
+        gc.collect()  # what capture has left in cycles would be in memory beside the weights
     with place.together("reading the weights"):
         read(model, stored, layouts, place.rank, to)
     share_weights(model, place, stored)
