@@ -128,7 +128,7 @@ class LoweredGraph(fx.GraphModule):
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
         if compiled is not None:  # a compiler plans memory itself
-            lowering = replace(lowering, reuse=False, bind=False)
+            lowering = replace(lowering, lean=False, reuse=False, bind=False)
         made = lower(graph, rank, constants, regions, lowering, grad=grad)
         can = compiled is not None and _can_be_compiled(made.graph)
         super().__init__({**made.constants, **regions}, made.graph)

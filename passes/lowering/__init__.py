@@ -9,6 +9,7 @@
 ``merge``          Linears of one input are one product
 ``together``       what is done alike to adjacent parts of a value is done once
 ``split``          parts that make up a whole are cut out in one call
+``lean``           with a backward, norms and gated activations keep only what they are made of
 ``reuse``          without a backward, results go where an operand was that nothing reads any more
 ``bind``           ops are called as torch's C functions
 =================  ==================================================================================
@@ -23,9 +24,10 @@ from passes.lowering.deduplicate import deduplicate
 from passes.lowering.fold import fold
 from passes.lowering.fuse import fuse
 from passes.lowering.group import group
+from passes.lowering.lean import lean
 from passes.lowering.merge import merge
 from passes.lowering.reuse import reuse
 from passes.lowering.split import split
 from passes.lowering.together import together
 
-__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "merge", "reuse", "split", "together"]
+__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "lean", "merge", "reuse", "split", "together"]
