@@ -24,7 +24,7 @@ from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call, headed_for
 from autotp.inside import Inside
 from autotp.parts import Division, divide, divide_in_parts
-from autotp.placing import cut, fitting, read, refuse_empty, share_weights
+from autotp.placing import cut, fitting, install, read, refuse_empty, share_weights
 from autotp.plan import Plan
 from autotp.planning import announce, plan_of
 from autotp.process import TIMEOUT, Mesh, ProcessFabric, join
@@ -210,7 +210,9 @@ def _parallelize(
     if stored:
         gc.collect()  # what capture has left in cycles would be in memory beside the weights
     with place.together("reading the weights"):
-        read(model, stored, layouts, place.rank, to)
+        shares = read(model, stored, layouts, place.rank, to)
+    install(model, shares)
+    del shares  # else the first cast would have them twice
     share_weights(model, place, stored)
     cut(model, layouts, place.rank, to, stored)
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]

@@ -10,11 +10,12 @@ from torch import nn
 from autotp.checkpoints import Reader, Stored
 from autotp.digests import checksum
 from autotp.errors import AutoTPError, WeightsError
+from autotp.naming import renamed
 from autotp.process import Mesh
 from autotp.shards import local_part, shards_of
 from passes import Layout, Shards
 
-__all__ = ["cut", "fitting", "read", "refuse_empty", "share_weights"]
+__all__ = ["cut", "fitting", "install", "read", "refuse_empty", "share_weights"]
 
 
 def read(
@@ -23,8 +24,8 @@ def read(
     layouts: Mapping[str, Layout],
     rank: int,
     device: torch.device | None,
-) -> None:
-    """Let a model have this rank's shares of a checkpoint's tensors. If that fails, the model is as it was.
+) -> dict[str, torch.Tensor]:
+    """This rank's shares of a checkpoint's tensors, by the names of the parameters and buffers that are to have them.
 
     Args:
         model: the model.
@@ -40,8 +41,14 @@ def read(
             shape = [len(shards[d].ranks[rank]) if d in shards else n for d, n in enumerate(tensor.shape)]
             made[name] = torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device)
             reader.part(stored[name], shards, rank, made[name])
+    return made
+
+
+def install(model: nn.Module, made: Mapping[str, torch.Tensor]) -> None:
+    """Let parameters and buffers have other memory, and stay the objects that they are."""
+    tensors = _named(model)
     for name, local in made.items():
-        _become(tensors[name], local)
+        _become(model, tensors[name], local)
 
 
 def _named(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -59,15 +66,20 @@ def _all_named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
                 yield full, tensor, name not in module._non_persistent_buffers_set
 
 
-def _become(tensor: torch.Tensor, local: torch.Tensor) -> None:
-    """Let a parameter or buffer have other memory, and stay the object that it is."""
+def _become(model: nn.Module, tensor: torch.Tensor, local: torch.Tensor) -> None:
     if not tensor.is_meta:
         tensor.data = local
         return
     attributes = dict(tensor.__dict__)
     made = nn.Parameter(local, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
-    torch.utils.swap_tensors(tensor, made)
-    tensor.__dict__.update(attributes)
+    try:
+        torch.utils.swap_tensors(tensor, made)
+        tensor.__dict__.update(attributes)
+    except RuntimeError:  # there are weak references to it
+        made.__dict__.update(attributes)
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                held.update({n: made for n, t in held.items() if t is tensor})  # type: ignore[misc]
 
 
 def refuse_empty(model: nn.Module, loads: bool) -> None:
@@ -93,12 +105,17 @@ def refuse_empty(model: nn.Module, loads: bool) -> None:
 def fitting(model: nn.Module, found: Mapping[str, Stored]) -> dict[str, Stored]:
     """What to read, by the first names of a model's parameters and persistent buffers.
 
+    Args:
+        model: the model.
+        found: what the checkpoint holds, by the model's names, or by those that transformers gives in files.
+
     As strict as ``load_state_dict``, but that one name of a tied weight suffices, and names of buffers that are not
     persistent do no harm.
 
     Raises:
         WeightsError: the checkpoint does not fit; it names what is missing, unexpected, or has another shape or kind.
     """
+    found = renamed(model, found)
     names: dict[int, list[str]] = {}
     first: dict[int, torch.Tensor] = {}
     own = set()
