@@ -20,6 +20,9 @@ __all__ = ["gated", "lean", "rms_norm"]
 
 aten = torch.ops.aten
 
+WORTH = 1 << 15
+"""Elements of a value from which on memory is worth the microseconds of a function of one's own."""
+
 
 class _RMSNorm(torch.autograd.Function):
     """A norm over the last dim that keeps its input."""
@@ -51,7 +54,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: torch.Tensor, shape: list[int], weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """``torch.rms_norm`` over the last dim, whose backward computes the normalized values again."""
-    if x.is_cpu and x.is_floating_point() and torch.is_grad_enabled():  # elsewhere it is one kernel, which does that
+    # elsewhere than on a CPU it is one kernel, which does that
+    if x.numel() >= WORTH and x.is_cpu and x.is_floating_point() and torch.is_grad_enabled():
         result: torch.Tensor = _RMSNorm.apply(x, weight, eps)
         return result
     return torch.rms_norm(x, shape, weight, eps)
@@ -93,7 +97,7 @@ def gated(x: torch.Tensor, y: torch.Tensor, approximate: str | None) -> torch.Te
         y: another one of its shape and dtype.
         approximate: ``gelu``'s; None: ``silu``.
     """
-    if torch.is_grad_enabled():
+    if x.numel() >= WORTH and torch.is_grad_enabled():
         result: torch.Tensor = _Gated.apply(x, y, approximate)
         return result
     return _activated(x, approximate) * y
