@@ -24,7 +24,10 @@ def renamed(model: nn.Module, found: Mapping[str, T]) -> dict[str, T]:
     """
     if not is_a(model, "transformers.modeling_utils.PreTrainedModel"):
         return dict(found)
-    own, rename = model.state_dict(), _renaming(model)
+    own = model.state_dict()
+    if found.keys() <= own.keys():
+        return dict(found)
+    rename = _renaming(model)
     useless = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     kept = {name: stored for name, stored in found.items() if name in own}
     for name in [n for n in found if n not in own]:
