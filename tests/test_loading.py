@@ -76,6 +76,14 @@ def test_a_rank_reads_its_share_in_pieces_and_no_more(loaded: Ran) -> None:
         assert result["control: read whole"] > 10
 
 
+@pytest.mark.parametrize("name", workers_loading.FILES)
+def test_a_rank_reads_its_share_of_files_and_no_more(loaded: Ran, name: str) -> None:
+    for result in loaded:
+        count, share, whole = result[f"{name}: bytes"]
+        assert share <= count <= 1.05 * share
+        assert share < 0.6 * whole, "negative control"
+
+
 def test_a_checkpoint_with_another_weight_gives_other_numbers(loaded: Ran) -> None:
     """The negative control."""
     assert all(result["control: one weight differs"] > 1e-6 for result in loaded)
@@ -110,6 +118,19 @@ def test_what_does_not_fit_is_said_on_all_ranks_and_changes_nothing(refused: Ran
     for result in refused:
         assert SAID[name] in result[name]
         assert not result[name].startswith("changed")
+
+
+def test_models_that_have_their_weights_go_to_a_device(folder: Path) -> None:
+    """As far as there is one: the CPU."""
+    x, dense = torch.ones(3, 16), workers_loading.Table()
+    model = workers_loading.Table()
+    model.load_state_dict(dense.state_dict())
+    autotp.parallelize(model, 1, example_inputs=(x,), device="cpu")
+    assert torch.allclose(model(x), dense(x), atol=1e-6)
+    with autotp.empty_weights():
+        model = workers_loading.Table()
+    autotp.parallelize(model, 1, example_inputs=(x,), device="cpu", weights=folder / "table.safetensors")
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cpu"}
 
 
 def test_then_all_can_go_on(refused: Ran) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import autotp
-from autotp import checkpoints
+from autotp import checkpoints, placing
 from autotp.verify import Float64, relative_error
 from tests.models import make
 from tests.workers import backward, outputs, storages
@@ -93,16 +93,29 @@ def _compared(name: str, dense: nn.Module, model: nn.Module) -> Result:
     }
 
 
+class CountingReader(checkpoints.Reader):
+    """Counts the bytes that come from files."""
+
+    count = 0
+
+    def fill(self, path: Path, offset: int, out: torch.Tensor) -> None:
+        CountingReader.count += out.numel()
+        super().fill(path, offset, out)
+
+
 def loaded(rank: int, world: int, folder: Path) -> Result:
     found: Result = {}
     checkpoints.PIECE, checkpoints.ROW = 2048, 64  # so that small weights are read in pieces, too
+    placing.Reader = CountingReader  # type: ignore[misc]
     with Float64():
         for name, file in FILES.items():
             dense, kwargs = make(name)
             model = empty(name)
-            before = [id(p) for p in model.parameters()]
+            before, CountingReader.count = [id(p) for p in model.parameters()], 0
             assert autotp.parallelize(model, world, example_inputs=kwargs, weights=folder / file) is model
             assert before == [id(p) for p in model.parameters()]
+            shares = [sum(p.nbytes for p in m.parameters()) for m in (model, dense)]
+            found[f"{name}: bytes"] = CountingReader.count, *shares
             found[name] = _compared(name, dense, model)
         dense, kwargs = make("llama")
         plan = autotp.plan(dense, world, example_inputs=kwargs)
