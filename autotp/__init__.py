@@ -3,6 +3,7 @@
 >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
 """
 
+from autotp.empty import empty_weights
 from autotp.errors import (
     AutoTPError,
     CaptureError,
@@ -12,6 +13,7 @@ from autotp.errors import (
     PlanError,
     ProofError,
     UnprovedWarning,
+    WeightsError,
     WholeWeightWarning,
 )
 from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
@@ -37,7 +39,9 @@ __all__ = [
     "Simulation",
     "Tally",
     "UnprovedWarning",
+    "WeightsError",
     "WholeWeightWarning",
+    "empty_weights",
     "full_gradients",
     "full_state_dict",
     "graph",

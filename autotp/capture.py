@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import linecache
 import logging
 import math
 import warnings
@@ -109,7 +110,7 @@ def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str
 def _quiet() -> Iterator[None]:
     """Without the export machinery's own log lines, which say nothing to a user of autotp."""
     loggers = [logging.getLogger(n) for n in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")]
-    levels = [x.level for x in loggers]
+    levels, read = [x.level for x in loggers], set(linecache.cache)
     for x in loggers:
         x.setLevel(logging.CRITICAL)
     try:
@@ -119,6 +120,8 @@ def _quiet() -> Iterator[None]:
     finally:
         for x, level in zip(loggers, levels, strict=True):
             x.setLevel(level)
+        for file in [f for f, entry in linecache.cache.items() if f not in read and len(entry) > 1 and entry[1]]:
+            del linecache.cache[file]  # the text of all of torch's files that are in a traceback, some MB
 
 
 def capture(

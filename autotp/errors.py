@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PartialCaptureWarning", "PlanError",
-           "ProofError", "UncapturedError", "UnprovedWarning", "WholeWeightWarning", "check_tp"]  # fmt: skip
+           "ProofError", "UncapturedError", "UnprovedWarning", "WeightsError", "WholeWeightWarning",
+           "check_tp"]  # fmt: skip
 
 
 def check_tp(tp: int) -> None:
@@ -70,3 +71,7 @@ class LaunchError(AutoTPError):
 
 class MismatchError(AutoTPError):
     """The ranks differ in something in which they must agree."""
+
+
+class WeightsError(AutoTPError):
+    """A checkpoint that cannot be read, or that does not fit the model."""

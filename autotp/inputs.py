@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,16 +15,35 @@ from torch.nn.utils import stateless
 
 from autotp.errors import CaptureError
 
-__all__ = ["ExampleInputs", "example_call"]
+__all__ = ["ExampleInputs", "computing", "device_of", "example_call", "headed_for"]
 
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | None
+
+
+_headed: ContextVar[torch.device | None] = ContextVar("_headed", default=None)
+
+
+@contextlib.contextmanager
+def headed_for(device: torch.device | None) -> Iterator[None]:
+    """Take models for being on a device already, to which their weights go later; None: take them as they are."""
+    token = _headed.set(device)
+    try:
+        yield
+    finally:
+        _headed.reset(token)
+
+
+def computing(device: torch.device) -> torch.device:
+    """Where that will be computed which is on a device now; what is on the meta device, on the CPU."""
+    if (headed := _headed.get()) is not None:
+        return headed
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def device_of(model: nn.Module) -> torch.device:
     """The device a model computes on; the CPU for a model on the meta device."""
     tensor = next(iter(model.parameters()), None)
-    device = tensor.device if tensor is not None else torch.device("cpu")
-    return torch.device("cpu") if device.type == "meta" else device
+    return computing(tensor.device if tensor is not None else torch.device("cpu"))
 
 
 def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

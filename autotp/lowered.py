@@ -128,7 +128,8 @@ class LoweredGraph(fx.GraphModule):
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
         if compiled is not None:  # a compiler plans memory and order
-            lowering = replace(lowering, grow=False, overlap=False, reuse=False, bind=False)
+            off = dict.fromkeys(("grow", "lean", "overlap", "reuse", "bind"), False)
+            lowering = replace(lowering, **off)
         made = lower(graph, rank, constants, regions, lowering, grad=grad)
         can = compiled is not None and _can_be_compiled(made.graph)
         super().__init__({**made.constants, **regions}, made.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,22 +12,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
 
 from autotp.admission import admit
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
-from autotp.digests import checksum, digest
+from autotp.checkpoints import Source, opened
+from autotp.digests import digest
 from autotp.divided import Divided
 from autotp.errors import AutoTPError, CaptureError
-from autotp.inputs import ExampleInputs, example_call
+from autotp.inputs import ExampleInputs, example_call, headed_for
 from autotp.inside import Inside
 from autotp.parts import Division, divide, divide_in_parts
+from autotp.placing import cut, fitting, install, read, refuse_empty, share_weights
 from autotp.plan import Plan
 from autotp.planning import announce, plan_of
 from autotp.process import TIMEOUT, Mesh, ProcessFabric, join
 from autotp.rewrite import RankGraph
 from autotp.runtime import Runtime, Whole
-from autotp.shards import local_part, shards_of
 from passes import Lowering
 
 __all__ = ["full_gradients", "full_state_dict", "graph", "parallelize"]
@@ -41,21 +44,6 @@ def _runtime(model: nn.Module) -> Runtime:
             f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first"
         )
     return runtime
-
-
-def _share_weights(model: nn.Module, mesh: Mesh) -> int:
-    """Overwrite parameters and buffers by rank 0's where they differ; how many did."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    sums = mesh.gathered({name: checksum(t) for name, t in tensors.items()})
-    differing = [name for name in tensors if any(each[name] != sums[0][name] for each in sums)]
-    with torch.no_grad():
-        for name in differing:
-            data = tensors[name].detach()
-            whole = data.contiguous()
-            mesh.broadcast(whole)
-            if whole.data_ptr() != data.data_ptr():
-                data.copy_(whole)
-    return len(differing)
 
 
 def _structure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +64,8 @@ def parallelize(
     model: nn.Module,
     tp: int,
     *,
+    weights: Source | None = None,
+    device: torch.device | str | None = None,
     example_inputs: ExampleInputs = None,
     mesh: DeviceMesh | dist.ProcessGroup | None = None,
     backend: str | None = None,
@@ -102,6 +92,14 @@ def parallelize(
         model: the dense model, the same on every rank. Where weights differ, rank 0's are taken.
         tp: the number of ranks to split over. With more processes than that, consecutive ranks form
             groups.
+        weights: a checkpoint, of which each rank reads its share and no more; what the parameters and persistent
+            buffers were before counts no longer, and they may be on the meta device (:func:`autotp.empty_weights`). A
+            ``.safetensors`` file, a state dict that ``torch.save`` wrote, a folder in which transformers saves a
+            model (files and index), or a mapping from names to tensors, or to what has a shape and a dtype and gives
+            parts when sliced. As strict as ``load_state_dict``; of tied weights one name suffices; the dtype is
+            the model's.
+        device: where the shares go. Left out, they stay where the model is; from the meta device they go to this
+            process's GPU if the group's backend has one, to the CPU else.
         example_inputs: a tuple of positional or a dict of keyword inputs to capture the model with;
             batch and sequence stay dynamic. Left out, a transformers model's ``dummy_inputs`` are
             taken, or inputs that the first layers suggest.
@@ -138,7 +136,9 @@ def parallelize(
         LaunchError: there is no process group and no launcher's environment; it shows what to type.
         MismatchError: ranks differ in ``tp``, in the model, or in the inputs' structure. All raise.
         CaptureError: the model cannot be captured, and no part of it either; it is as it was, with rank 0's
-            weights.
+            weights. With ``weights``, also where it can be captured in parts only.
+        WeightsError: the checkpoint cannot be read, or does not fit the model: it names what is missing, unexpected,
+            or has another shape. Nothing has been changed.
         PlanError: the plan is for another model or another ``tp``; with ``strict``, something stays whole that is
             worth splitting. It names the layer, the line of its code, the reason and the ``tp`` that would do.
         ProofError: a graph is not proved (a mistake of autotp's); it names the node, the line, and what would be wrong.
@@ -161,8 +161,8 @@ def parallelize(
     fast = _Fast(passes.exactly() if exact else passes, options if compile else None)
     with torch.inference_mode(False):  # else the shards would be tensors that never train
         return _parallelize(
-            model, join(tp, mesh, backend, timeout), example_inputs, plan, timeout, debug, strict, check, shared_memory,
-            broadcast_inputs, fast,
+            model, join(tp, mesh, backend, timeout), weights, device, example_inputs, plan, timeout, debug, strict,
+            check, shared_memory, broadcast_inputs, fast,
         )  # fmt: skip
 
 
@@ -179,38 +179,42 @@ class _Fast:
 
 
 def _parallelize(
-    model: nn.Module, place: Mesh, example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool,
-    strict: bool, check: bool | str, shared_memory: bool, broadcast_inputs: bool, fast: _Fast,
+    model: nn.Module, place: Mesh, weights: Source | None, device: torch.device | str | None,
+    example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool, strict: bool, check: bool | str,
+    shared_memory: bool, broadcast_inputs: bool, fast: _Fast,
 ) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
-        meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
-        if meta is not None:
-            raise AutoTPError(f"{meta} is on the meta device: load its weights (model.to_empty, load_state_dict) first")
+        refuse_empty(model, weights is not None)
         admit(model)
-        args, kwargs = example_call(model, example_inputs)
+        to = _destination(model, place, device)
+        with headed_for(to):
+            args, kwargs = _on(to, *example_call(model, example_inputs))
+    with place.together("looking at the weights"):
+        found = opened(weights) if weights is not None else {}
+    place.agree({f"{name} in the weights": f"{t.shape} {t.dtype}" for name, t in found.items()})
+    with place.together("looking at the weights"):
+        stored = fitting(model, found) if weights is not None else {}
     given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory,
              "broadcast_inputs": broadcast_inputs, "how graphs are made fast": str(fast)}  # fmt: skip
     place.agree(given | _structure(model, args, kwargs))
-    division = _division(model, place, args, kwargs, plan)
+    with headed_for(to):
+        division = _division(model, place, args, kwargs, plan, weights is not None)
     with place.together("proving the graphs"):
         for part in division.parts:
             part.programs.lowering, part.programs.compiled = fast.lowering, fast.compiled
             part.programs.prove(check)
     with place.together("looking at what stays whole"):
         announce(plan_of(division, place.tp), division, strict, stacklevel=4)
-    stored = division.stored
-    place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in stored.items()})
-    _share_weights(model, place)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shards = shards_of(stored, name)
-            if shards:
-                grad, parameter.grad = parameter.grad, None
-                parameter.data = local_part(parameter.data, shards, place.rank).clone()
-                if grad is not None:
-                    parameter.grad = local_part(grad, shards, place.rank).clone()
-            elif parameter.untyped_storage().nbytes() > 2 * parameter.nbytes:  # part of a mapped file, say
-                parameter.data = parameter.data.clone()  # else all of it would be kept for this one
+    layouts = division.stored
+    place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
+    if stored:
+        gc.collect()  # what capture has left in cycles would be in memory beside the weights
+    with place.together("reading the weights"):
+        shares = read(model, stored, layouts, place.rank, to)
+    install(model, shares)
+    del shares  # else the first cast would have them twice
+    share_weights(model, place, stored)
+    cut(model, layouts, place.rank, to, stored)
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
     agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory, broadcast_inputs)
     fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory)
@@ -227,8 +231,30 @@ def _parallelize(
     return model
 
 
+def _destination(model: nn.Module, place: Mesh, device: torch.device | str | None) -> torch.device | None:
+    """Where the shares go; None if they stay where the model is."""
+    if device is not None:
+        to = torch.device(device)
+        indexed = to.type == "cuda" and to.index is None
+        return torch.device("cuda", torch.cuda.current_device()) if indexed else to
+    if not any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return None
+    backends = dist.get_backend_config(place.group) if place.group is not None else "nccl"
+    if torch.cuda.is_available() and "nccl" in backends:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _on(device: torch.device | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Example inputs on the device that the model goes to."""
+    if device is None:
+        return args, kwargs
+    moved: tuple[Any, dict[str, Any]] = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+    return moved
+
+
 def _division(
-    model: nn.Module, place: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None
+    model: nn.Module, place: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None, loads: bool
 ) -> Division:
     """The model's parts, the same on every rank; where it must run to find them, it runs with rank 0's weights."""
     stored = plan.stored if plan is not None else None
@@ -246,10 +272,32 @@ def _division(
             raise failed
     if failed is None:
         assert division is not None
+        with place.together("rewriting the model"):
+            _refuse_constants(division)
         return division
-    _share_weights(model, place)
+    with place.together("capturing the model in parts"):
+        if loads:
+            raise CaptureError(
+                f"{failed}\nautotp would capture it in parts, but must run it once with its weights for that, and they "
+                "are yet to be read: load the dense model, and parallelize it without weights=",
+                place=failed.place,
+                reason=failed.reason,
+            ) from failed
+    share_weights(model, place)
     with place.together("capturing the model in parts"):
         return divide_in_parts(model, place.tp, args, kwargs, failed, stored)
+
+
+def _refuse_constants(division: Division) -> None:
+    """Raise if a graph has a tensor without values."""
+    for program in (p.programs.last for p in division.parts):
+        for constant in program.captured.constants.values() if program is not None else ():
+            if constant.is_meta:
+                raise AutoTPError(
+                    f"{type(division.model).__name__} holds a tensor of shape {tuple(constant.shape)} that is neither "
+                    "parameter nor buffer, and on the meta device: make the model under autotp.empty_weights(), which "
+                    "leaves such tensors what they are, in place of torch.device('meta')"
+                )
 
 
 def graph(model: nn.Module) -> RankGraph:

@@ -23,6 +23,7 @@ from autotp.digests import digest
 from autotp.errors import AutoTPError
 from autotp.forwards import own_forward, reinstall
 from autotp.hooks import HOOKS, refuse_global_hooks
+from autotp.inputs import computing
 
 __all__ = ["Watch", "dotted"]
 
@@ -110,7 +111,7 @@ class Watch:
             self._check()
             self._scan()
             self._changes = self._differing()
-        kinds = {f"{dtype} {device.type}" for dtype, device in set(map(_KIND, self._parameters))}
+        kinds = {f"{dtype} {computing(device).type}" for dtype, device in set(map(_KIND, self._parameters))}
         self.text = f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
         self.seen = self._glance()
         return self.text

@@ -6,9 +6,10 @@ for Linux. The C library is told to give freed memory back at once, so that the 
 Pages of the checkpoint's file that are mapped count as well while they are resident, though the kernel
 could take them back; how much of what is held after loading is such pages is said apart.
 
-How each loads: the hand-written model reads its parts from the file, one tensor at a time; autotp splits
-the model that ``from_pretrained`` made; so does ``parallelize_module``; transformers' own tensor
-parallelism is an argument of ``from_pretrained``, which wants the package accelerate for it.
+How each loads: the hand-written model reads its parts from the file, one tensor at a time; autotp makes the
+model without weights and is given the folder; ``parallelize_module`` splits the model that ``from_pretrained``
+made; transformers' own tensor parallelism is an argument of ``from_pretrained``, which wants the package
+accelerate for it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def _load(name: str, folder: str, tp: int, example: dict[str, Any]) -> Any:
     import transformers
     from safetensors import safe_open
 
+    import autotp
     from benchmarks import models
 
     if name == "transformers TP":
@@ -90,8 +92,11 @@ def _load(name: str, folder: str, tp: int, example: dict[str, Any]) -> Any:
         hand = models.MegatronLlama(transformers.LlamaConfig.from_pretrained(folder), dist.get_rank(), tp)
         hand.load(dense)
         return models.HandWritten(name, hand)
-    module = models.Llama.from_pretrained(folder, dtype="float32")
-    return models.by_dtensor(module, tp) if name == "DTensor" else models.by_autotp(module, tp, example, True)
+    if name == "autotp":
+        with autotp.empty_weights():
+            module = models.Llama(transformers.LlamaConfig.from_pretrained(folder))
+        return models.by_autotp(module, tp, example, True, weights=folder)
+    return models.by_dtensor(models.Llama.from_pretrained(folder, dtype="float32"), tp)
 
 
 def run(options: argparse.Namespace) -> None:

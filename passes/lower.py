@@ -11,7 +11,21 @@ from torch import fx
 
 from passes import ops
 from passes.graphs import op_name
-from passes.lowering import bind, causal, deduplicate, fold, fuse, group, grow, merge, overlap, reuse, split, together
+from passes.lowering import (
+    bind,
+    causal,
+    deduplicate,
+    fold,
+    fuse,
+    group,
+    grow,
+    lean,
+    merge,
+    overlap,
+    reuse,
+    split,
+    together,
+)  # fmt: skip
 from passes.lowering.values import call, describe, is_tensor, local, plain, tidy
 
 __all__ = ["Lowered", "Lowering", "lower"]
@@ -32,6 +46,7 @@ class Lowering:
         merge: Linears of one input as one product.
         together: do once what is done alike to adjacent parts of a value.
         split: cut out in one call the parts that make up a whole.
+        lean: with a backward, keep of norms and gated activations only what they are made of.
         grow: without a backward, let caches grow in memory that has room, without a copy.
         overlap: compute what needs no sum over the ranks while that is under way.
         reuse: without a backward, write over operands that nothing reads any more.
@@ -46,6 +61,7 @@ class Lowering:
     merge: bool = True
     together: bool = True
     split: bool = True
+    lean: bool = True
     grow: bool = True
     overlap: bool = True
     reuse: bool = True
@@ -58,7 +74,7 @@ class Lowering:
 
     def exactly(self) -> Lowering:
         """Those of the passes that leave every number as it is, to the bit: not those that call other kernels."""
-        return replace(self, causal=False, group=False, fuse=False, merge=False)
+        return replace(self, causal=False, group=False, fuse=False, merge=False, lean=False)
 
 
 @dataclass
@@ -180,7 +196,9 @@ def lower(
     run("deduplicate", deduplicate)
     run("split", split)
     _own_results(own)
-    if not grad:
+    if grad:
+        run("lean", lean)
+    else:
         run("grow", grow)
     run("overlap", overlap, grad)
     if not grad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ def test_each_pass_can_be_switched_off(off: str) -> None:
     found_by = programs.graph(programs.last, 0).lowered(lowering, True).found
     assert off not in found_by
     assert all(found_by[n] for n in ("merge", "together") if getattr(lowering, n) and lowering.merge)
+
+
+def test_values_of_any_size_may_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["passes.lowering.lean"], "WORTH", 1)
+    test_each_pass_can_be_switched_off("nothing")
 
 
 def test_a_pass_that_is_wrong_is_found() -> None:

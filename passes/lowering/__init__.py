@@ -9,6 +9,7 @@
 ``merge``          Linears of one input are one product
 ``together``       what is done alike to adjacent parts of a value is done once
 ``split``          parts that make up a whole are cut out in one call
+``lean``           with a backward, norms and gated activations keep only what they are made of
 ``grow``           without a backward, caches get new tokens without being copied
 ``overlap``        what needs no sum over the ranks is computed while that is under way
 ``reuse``          without a backward, results go where an operand was that nothing reads any more
@@ -26,11 +27,12 @@ from passes.lowering.fold import fold
 from passes.lowering.fuse import fuse
 from passes.lowering.group import group
 from passes.lowering.grow import grow
+from passes.lowering.lean import lean
 from passes.lowering.merge import merge
 from passes.lowering.overlap import overlap
 from passes.lowering.reuse import reuse
 from passes.lowering.split import split
 from passes.lowering.together import together
 
-__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "grow", "merge", "overlap", "reuse", "split",
-           "together"]  # fmt: skip
+__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "grow", "lean", "merge", "overlap", "reuse",
+           "split", "together"]  # fmt: skip

@@ -199,6 +199,20 @@ def overlap_backward() -> str:
     return lowered(Small(run, **layers), x(2, 5, 64), without="overlap", then="merge", tp=2)
 
 
+@case("lowering/lean")
+def lean() -> str:
+    """A norm, and a product with an activation, keep for the backward what they are of; a plain activation stays."""
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        h = F.rms_norm(x, (64,), self.scale, 1e-6)
+        return F.gelu(self.down(F.silu(self.gate(h)) * self.up(h)))
+
+    layers = {n: nn.Linear(64, 96) for n in ("gate", "up")} | {"down": nn.Linear(96, 64)}
+    model = Small(run, **layers)
+    model.scale = nn.Parameter(torch.ones(64))
+    return lowered(model, x(2, 5, 64), without="lean", tp=2)
+
+
 @case("lowering/reuse")
 def reuse() -> str:
     """Without a backward, the reduction, the residual sum and the activation write over their operands."""

@@ -1,0 +1,210 @@
+"""placing: each parameter becomes this rank's share of it, cut out of the dense one or read from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from autotp.checkpoints import Reader, Stored
+from autotp.digests import checksum
+from autotp.errors import AutoTPError, WeightsError
+from autotp.naming import renamed
+from autotp.process import Mesh
+from autotp.shards import local_part, shards_of
+from passes import Layout, Shards
+
+__all__ = ["cut", "fitting", "install", "read", "refuse_empty", "share_weights"]
+
+
+def read(
+    model: nn.Module,
+    stored: Mapping[str, Stored],
+    layouts: Mapping[str, Layout],
+    rank: int,
+    device: torch.device | None,
+) -> dict[str, torch.Tensor]:
+    """This rank's shares of a checkpoint's tensors, by the names of the parameters and buffers that are to have them.
+
+    Args:
+        model: the model.
+        stored: what to read, by the first names of parameters and buffers (:func:`fitting`).
+        layouts: the split weights' layouts.
+        rank: this rank.
+        device: where it goes; None: where the parameters and buffers are.
+    """
+    tensors, made = _named(model), {}
+    with Reader() as reader, torch.no_grad():
+        for name in sorted(stored, key=lambda n: stored[n].place):
+            tensor, shards = tensors[name], shards_of(layouts, name)
+            shape = [len(shards[d].ranks[rank]) if d in shards else n for d, n in enumerate(tensor.shape)]
+            made[name] = torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device)
+            reader.part(stored[name], shards, rank, made[name])
+    return made
+
+
+def install(model: nn.Module, made: Mapping[str, torch.Tensor]) -> None:
+    """Let parameters and buffers have other memory, and stay the objects that they are."""
+    tensors = _named(model)
+    for name, local in made.items():
+        _become(model, tensors[name], local)
+
+
+def _named(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, each by its first name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _all_named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Parameters and buffers by each of their names, and whether a state dict has them."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        own: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
+        for name, tensor in own:
+            if tensor is not None:
+                full = f"{path}.{name}" if path else name
+                yield full, tensor, name not in module._non_persistent_buffers_set
+
+
+def _become(model: nn.Module, tensor: torch.Tensor, local: torch.Tensor) -> None:
+    if not tensor.is_meta:
+        tensor.data = local
+        return
+    attributes = dict(tensor.__dict__)
+    made = nn.Parameter(local, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
+    try:
+        torch.utils.swap_tensors(tensor, made)
+        tensor.__dict__.update(attributes)
+    except RuntimeError:  # there are weak references to it
+        made.__dict__.update(attributes)
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                held.update({n: made for n, t in held.items() if t is tensor})  # type: ignore[misc]
+
+
+def refuse_empty(model: nn.Module, loads: bool) -> None:
+    """Raise if the model has tensors without values that are not loaded.
+
+    Raises:
+        AutoTPError: it names one, and what to do.
+    """
+    for name, tensor, is_stored in _all_named(model):
+        if not tensor.is_meta or (is_stored and loads):
+            continue
+        if is_stored:
+            raise AutoTPError(
+                f"{name} is on the meta device: pass weights=, a checkpoint of which each rank reads its share, or "
+                "load the model's weights (model.to_empty, load_state_dict) first"
+            )
+        raise AutoTPError(
+            f"the buffer {name} is on the meta device and not persistent, so no checkpoint has it: make the model "
+            "under autotp.empty_weights(), which leaves buffers what they are, in place of torch.device('meta')"
+        )
+
+
+def fitting(model: nn.Module, found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """What to read, by the first names of a model's parameters and persistent buffers.
+
+    Args:
+        model: the model.
+        found: what the checkpoint holds, by the model's names, or by those that transformers gives in files.
+
+    As strict as ``load_state_dict``, but that one name of a tied weight suffices, and names of buffers that are not
+    persistent do no harm.
+
+    Raises:
+        WeightsError: the checkpoint does not fit; it names what is missing, unexpected, or has another shape or kind.
+    """
+    found = renamed(model, found)
+    names: dict[int, list[str]] = {}
+    first: dict[int, torch.Tensor] = {}
+    own = set()
+    for name, tensor, is_stored in _all_named(model):
+        if is_stored:
+            names.setdefault(id(tensor), []).append(name)
+            first.setdefault(id(tensor), tensor)
+        own.add(name)
+    stored: dict[str, Stored] = {}
+    missing, wrong = [], []
+    for key, tensor in first.items():
+        there = [n for n in names[key] if n in found]
+        if not there:
+            missing.append(names[key][0])
+            continue
+        stored[names[key][0]] = found[there[-1]]  # the one that load_state_dict would take last
+        for n in there:
+            if found[n].shape != tuple(tensor.shape):
+                wrong.append(f"{n} has shape {found[n].shape} there, {tuple(tensor.shape)} in the model")
+            elif _kind(found[n].dtype) != _kind(tensor.dtype):
+                wrong.append(f"{n} is of {found[n].dtype} there, of {tensor.dtype} in the model")
+    unexpected = [n for n in found if n not in own]
+    lists = {"missing": missing, "unexpected": unexpected, "different": wrong}
+    if any(lists.values()):
+        said = "\n".join(f"  {what}: {_some(each)}" for what, each in lists.items() if each)
+        raise WeightsError(
+            f"the weights do not fit this {type(model).__name__}:\n{said}\nNames are those of state_dict(). Pass the "
+            "model's own checkpoint, or a mapping from the model's names to tensors"
+        )
+    return stored
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "floating" if dtype.is_floating_point else "complex" if dtype.is_complex else "whole"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def share_weights(model: nn.Module, mesh: Mesh, stored: Collection[str] = ()) -> int:
+    """Overwrite parameters and buffers by rank 0's where they differ; how many did.
+
+    Args:
+        model: the model.
+        mesh: the ranks.
+        stored: the names of those that come from a checkpoint, at which nobody looks.
+    """
+    tensors = {n: t for n, t in _named(model).items() if n not in stored}
+    sums = mesh.gathered({name: checksum(t) for name, t in tensors.items()})
+    differing = [name for name in tensors if any(each[name] != sums[0][name] for each in sums)]
+    with torch.no_grad():
+        for name in differing:
+            data = tensors[name].detach()
+            whole = data.contiguous()
+            mesh.broadcast(whole)
+            if whole.data_ptr() != data.data_ptr():
+                data.copy_(whole)
+    return len(differing)
+
+
+def cut(
+    model: nn.Module, layouts: Mapping[str, Layout], rank: int, device: torch.device | None, loaded: Collection[str]
+) -> None:
+    """Let parameters and their gradients be this rank's shares of what they are.
+
+    Args:
+        model: the model.
+        layouts: the split weights' layouts.
+        rank: this rank.
+        device: where all tensors go; None: they stay where they are.
+        loaded: what has been loaded, and is this rank's share already.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shards, grad = shards_of(layouts, name), parameter.grad
+            parameter.grad = None
+            if name not in loaded:
+                parameter.data = _own(parameter.data, shards, rank, device)
+            if grad is not None:
+                parameter.grad = _own(grad, shards, rank, device)
+        for buffer in model.buffers() if device is not None else ():
+            buffer.data = buffer.data.to(device)
+
+
+def _own(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int, device: torch.device | None) -> torch.Tensor:
+    """A rank's share of a tensor, which keeps nothing else in memory."""
+    part = local_part(whole, shards, rank)
+    if device is not None and part.device != device:
+        return part.to(device)
+    larger = part.untyped_storage().nbytes() > 2 * part.nbytes  # part of a mapped file, say
+    return part.clone() if shards or larger else part
