@@ -194,11 +194,19 @@ def cut(
             shards, grad = shards_of(layouts, name), parameter.grad
             parameter.grad = None
             if name not in loaded:
-                parameter.data = _own(parameter.data, shards, rank, device)
+                _hold(parameter, _own(parameter.data, shards, rank, device))
             if grad is not None:
                 parameter.grad = _own(grad, shards, rank, device)
         for buffer in model.buffers() if device is not None else ():
             buffer.data = buffer.data.to(device)
+
+
+def _hold(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Let a parameter have data of another shape."""
+    if parameter.shape != data.shape:  # outputs of before keep what remembers the shape, until the dtype changes
+        other = torch.float32 if data.dtype != torch.float32 else torch.float64
+        parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = data
 
 
 def _own(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int, device: torch.device | None) -> torch.Tensor:

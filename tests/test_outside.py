@@ -124,8 +124,9 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 class TestChangesAfterParallelize:
     @pytest.mark.parametrize(
         "name",
-        ["dense state", "and back", "local state", "untouched", "partial state", "prefixed state", "assigned state",
-         "in place", "buffer on the model", "replaced parameter", "healed", "state of a copy"],
+        ["an output of before", "dense state", "and back", "local state", "untouched", "partial state",
+         "prefixed state", "assigned state", "in place", "buffer on the model", "replaced parameter", "healed",
+         "state of a copy"],
     )  # fmt: skip
     def test_the_graph_sees_it(self, changes: Ran, name: str) -> None:
         assert all(result[name] < 1e-12 for result in changes)

@@ -256,6 +256,14 @@ def changes(rank: int, world: int) -> Result:
         for p in other.parameters():
             p.mul_(1.25)
 
+    early = Scaled().double().eval()
+    kept = early(x)  # and with it the nodes that remember the shapes of weights
+    autotp.parallelize(early, world, example_inputs=(x,))
+    early(x).square().sum().backward()
+    dense(x).square().sum().backward()
+    found["an output of before"] = gradients_apart(dense, early) if kept.requires_grad else 1.0
+    dense.zero_grad(set_to_none=True)
+
     # State dicts: dense, local, wrong, partial, assigned, and as a part of something bigger.
     state = other.state_dict()
     model.load_state_dict(state)
