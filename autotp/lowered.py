@@ -107,6 +107,7 @@ class LoweredGraph(fx.GraphModule):
         rank: the rank.
         constants: the tensors that the graph has.
         regions: the modules that it calls.
+        written: the results that go back into the memory of an input, by its number.
         lowering: which passes run.
         grad: whether a backward follows.
         compiled: options for ``torch.compile``; None: the graph runs as it is.
@@ -123,6 +124,7 @@ class LoweredGraph(fx.GraphModule):
         rank: int,
         constants: Mapping[str, torch.Tensor],
         regions: Mapping[str, nn.Module],
+        written: Mapping[int, int],
         lowering: Lowering,
         grad: bool,
         compiled: Mapping[str, Any] | None = None,
@@ -130,7 +132,7 @@ class LoweredGraph(fx.GraphModule):
         if compiled is not None:  # a compiler plans memory and order
             off = dict.fromkeys(("grow", "lean", "overlap", "reuse", "bind"), False)
             lowering = replace(lowering, **off)
-        made = lower(graph, rank, constants, regions, lowering, grad=grad)
+        made = lower(graph, rank, constants, regions, lowering, grad=grad, written=written)
         can = compiled is not None and _can_be_compiled(made.graph)
         super().__init__({**made.constants, **regions}, made.graph)
         self.weights, self.found, self.grad = made.weights, made.found, grad

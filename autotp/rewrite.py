@@ -107,7 +107,8 @@ class RankGraph(fx.GraphModule):
         self.__dict__ |= rewritten.captured.constants | rewritten.captured.regions
         self.rank, self.tp = rank, rewritten.tp
         self.graph = localize(rewritten.graph, rank)
-        self._held = rewritten.captured.constants, rewritten.captured.regions
+        captured = rewritten.captured
+        self._held = captured.constants, captured.regions, captured.outputs.written
         self.__dict__["_model"] = model  # not a child: its dicts are this one's
         self._lowered: dict[tuple[Lowering, bool], LoweredGraph] = {}
         self._bound: dict[tuple[bool, bool], tuple[LoweredGraph, Weights]] = {}

@@ -208,8 +208,8 @@ class _AllRanks(torch.autograd.Function):
                 local[name] = held
             own = []
             for i, (x, need) in enumerate(zip(inputs, needs[count:], strict=True)):
-                held = local_part(x.detach(), places(rewritten.inputs, i), rank)
-                own.append(held.clone().requires_grad_(True) if need else held)
+                held = local_part(x.detach(), places(rewritten.inputs, i), rank).clone()  # a cache is written to
+                own.append(held.requires_grad_(True) if need else held)
             leaves += own
             with torch.set_grad_enabled(tracking):
                 results = simulation.run(part, rewritten, rank, local, own)

@@ -53,6 +53,8 @@ class Outputs:
             constants and objects made in the call.
         changes: what the call changes in objects that were passed, each with the object's number.
         slots: for each result that is in an object its place there, and whether ranks keep their own shares of it.
+        written: the results that go back into the memory of a tensor that an object held, by its number among the
+            input tensors.
         counts: the attributes of objects that count.
         refills: whether forward puts other tensors into a container among its inputs, which a graph does not.
         agreeing: classes whose backward agrees with the derivative of their forward.
@@ -62,21 +64,25 @@ class Outputs:
     leaves: list[Leaf] = field(default_factory=list)
     changes: list[tuple[int, Change]] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
+    written: dict[int, int] = field(default_factory=dict)
     counts: set[tuple[type, str]] = field(default_factory=set)
     refills: bool = False
     agreeing: Container[type] = ()
 
-    def take(self, result: Any, objects: list[tuple[State, Any]], held: list[torch.Tensor], refills: bool) -> list[Any]:
+    def take(
+        self, result: Any, objects: list[tuple[State, Any]], held: list[tuple[int, torch.Tensor]], refills: bool
+    ) -> list[Any]:
         """Note how what forward returned, and left in objects, goes together of the results, which are returned.
 
         Args:
             result: what forward returned.
             objects: the objects that it was passed, as they were and as they are.
-            held: the leaves that were in them.
+            held: the leaves that were in them, and their numbers among the input tensors.
             refills: see above.
         """
         outputs, self.spec = plain_leaves(result)
         self.leaves, self.changes, self.slots, self.counts, self.refills = [], [], {}, set(), refills
+        self.written = {}
         results: list[Any] = []
         given = {id(x): i for i, (_, x) in enumerate(objects)}
         for leaf in outputs:
@@ -100,8 +106,9 @@ class Outputs:
             first = len(results)
             form, opener = self._left(x, results)
             tensors = {id(t): first + n for n, t in enumerate(opener.leaves)}
-            same = {(n, tensors[id(t)]) for n, t in enumerate(own) if id(t) in tensors}
+            same = {(n, tensors[id(t)]) for n, (_, t) in enumerate(own) if id(t) in tensors}
             self.changes += [(i, change) for change in changes(state.form, form, same)]
+            self.written |= {tensors[id(t)]: number for number, t in own if id(t) in tensors}
             self.counts |= opener.counted(dict(state.numbers))
         return results
 
@@ -168,7 +175,8 @@ class _Flat(nn.Module):
         after = _held_by(args, kwargs)
         refills = len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True))
         objects = [(s, x) for s, x in zip(self._spec.states, before, strict=True) if s is not None]
-        held = [t for i, t in enumerate(leaves) if i in self._spec.slots]
+        numbers = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
+        held = [(numbers[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
         results = self._outputs.take(result, objects, held, refills)
         made = [x for x in results if isinstance(x, torch.Tensor)]
         refuse_own_backward(made, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing)

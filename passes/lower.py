@@ -159,6 +159,7 @@ def lower(
     lowering: Lowering | None = None,
     *,
     grad: bool,
+    written: Mapping[int, int] | None = None,
 ) -> Lowered:
     """Make one rank's graph faster.
 
@@ -169,6 +170,7 @@ def lower(
         regions: the submodules that it calls, by ``get_attr`` target.
         lowering: which passes run; all of them by default.
         grad: whether a backward follows.
+        written: the results that go back into the memory of an input, by its number.
 
     Returns:
         The lowered graph.
@@ -199,7 +201,7 @@ def lower(
     if grad:
         run("lean", lean)
     else:
-        run("grow", grow)
+        run("grow", grow, written or {})
     run("overlap", overlap, grad)
     if not grad:
         run("reuse", reuse)

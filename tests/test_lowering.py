@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import fx
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autotp
 from autotp.calls import Programs
-from autotp.capture import Dense
-from autotp.rewrite import RankGraph
+from autotp.capture import Dense, capture
+from autotp.lowered import LoweredGraph
+from autotp.rewrite import RankGraph, rewrite
 from autotp.shards import local_part, shards_of
 from autotp.simulate import Simulation
 from autotp.verify import Float64, relative_error
-from passes import Lowering, fabric
+from passes import Lowering, fabric, localize
 from passes.lowering.grow import grown
 from tests.models import make
 from tests.workers import backward, outputs, run
@@ -257,6 +258,48 @@ def test_a_cache_is_not_copied_for_each_token() -> None:
             place = caches[0].layers[0].keys.data_ptr()
             moved, before = moved + (place != before), place
     assert moved == 2, "for the first of them, and after the crop"
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_a_cache_of_one_size_is_written_where_it_is(read_again: bool) -> None:
+    """Unless something reads what was there before."""
+
+    class Rows(nn.Module):
+        def forward(self, cache: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            new = cache.index_copy(0, rows, x)
+            return new, new.sum(0) + (cache.sum(0) if read_again else 0)
+
+    cache, rows, x = torch.randn(6, 4), torch.tensor([2, 3]), torch.randn(2, 4)
+    captured = capture(Rows(), (cache, rows, x), {})
+    graph = localize(rewrite(captured, 1).graph, 0)
+    lowered = LoweredGraph(graph, 0, captured.constants, captured.regions, {0: 0}, Lowering(), False)
+    before = cache.clone()
+    with torch.no_grad():
+        expected = Rows()(before, rows, x)
+        found = lowered.run(cache, rows, x)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert (found[0] is cache) is not read_again
+    assert torch.equal(cache, before) is read_again
+
+
+def test_a_static_cache_is_written_where_it_is() -> None:
+    with torch.no_grad():
+        model, _ = make("llama")
+        ids = torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
+        dense = copy.deepcopy(model)
+        caches = [transformers.StaticCache(config=model.config, max_cache_len=16) for _ in range(2)]
+        autotp.parallelize(model, 1)
+        for start, end in ((0, 5), (5, 6), (6, 8), (8, 9)):
+            found, expected = (
+                m(input_ids=ids[:, start:end], past_key_values=c, use_cache=True)
+                for m, c in zip((model, dense), caches, strict=True)
+            )
+            torch.testing.assert_close(found.logits, expected.logits)
+        for a, b in zip(*(c.layers for c in caches), strict=True):
+            torch.testing.assert_close(a.keys, b.keys)
+            torch.testing.assert_close(a.values, b.values)
+        graph = autotp.graph(model).lowered(Lowering(), False)
+        assert graph.found["grow"] == 2 * model.config.num_hidden_layers
 
 
 def test_exact_passes_leave_every_bit() -> None:

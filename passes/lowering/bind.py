@@ -23,7 +23,7 @@ _AS_FUNCTIONS = ("abs add addmm all amax amin any arange argmax argmin baddbmm b
                  "reshape rms_norm rsqrt rsub scaled_dot_product_attention select sigmoid sign silu silu_ sin softmax "
                  "split_with_sizes sqrt square squeeze stack sub sum tanh transpose tril triu unflatten unsqueeze "
                  "where zeros")  # fmt: skip
-_AS_METHODS = "add_ mul_ sub_ div_ relu_ tanh_ sigmoid_ neg_ exp_ rsqrt_ expand to"
+_AS_METHODS = "add_ mul_ sub_ div_ relu_ tanh_ sigmoid_ neg_ exp_ rsqrt_ index_copy_ expand to"
 
 
 def _functions() -> dict[str, Callable[..., Any]]:

@@ -1,7 +1,9 @@
-"""grow: caches of keys and values get new tokens in memory that has room for them, and are not copied for each."""
+"""grow: caches of keys and values are not copied for each token: those that grow get it in memory that has room
+behind them, and those of one size where it belongs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,28 +72,46 @@ _READERS = {"aten.scaled_dot_product_attention", "aten.matmul", "aten.transpose"
 """Ops that read a tensor whatever its strides are."""
 
 
-def grow(graph: fx.Graph) -> int:
-    """Let results that are an input and something behind it grow in place: what a cache holds after a call.
+def _grows(node: fx.Node, output: fx.Node) -> bool:
+    """Let what is an input and something behind it grow in place."""
+    if op_name(node) != "aten.cat" or len(node.args[0]) != 2:
+        return False
+    (old, new), dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if not is_tensor(old) or not is_tensor(new) or old.op != "placeholder" or "weights" in old.meta:
+        return False
+    shapes = local(old), local(new)
+    alike = shapes[0].dtype == shapes[1].dtype and len(shapes[0].shape) == len(shapes[1].shape) > 1
+    if not alike or not all(u is output or op_name(u) in _READERS for u in node.users):
+        return False
+    node.target, node.args = grown, (old, new, int(dim) % len(shapes[0].shape))
+    return True
+
+
+def _overwrites(node: fx.Node, held: fx.Node) -> bool:
+    """Let what goes back into an input, with some of its rows replaced, be written there at once."""
+    if node.target is not aten.index_copy.default or node.args[0] is not held or local(node) != local(held):
+        return False
+    if any(user is not node and op_name(user) != "aten.sym_size" for user in held.users):
+        return False
+    node.target = aten.index_copy_.default
+    return True
+
+
+def grow(graph: fx.Graph, written: Mapping[int, int]) -> int:
+    """Let caches take new tokens without a copy of what they hold: those that grow, and those of one size.
 
     Only for a graph that no backward follows.
 
     Args:
         graph: a rank's graph; changed in place.
+        written: the results that go back into the memory of an input, by its number.
 
     Returns:
         How many results are no longer copies.
     """
-    output = graph.output_node()
+    output, inputs = graph.output_node(), graph.find_nodes(op="placeholder")
     count = 0
-    for node in list(output.all_input_nodes):
-        if op_name(node) != "aten.cat" or len(node.args[0]) != 2:
-            continue
-        (old, new), dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        if not is_tensor(old) or not is_tensor(new) or old.op != "placeholder" or "weights" in old.meta:
-            continue
-        shapes = local(old), local(new)
-        alike = shapes[0].dtype == shapes[1].dtype and len(shapes[0].shape) == len(shapes[1].shape) > 1
-        if alike and all(u is output or op_name(u) in _READERS for u in node.users):
-            node.target, node.args = grown, (old, new, int(dim) % len(shapes[0].shape))
-            count += 1
+    for i, node in enumerate(output.args[0]):
+        if is_tensor(node):
+            count += _grows(node, output) or (i in written and _overwrites(node, inputs[written[i]]))
     return count
