@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from autotp.text import lowered_text
-from passes import Lowering, fabric, lower
+from passes import Lowered, Lowering, fabric, lower
 
 __all__ = ["LoweredGraph", "Weights"]
 
@@ -25,14 +25,16 @@ class Weights:
     Args:
         module: the module.
         names: for each weight the name of a parameter or buffer, or the names of several that are taken as one.
+        compiled: whether a compiler is to know that their sizes and, as long as they are not replaced, addresses stay.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[tuple[str, ...]], compiled: bool = False) -> None:
         self._places = [[_place(module, n) for n in each] for each in names]
         self._single = [(d, k) for d, k in (each[0] for each in self._places)]
         self._groups = [(i, each) for i, each in enumerate(self._places) if len(each) > 1]
         self._whole: dict[int, tuple[torch.Tensor, list[int]]] = {}
         self._last: tuple[Any, list[torch.Tensor]] | None = None
+        self._compiled = compiled
 
     def take(self, seen: Any = None) -> list[torch.Tensor] | None:
         """The weights; None where some that are taken as one are not of one kind, and cannot lie side by side.
@@ -51,9 +53,13 @@ class Weights:
                     (p.dtype, p.device, p.layout) != (parts[0].dtype, parts[0].device, parts[0].layout) for p in parts
                 ):
                     return None
-                whole = laid_side_by_side(parts)
+                whole = nn.Parameter(laid_side_by_side(parts), requires_grad=False)
                 self._whole[i] = whole, [p.data_ptr() for p in parts]
             found[i] = whole
+        for x in found if self._compiled else ():
+            if type(x) is not nn.Parameter and not hasattr(x, "_dynamo_static_input_type"):
+                torch._dynamo.mark_static(x)
+                torch._dynamo.mark_static_address(x)
         self._last = (seen, found) if seen is not None else None
         return found
 
@@ -91,10 +97,23 @@ def _base(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def _can_be_compiled(graph: fx.Graph) -> bool:
+def _can_be_compiled(made: Lowered) -> bool:
     from passes.traced import traced  # which registers ops: a second's import
 
-    return traced(graph, fabric.current())
+    return traced([made.graph, *made.repeated.values()], fabric.current())
+
+
+class _Region(nn.Module):
+    """What a graph calls several times, and a compiler compiles once."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self.program = fx.GraphModule({}, graph)
+        self._run = torch.compiler.nested_compile_region(type(self.program).forward)
+
+    def forward(self, *given: Any) -> Any:
+        """Run it."""
+        return self._run(self.program, *given)
 
 
 class LoweredGraph(fx.GraphModule):
@@ -115,6 +134,7 @@ class LoweredGraph(fx.GraphModule):
         run: runs it.
         weights: for each input after the call's tensors the names of the weights that it is.
         found: how much each pass found.
+        repeated: the graphs of what it calls several times.
     """
 
     def __init__(
@@ -127,15 +147,18 @@ class LoweredGraph(fx.GraphModule):
         grad: bool,
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
+        made = None
         if compiled is not None:  # a compiler plans memory itself
-            lowering = replace(lowering, reuse=False, bind=False)
-        made = lower(graph, rank, constants, regions, lowering, grad=grad)
-        can = compiled is not None and _can_be_compiled(made.graph)
-        super().__init__({**made.constants, **regions}, made.graph)
-        self.weights, self.found, self.grad = made.weights, made.found, grad
+            as_is = replace(lowering, reuse=False, bind=False)
+            made = lower(graph, rank, constants, regions, as_is, grad=grad)
+        if made is None or not _can_be_compiled(made):
+            compiled = None
+            made = lower(graph, rank, constants, regions, replace(lowering, repeat=False), grad=grad)
+        super().__init__({**made.constants, **regions, **{n: _Region(g) for n, g in made.repeated.items()}}, made.graph)
+        self.weights, self.found, self.repeated, self.grad = made.weights, made.found, made.repeated, grad
         self.run: Callable[..., Any] = self.forward
-        if can:
-            self._compile(compiled or {})
+        if compiled is not None:
+            self._compile(compiled)
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
@@ -157,4 +180,5 @@ class LoweredGraph(fx.GraphModule):
 
     def __str__(self) -> str:
         kind = "with a backward" if self.grad else "forward only"
-        return lowered_text(self.graph, f"lowered, {kind}: {', '.join(f'{n} {c}' for n, c in self.found.items() if c)}")
+        title = f"lowered, {kind}: {', '.join(f'{n} {c}' for n, c in self.found.items() if c)}"
+        return lowered_text(self.graph, title, self.repeated)

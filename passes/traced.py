@@ -173,21 +173,22 @@ _TRACED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
 """For each op by which ranks meet the one that can be compiled, and which of its arguments names the group."""
 
 
-def traced(graph: fx.Graph, of: fabric.Fabric) -> bool:
+def traced(graphs: Sequence[fx.Graph], of: fabric.Fabric) -> bool:
     """Let ranks meet through ops that a compiler can see.
 
     Args:
-        graph: a rank's graph; changed in place.
-        of: the fabric in which it will run.
+        graphs: a rank's graph, and those that it calls; changed in place.
+        of: the fabric in which they will run.
 
     Returns:
-        Whether the graph can be compiled: not if it draws random numbers, which ranks draw alike or apart from
-        streams that no compiler knows, or if shards differ in several dims.
+        Whether they can be compiled: not, and nothing is changed, if they draw random numbers, which ranks draw alike
+        or apart from streams that no compiler knows, or if shards differ in several dims.
     """
+    nodes = [n for graph in graphs for n in graph.nodes]
     random = (ops.random_same, ops.random_per_rank)
-    if any(n.target in random or (n.target is ops.all_gather and len(n.args[1]) > 1) for n in graph.nodes):
+    if any(n.target in random or (n.target is ops.all_gather and len(n.args[1]) > 1) for n in nodes):
         return False
-    for node in graph.nodes:
+    for node in nodes:
         if node.target not in _TRACED:
             continue
         target, at = _TRACED[node.target]

@@ -11,6 +11,7 @@
 ``split``          parts that make up a whole are cut out in one call
 ``reuse``          without a backward, results go where an operand was that nothing reads any more
 ``bind``           ops are called as torch's C functions
+``repeat``         for a compiler, layers that are alike are calls of one region
 =================  ==================================================================================
 
 :func:`passes.lower` runs them. Each changes a graph in place, keeps what it computes, keeps the order in which
@@ -24,8 +25,9 @@ from passes.lowering.fold import fold
 from passes.lowering.fuse import fuse
 from passes.lowering.group import group
 from passes.lowering.merge import merge
+from passes.lowering.repeat import repeat
 from passes.lowering.reuse import reuse
 from passes.lowering.split import split
 from passes.lowering.together import together
 
-__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "merge", "reuse", "split", "together"]
+__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "merge", "repeat", "reuse", "split", "together"]
