@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from autotp.text import lowered_text
+from autotp.written import written
 from passes import Lowered, Lowering, fabric, lower
 
 __all__ = ["LoweredGraph", "Weights"]
@@ -58,7 +59,6 @@ class Weights:
             found[i] = whole
         for x in found if self._compiled else ():
             if type(x) is not nn.Parameter and not hasattr(x, "_dynamo_static_input_type"):
-                torch._dynamo.mark_static(x)
                 torch._dynamo.mark_static_address(x)
         self._last = (seen, found) if seen is not None else None
         return found
@@ -116,6 +116,20 @@ class _Region(nn.Module):
         return self._run(self.program, *given)
 
 
+def _with_sizes(module: fx.GraphModule) -> Callable[..., Any]:
+    """A graph's forward that first says which sizes of its inputs never change: a region's must be known before it."""
+    lines = ["def forward(*given):"]
+    for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("local")
+        for dim, size in enumerate(value.shape if value is not None else ()):
+            if isinstance(size, int):
+                lines += [f"    if given[{i}].shape[{dim}] != {size}:", "        raise AssertionError"]
+    made: Callable[..., Any] = written(
+        "forward", "\n".join([*lines, "    return run(*given)"]), {"run": module.forward}
+    )
+    return made
+
+
 class LoweredGraph(fx.GraphModule):
     """A rank's program as it runs: an fx graph whose inputs are the call's tensors and then the weights.
 
@@ -162,7 +176,7 @@ class LoweredGraph(fx.GraphModule):
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
-        compiled = torch.compile(self.forward, fullgraph=True, **{"dynamic": not self.grad, **options})
+        compiled = torch.compile(_with_sizes(self), fullgraph=True, **{"dynamic": not self.grad, **options})
 
         def run(*given: Any) -> Any:
             try:

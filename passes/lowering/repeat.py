@@ -8,6 +8,7 @@ No name of a module is read.
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
@@ -48,17 +49,27 @@ def _form(nodes: Sequence[fx.Node], wired: bool = True) -> tuple[Any, list[fx.No
 
     Args:
         nodes: the run.
-        wired: whether it counts which nodes are read, or only of what kind they are.
+        wired: whether it counts which nodes are read and which sizes are equal, or only of what kind they are.
     """
     own = {n: i for i, n in enumerate(nodes)}
     given: dict[fx.Node, int] = {}
+    names: dict[str, int] = {}
+
+    def value(node: fx.Node) -> Any:
+        if (known := node.meta.get("local")) is None:
+            return None
+        numbered = (
+            n if isinstance(n, int) else re.sub(r"[a-z]\w*", lambda s: f"n{names.setdefault(s[0], len(names))}", n)
+            for n in known.shape
+        )
+        return known.dtype, *(numbered if wired else (n if isinstance(n, int) else "" for n in known.shape))
 
     def place(node: fx.Node) -> Any:
         if node in own:
             return own[node]
-        return "given", given.setdefault(node, len(given)) if wired else 0, node.meta.get("local")
+        return "given", given.setdefault(node, len(given)) if wired else 0, value(node)
 
-    form = [(n.target, _key(n.args, place), _key(n.kwargs, place), n.meta.get("local")) for n in nodes]
+    form = [(n.target, _key(n.args, place), _key(n.kwargs, place), value(n)) for n in nodes]
     return tuple(form), list(given)
 
 
@@ -231,10 +242,28 @@ def repeat(graph: fx.Graph, regions: Collection[str], repeated: dict[str, fx.Gra
     return before - len(graph.nodes)
 
 
+def _elsewhere(runs: list[_Run], nodes: Sequence[fx.Node], tokens: dict[fx.Node, int]) -> list[_Run]:
+    """Runs, and what is like them elsewhere."""
+    form, _ = _form(runs[0])
+    pattern, taken = [tokens[n] for n in runs[0]], {n for run in runs for n in run}
+    found, at = {run[0]: run for run in runs}, 0
+    while at <= len(nodes) - len(pattern):
+        more = nodes[at : at + len(pattern)]
+        if [tokens[n] for n in more] == pattern and taken.isdisjoint(more) and _form(more)[0] == form:
+            found[more[0]] = list(more)
+            at += len(pattern)
+        else:
+            at += 1
+    return [found[n] for n in nodes if n in found]
+
+
 def _found(graph: fx.Graph, regions: Collection[str]) -> list[_Run] | None:
     """The runs that have the most nodes."""
     nodes, known = list(graph.nodes), dict[Any, int]()
     kinds = [_form([n], wired=False)[0] if _may_repeat(n, regions) else n for n in nodes]
     tokens = {n: known.setdefault(kind, len(known)) for n, kind in zip(nodes, kinds, strict=True)}
-    found = (_runs(nodes, tokens, *stretch) for stretch in _stretches(list(tokens.values())))
-    return next((runs for runs in found if runs), None)
+    for stretch in _stretches(list(tokens.values())):
+        if runs := _runs(nodes, tokens, *stretch):
+            all_runs = _elsewhere(runs, nodes, tokens)
+            return all_runs if _owns_results(all_runs) else runs
+    return None
