@@ -13,6 +13,7 @@ from torch import fx, nn
 from autotp.text import lowered_text
 from autotp.written import written
 from passes import Lowered, Lowering, fabric, lower
+from passes.lowering.values import MEETING
 
 __all__ = ["LoweredGraph", "Weights"]
 
@@ -103,6 +104,31 @@ def _can_be_compiled(made: Lowered) -> bool:
     return traced([made.graph, *made.repeated.values()], fabric.current())
 
 
+def _asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:
+    with_graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
+    return with_graphs or bool((options.get("options") or {}).get("triton.cudagraphs"))
+
+
+def _meets_by_host(graph: fx.Graph) -> bool:
+    """Whether ranks meet in a way that no CUDA graph can hold: it is cut there, which no region can be."""
+    return any(n.target in MEETING for n in graph.nodes) and fabric.current().group("tp").by_host
+
+
+_OPTIONS = {
+    "size_asserts": False,  # calls are recognised, and again at each region
+    "reorder_for_peak_memory": False,  # ranks whose shards differ in size must meet in one order
+}
+"""Options for torch's own compiler, beside those of a mode."""
+
+
+def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Options for ``torch.compile`` with autotp's own, where they are for torch's own compiler."""
+    if given.get("backend", "inductor") != "inductor" or ("mode" in given and "options" in given):
+        return given
+    mode = torch._inductor.list_mode_options(given.pop("mode", None) or "default", given["dynamic"])
+    return {**given, "options": {**_OPTIONS, **mode, **(given.get("options") or {})}}
+
+
 class _Region(nn.Module):
     """What a graph calls several times, and a compiler compiles once."""
 
@@ -163,7 +189,8 @@ class LoweredGraph(fx.GraphModule):
     ) -> None:
         made = None
         if compiled is not None:  # a compiler plans memory itself
-            as_is = replace(lowering, reuse=False, bind=False)
+            repeat = lowering.repeat and not (_asks_for_cuda_graphs(compiled) and _meets_by_host(graph))
+            as_is = replace(lowering, reuse=False, bind=False, repeat=repeat)
             made = lower(graph, rank, constants, regions, as_is, grad=grad)
         if made is None or not _can_be_compiled(made):
             compiled = None
@@ -176,7 +203,9 @@ class LoweredGraph(fx.GraphModule):
 
     def _compile(self, options: Mapping[str, Any]) -> None:
         # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
-        compiled = torch.compile(_with_sizes(self), fullgraph=True, **{"dynamic": not self.grad, **options})
+        compiled = torch.compile(
+            _with_sizes(self), fullgraph=True, **_with_defaults({"dynamic": not self.grad, **options})
+        )
 
         def run(*given: Any) -> Any:
             try:
