@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autotp.compiled import Region, can_be_compiled, can_repeat
+from autotp.compiled import compiled as as_compiled
 from autotp.text import lowered_text
-from autotp.written import written
-from passes import Lowered, Lowering, fabric, lower
-from passes.lowering.values import MEETING
+from passes import Lowering, lower
 
 __all__ = ["LoweredGraph", "Weights"]
 
@@ -98,64 +97,6 @@ def _base(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def _can_be_compiled(made: Lowered) -> bool:
-    from passes.traced import traced  # which registers ops: a second's import
-
-    return traced([made.graph, *made.repeated.values()], fabric.current())
-
-
-def _asks_for_cuda_graphs(options: Mapping[str, Any]) -> bool:
-    with_graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
-    return with_graphs or bool((options.get("options") or {}).get("triton.cudagraphs"))
-
-
-def _meets_by_host(graph: fx.Graph) -> bool:
-    """Whether ranks meet in a way that no CUDA graph can hold: it is cut there, which no region can be."""
-    return any(n.target in MEETING for n in graph.nodes) and fabric.current().group("tp").by_host
-
-
-_OPTIONS = {
-    "size_asserts": False,  # calls are recognised, and again at each region
-    "reorder_for_peak_memory": False,  # ranks whose shards differ in size must meet in one order
-}
-"""Options for torch's own compiler, beside those of a mode."""
-
-
-def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Options for ``torch.compile`` with autotp's own, where they are for torch's own compiler."""
-    if given.get("backend", "inductor") != "inductor" or ("mode" in given and "options" in given):
-        return given
-    mode = torch._inductor.list_mode_options(given.pop("mode", None) or "default", given["dynamic"])
-    return {**given, "options": {**_OPTIONS, **mode, **(given.get("options") or {})}}
-
-
-class _Region(nn.Module):
-    """What a graph calls several times, and a compiler compiles once."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        super().__init__()
-        self.program = fx.GraphModule({}, graph)
-        self._run = torch.compiler.nested_compile_region(type(self.program).forward)
-
-    def forward(self, *given: Any) -> Any:
-        """Run it."""
-        return self._run(self.program, *given)
-
-
-def _with_sizes(module: fx.GraphModule) -> Callable[..., Any]:
-    """A graph's forward that first says which sizes of its inputs never change: a region's must be known before it."""
-    lines = ["def forward(*given):"]
-    for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
-        value = node.meta.get("local")
-        for dim, size in enumerate(value.shape if value is not None else ()):
-            if isinstance(size, int):
-                lines += [f"    if given[{i}].shape[{dim}] != {size}:", "        raise AssertionError"]
-    made: Callable[..., Any] = written(
-        "forward", "\n".join([*lines, "    return run(*given)"]), {"run": module.forward}
-    )
-    return made
-
-
 class LoweredGraph(fx.GraphModule):
     """A rank's program as it runs: an fx graph whose inputs are the call's tensors and then the weights.
 
@@ -189,37 +130,22 @@ class LoweredGraph(fx.GraphModule):
     ) -> None:
         made = None
         if compiled is not None:  # a compiler plans memory itself
-            repeat = lowering.repeat and not (_asks_for_cuda_graphs(compiled) and _meets_by_host(graph))
+            repeat = lowering.repeat and can_repeat(graph, compiled)
             as_is = replace(lowering, reuse=False, bind=False, repeat=repeat)
             made = lower(graph, rank, constants, regions, as_is, grad=grad)
-        if made is None or not _can_be_compiled(made):
+        if made is None or not can_be_compiled(made):
             compiled = None
             made = lower(graph, rank, constants, regions, replace(lowering, repeat=False), grad=grad)
-        super().__init__({**made.constants, **regions, **{n: _Region(g) for n, g in made.repeated.items()}}, made.graph)
+        super().__init__({**made.constants, **regions, **{n: Region(g) for n, g in made.repeated.items()}}, made.graph)
         self.weights, self.found, self.repeated, self.grad = made.weights, made.found, made.repeated, grad
         self.run: Callable[..., Any] = self.forward
         if compiled is not None:
-            self._compile(compiled)
+            flat = replace(lowering, repeat=False)
 
-    def _compile(self, options: Mapping[str, Any]) -> None:
-        # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
-        compiled = torch.compile(
-            _with_sizes(self), fullgraph=True, **_with_defaults({"dynamic": not self.grad, **options})
-        )
+            def without() -> Callable[..., Any]:
+                return LoweredGraph(graph, rank, constants, regions, flat, grad, compiled).run
 
-        def run(*given: Any) -> Any:
-            try:
-                return compiled(*given)
-            except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything has run
-                warnings.warn(
-                    "a graph was compiled for as many sizes as torch.compile allows, and runs as it is from now on: "
-                    'pad to fewer sizes, or parallelize(compile={"dynamic": True})',
-                    stacklevel=2,
-                )
-                self.run = self.forward
-                return self.forward(*given)
-
-        self.run = run
+            self.run = as_compiled(self, grad, compiled, without if made.repeated else None)
 
     def __str__(self) -> str:
         kind = "with a backward" if self.grad else "forward only"

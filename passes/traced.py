@@ -79,7 +79,7 @@ class Traced:
     """
 
     def __init__(self, key: str, rank: int, size: int) -> None:
-        self.key, self.rank, self.size = key, rank, size
+        self.key, self.rank, self.size, self.by_host = key, rank, size, key.startswith(_BY_HOST)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""

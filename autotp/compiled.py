@@ -1,0 +1,115 @@
+"""compiled: a lowered graph under torch.compile, what it repeats once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autotp.written import written
+from passes import Lowered, fabric
+from passes.lowering.values import MEETING
+
+__all__ = ["Region", "can_be_compiled", "can_repeat", "compiled"]
+
+_OPTIONS = {
+    "size_asserts": False,  # calls are recognised, and torch.compile's guards say it again
+    "reorder_for_peak_memory": False,  # ranks whose shards differ in size must meet in one order
+}
+"""Options for torch's own compiler, beside the user's."""
+
+
+def can_be_compiled(made: Lowered) -> bool:
+    """Let ranks meet through ops that a compiler sees; whether a graph can be compiled then."""
+    from passes.traced import traced  # which registers ops: a second's import
+
+    return traced([made.graph, *made.repeated.values()], fabric.current())
+
+
+def can_repeat(graph: fx.Graph, options: Mapping[str, Any]) -> bool:
+    """Whether regions may hold what ranks meet in: a CUDA graph is cut where the host takes part, but in no region.
+
+    Args:
+        graph: a rank's graph.
+        options: for ``torch.compile``.
+    """
+    graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
+    graphs = graphs or bool((options.get("options") or {}).get("triton.cudagraphs"))
+    return not (graphs and any(n.target in MEETING for n in graph.nodes) and fabric.current().group("tp").by_host)
+
+
+class Region(nn.Module):
+    """What a graph calls several times, with other weights, and a compiler compiles once."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self.program = fx.GraphModule({}, graph)
+        self._run = torch.compiler.nested_compile_region(type(self.program).forward)
+
+    def forward(self, *given: Any) -> Any:
+        """Run it."""
+        return self._run(self.program, *given)
+
+
+def compiled(
+    module: fx.GraphModule, grad: bool, options: Mapping[str, Any], without: Callable[[], Callable[..., Any]] | None
+) -> Callable[..., Any]:
+    """A graph as torch.compile makes it, whole.
+
+    Args:
+        module: the graph.
+        grad: whether a backward follows.
+        options: for ``torch.compile``.
+        without: makes the same without regions, if there are any.
+    """
+    # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
+    given = _with_defaults({"dynamic": not grad, **options})
+    now = torch.compile(_with_sizes(module), fullgraph=True, **given)
+
+    def run(*inputs: Any) -> Any:
+        nonlocal now, without
+        try:
+            return now(*inputs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything has run
+            warnings.warn(
+                "a graph was compiled for as many sizes as torch.compile allows, and runs as it is from now on: "
+                'pad to fewer sizes, or parallelize(compile={"dynamic": True})',
+                stacklevel=2,
+            )
+            now = module.forward
+        except torch._dynamo.exc.TorchDynamoException as error:  # likewise
+            if without is None:
+                raise
+            warnings.warn(
+                f"layers that repeat are compiled each, since torch.compile refuses them as one region: {error}",
+                stacklevel=2,
+            )
+            now, without = without(), None
+        return now(*inputs)
+
+    return run
+
+
+def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Options for ``torch.compile`` with autotp's own, where they are for torch's own compiler."""
+    if given.get("backend", "inductor") != "inductor" or ("mode" in given and "options" in given):
+        return given
+    mode = torch._inductor.list_mode_options(given.pop("mode", None) or "default", given["dynamic"])
+    return {**given, "options": {**_OPTIONS, **mode, **(given.get("options") or {})}}
+
+
+def _with_sizes(module: fx.GraphModule) -> Callable[..., Any]:
+    """A graph's forward that first says which sizes of its inputs never change: a region's must be known before it."""
+    lines = ["def forward(*given):"]
+    for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("local")
+        for dim, size in enumerate(value.shape if value is not None else ()):
+            if isinstance(size, int):
+                lines += [f"    if given[{i}].shape[{dim}] != {size}:", "        raise AssertionError"]
+    made: Callable[..., Any] = written(
+        "forward", "\n".join([*lines, "    return run(*given)"]), {"run": module.forward}
+    )
+    return made
