@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autotp.written import written
 from passes import Lowered, fabric
 from passes.lowering.values import MEETING
 
@@ -67,10 +66,12 @@ def compiled(
     """
     # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
     given = _with_defaults({"dynamic": not grad, **options})
-    now = torch.compile(_with_sizes(module), fullgraph=True, **given)
+    now, fixed = torch.compile(module.forward, fullgraph=True, **given), [] if grad else _fixed(module.graph)
 
     def run(*inputs: Any) -> Any:
         nonlocal now, without
+        for i, dims in fixed:  # torch._dynamo.mark_static, which takes longer: of one region all must know them before
+            inputs[i]._dynamo_static_indices = dims
         try:
             return now(*inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything has run
@@ -101,15 +102,12 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "options": {**_OPTIONS, **mode, **(given.get("options") or {})}}
 
 
-def _with_sizes(module: fx.GraphModule) -> Callable[..., Any]:
-    """A graph's forward that first says which sizes of its inputs never change: a region's must be known before it."""
-    lines = ["def forward(*given):"]
-    for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
-        value = node.meta.get("local")
-        for dim, size in enumerate(value.shape if value is not None else ()):
-            if isinstance(size, int):
-                lines += [f"    if given[{i}].shape[{dim}] != {size}:", "        raise AssertionError"]
-    made: Callable[..., Any] = written(
-        "forward", "\n".join([*lines, "    return run(*given)"]), {"run": module.forward}
-    )
-    return made
+def _fixed(graph: fx.Graph) -> list[tuple[int, frozenset[int]]]:
+    """For each of the call's tensors that has dims of which a graph knows the size, its position and these dims."""
+    found = []
+    for i, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = node.meta.get("local") if "weights" not in node.meta else None
+        dims = frozenset(d for d, n in enumerate(value.shape if value is not None else ()) if isinstance(n, int))
+        if any(value.shape[d] > 1 for d in dims):
+            found.append((i, dims))
+    return found

@@ -59,6 +59,7 @@ class Weights:
             found[i] = whole
         for x in found if self._compiled else ():
             if type(x) is not nn.Parameter and not hasattr(x, "_dynamo_static_input_type"):
+                torch._dynamo.mark_static(x)
                 torch._dynamo.mark_static_address(x)
         self._last = (seen, found) if seen is not None else None
         return found
