@@ -107,7 +107,8 @@ class Counted:
     @property
     def regions(self) -> list[dict[str, int]]:
         """For each graph how often it calls each region."""
-        return [dict(Counter(str(n.args[1]) for n in g.graph.nodes if n.target is HOP)) for g in self.graphs]
+        graphs = [g.graph for g in self.graphs if len(g.graph.nodes)]
+        return [dict(Counter(str(n.args[1]) for n in graph.nodes if n.target is HOP)) for graph in graphs]
 
 
 def compare(dense: nn.Module, model: nn.Module, call: Callable[[nn.Module], Any], grad: bool = True) -> None:
