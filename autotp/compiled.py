@@ -81,7 +81,7 @@ def compiled(
                 stacklevel=2,
             )
             now = module.forward
-        except torch._dynamo.exc.TorchDynamoException as error:  # likewise
+        except _refusals() as error:  # likewise
             if without is None:
                 raise
             warnings.warn(
@@ -92,6 +92,12 @@ def compiled(
         return now(*inputs)
 
     return run
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from torch._dynamo import exc
+
+    return exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.InternalTorchDynamoError, exc.BackendCompilerFailed
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +112,9 @@ def _fixed(graph: fx.Graph) -> list[tuple[int, frozenset[int]]]:
     """For each of the call's tensors that has dims of which a graph knows the size, its position and these dims."""
     found = []
     for i, node in enumerate(graph.find_nodes(op="placeholder")):
-        value = node.meta.get("local") if "weights" not in node.meta else None
-        dims = frozenset(d for d, n in enumerate(value.shape if value is not None else ()) if isinstance(n, int))
+        if (value := node.meta.get("local")) is None or "weights" in node.meta:
+            continue
+        dims = frozenset(d for d, n in enumerate(value.shape) if isinstance(n, int))
         if any(value.shape[d] > 1 for d in dims):
             found.append((i, dims))
     return found

@@ -30,6 +30,8 @@ _TRIED = 16
 
 _Run = list[fx.Node]
 
+aten = torch.ops.aten
+
 
 def _key(argument: Any, place: Any) -> Any:
     """An argument, so that equal keys mean the same; a node is what ``place`` makes of it."""
@@ -99,14 +101,18 @@ def _stretches(tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     yield from sorted(found, key=lambda f: (f[0] - f[1], f[2]))
 
 
+_SAME = (operator.getitem, joined, ops.enter, ops.enter_overlapping, ops.leave, ops.settle, aten.dropout.default)
+"""What may give back its operand, or a view of it, beside the ops of torch that say so."""
+
+
 def _base(node: fx.Node) -> fx.Node:
     """The value in whose memory a node's value may lie."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], (fx.Node, tuple)):
-        views = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.returns[0].alias_info is not None
-        if not views and node.target not in (operator.getitem, joined, ops.enter, ops.enter_overlapping):
-            break
+    while node.op == "call_function" and node.args:
         source = node.args[0]
-        if isinstance(source, tuple) or not isinstance(source, fx.Node):
+        if node.target is operator.getitem and source.target is ops.enter:  # of several that enter together
+            source = source.args[0][node.args[1]]
+        returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+        if not isinstance(source, fx.Node) or not (node.target in _SAME or (returns and returns[0].alias_info)):
             break
         node = source
     return node
@@ -118,12 +124,12 @@ def _read_outside(nodes: Sequence[fx.Node]) -> set[int]:
     return {i for i, n in enumerate(nodes) if any(u not in own for u in n.users)}
 
 
-def _owns_results(runs: Sequence[_Run]) -> bool:
-    """Whether what leaves each run is memory of its own: a compiler wants that of a region."""
+def _lie_apart(runs: Sequence[_Run]) -> bool:
+    """Whether no two values that go into a run, or come out of it, may share memory: a compiler wants that."""
     made = sorted(set[int]().union(*map(_read_outside, runs)))
     for run in runs:
-        bases = [_base(run[i]) for i in made]
-        if len(set(bases)) < len(bases) or not set(bases) <= set(run):
+        bases = [_base(n) for n in (*_form(run)[1], *(run[i] for i in made))]
+        if len(set(bases)) < len(bases):
             return False
     return True
 
@@ -189,7 +195,7 @@ def _runs(nodes: Sequence[fx.Node], tokens: dict[fx.Node, int], start: int, stop
         forms = [_form(r)[0] for r in runs]
         usual, _ = Counter(forms).most_common(1)[0]
         runs = [r for r, form in zip(runs, forms, strict=True) if form == usual]
-        if len(runs) > max(1, len(best)) and _owns_results(runs):
+        if len(runs) > max(1, len(best)) and _lie_apart(runs):
             best = runs
     return best
 
@@ -265,5 +271,5 @@ def _found(graph: fx.Graph, regions: Collection[str]) -> list[_Run] | None:
     for stretch in _stretches(list(tokens.values())):
         if runs := _runs(nodes, tokens, *stretch):
             all_runs = _elsewhere(runs, nodes, tokens)
-            return all_runs if _owns_results(all_runs) else runs
+            return all_runs if _lie_apart(all_runs) else runs
     return None
