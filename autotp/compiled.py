@@ -66,11 +66,12 @@ def compiled(
     """
     # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
     given = _with_defaults({"dynamic": not grad, **options})
-    now, fixed = torch.compile(module.forward, fullgraph=True, **given), [] if grad else _fixed(module.graph)
+    now = torch.compile(module.forward, fullgraph=True, **given)
+    fixed = [] if given["dynamic"] is False else _fixed(module.graph)
 
     def run(*inputs: Any) -> Any:
         nonlocal now, without
-        for i, dims in fixed:  # torch._dynamo.mark_static, which takes longer: of one region all must know them before
+        for i, dims in fixed:  # as torch._dynamo.mark_static does, but fast: sizes that become known in a region fail
             inputs[i]._dynamo_static_indices = dims
         try:
             return now(*inputs)
