@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autotp.compiled import Region, can_be_compiled, can_repeat
+from autotp.compiled import compiled as as_compiled
 from autotp.text import lowered_text
-from passes import Lowering, fabric, lower
+from passes import Lowering, lower
 
 __all__ = ["LoweredGraph", "Weights"]
 
@@ -25,14 +26,16 @@ class Weights:
     Args:
         module: the module.
         names: for each weight the name of a parameter or buffer, or the names of several that are taken as one.
+        compiled: whether a compiler is to know that their sizes and, as long as they are not replaced, addresses stay.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[tuple[str, ...]], compiled: bool = False) -> None:
         self._places = [[_place(module, n) for n in each] for each in names]
         self._single = [(d, k) for d, k in (each[0] for each in self._places)]
         self._groups = [(i, each) for i, each in enumerate(self._places) if len(each) > 1]
         self._whole: dict[int, tuple[torch.Tensor, list[int]]] = {}
         self._last: tuple[Any, list[torch.Tensor]] | None = None
+        self._compiled = compiled
 
     def take(self, seen: Any = None) -> list[torch.Tensor] | None:
         """The weights; None where some that are taken as one are not of one kind, and cannot lie side by side.
@@ -51,9 +54,13 @@ class Weights:
                     (p.dtype, p.device, p.layout) != (parts[0].dtype, parts[0].device, parts[0].layout) for p in parts
                 ):
                     return None
-                whole = laid_side_by_side(parts)
+                whole = nn.Parameter(laid_side_by_side(parts), requires_grad=False)
                 self._whole[i] = whole, [p.data_ptr() for p in parts]
             found[i] = whole
+        for x in found if self._compiled else ():
+            if type(x) is not nn.Parameter and not hasattr(x, "_dynamo_static_input_type"):
+                torch._dynamo.mark_static(x)
+                torch._dynamo.mark_static_address(x)
         self._last = (seen, found) if seen is not None else None
         return found
 
@@ -91,12 +98,6 @@ def _base(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def _can_be_compiled(graph: fx.Graph) -> bool:
-    from passes.traced import traced  # which registers ops: a second's import
-
-    return traced(graph, fabric.current())
-
-
 class LoweredGraph(fx.GraphModule):
     """A rank's program as it runs: an fx graph whose inputs are the call's tensors and then the weights.
 
@@ -116,6 +117,7 @@ class LoweredGraph(fx.GraphModule):
         run: runs it.
         weights: for each input after the call's tensors the names of the weights that it is.
         found: how much each pass found.
+        repeated: the graphs of what it calls several times.
     """
 
     def __init__(
@@ -129,35 +131,27 @@ class LoweredGraph(fx.GraphModule):
         grad: bool,
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
+        made = None
         if compiled is not None:  # a compiler plans memory and order
-            off = dict.fromkeys(("grow", "lean", "overlap", "reuse", "bind"), False)
-            lowering = replace(lowering, **off)
-        made = lower(graph, rank, constants, regions, lowering, grad=grad, written=written)
-        can = compiled is not None and _can_be_compiled(made.graph)
-        super().__init__({**made.constants, **regions}, made.graph)
-        self.weights, self.found, self.grad = made.weights, made.found, grad
+            repeat = lowering.repeat and can_repeat(graph, compiled)
+            off = dict.fromkeys(("lean", "grow", "overlap", "reuse", "bind"), False)
+            as_is = replace(lowering, repeat=repeat, **off)
+            made = lower(graph, rank, constants, regions, as_is, grad=grad)
+        if made is None or not can_be_compiled(made):
+            compiled, flat = None, replace(lowering, repeat=False)
+            made = lower(graph, rank, constants, regions, flat, grad=grad, written=written)
+        super().__init__({**made.constants, **regions, **{n: Region(g) for n, g in made.repeated.items()}}, made.graph)
+        self.weights, self.found, self.repeated, self.grad = made.weights, made.found, made.repeated, grad
         self.run: Callable[..., Any] = self.forward
-        if can:
-            self._compile(compiled or {})
+        if compiled is not None:
+            flat = replace(lowering, repeat=False)
 
-    def _compile(self, options: Mapping[str, Any]) -> None:
-        # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
-        compiled = torch.compile(self.forward, fullgraph=True, **{"dynamic": not self.grad, **options})
+            def without() -> Callable[..., Any]:
+                return LoweredGraph(graph, rank, constants, regions, written, flat, grad, compiled).run
 
-        def run(*given: Any) -> Any:
-            try:
-                return compiled(*given)
-            except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything has run
-                warnings.warn(
-                    "a graph was compiled for as many sizes as torch.compile allows, and runs as it is from now on: "
-                    'pad to fewer sizes, or parallelize(compile={"dynamic": True})',
-                    stacklevel=2,
-                )
-                self.run = self.forward
-                return self.forward(*given)
-
-        self.run = run
+            self.run = as_compiled(self, grad, compiled, without if made.repeated else None)
 
     def __str__(self) -> str:
         kind = "with a backward" if self.grad else "forward only"
-        return lowered_text(self.graph, f"lowered, {kind}: {', '.join(f'{n} {c}' for n, c in self.found.items() if c)}")
+        title = f"lowered, {kind}: {', '.join(f'{n} {c}' for n, c in self.found.items() if c)}"
+        return lowered_text(self.graph, title, self.repeated)

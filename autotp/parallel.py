@@ -125,9 +125,10 @@ def parallelize(
             False: none, the graphs run as ``autotp.graph`` prints them.
         exact: leave out those of them that call other kernels than the model does, and so round differently.
         compile: let ``torch.compile`` make one program of each graph, collectives included, without a graph break; a
-            mode, or a dict of its options. A graph that draws random numbers runs as it is. Without a backward, sizes
-            are dynamic; with one, each size is compiled by itself, and a graph that met too many runs as it is. What
-            ``torch.compile(model)`` returns does the same for a model that was parallelized without.
+            mode, or a dict of its options. Layers that repeat are compiled once. A graph that draws random numbers runs
+            as it is. Without a backward, sizes are dynamic; with one, each size is compiled by itself, and a graph that
+            met too many runs as it is. What ``torch.compile(model)`` returns does the same for a model that was
+            parallelized without.
 
     Returns:
         The same object.

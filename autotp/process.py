@@ -146,6 +146,7 @@ class _Solo:
 
     rank: int = 0
     size: int = 1
+    by_host: bool = False
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -167,6 +168,10 @@ class ProcessCommunicator:
     rank: int
     size: int
     missing: Callable[[Exception], Exception]
+    by_host: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_host = "nccl" not in dist.get_backend_config(self.group)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""

@@ -156,7 +156,7 @@ class RankGraph(fx.GraphModule):
             graph = self.lowered(lowering, key[0])
         else:
             graph = LoweredGraph(self.graph, self.rank, *self._held, lowering, key[0], compiled)
-        self._bound[key] = graph, Weights(self._model, graph.weights)
+        self._bound[key] = graph, Weights(self._model, graph.weights, compiled is not None)
 
     def __str__(self) -> str:
         return graph_text(self.graph, f"rank {self.rank} of {self.tp}{self.note}", self.rank)

@@ -260,7 +260,7 @@ class SharedMemory:
 
     def __init__(self, board: Board, far: Any, missing: Callable[[Exception], Exception]) -> None:
         self.board, self.far, self.missing = board, far, missing
-        self.rank, self.size = board.rank, board.size
+        self.rank, self.size, self.by_host = board.rank, board.size, far.by_host  # CUDA graphs hold no CPU tensors
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""

@@ -43,7 +43,7 @@ class _ThreadCommunicator:
     """One rank's end of a group of threads. Sums run in rank order, so that all get the same bits."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
-        self.rank, self.size, self._meeting = rank, size, meeting
+        self.rank, self.size, self.by_host, self._meeting = rank, size, True, meeting
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         parts = self._meeting.exchange(self.rank, tensor.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,8 +101,8 @@ def inputs_text(graph: fx.Graph, names: Sequence[str]) -> str:
     return ", ".join(n + (each[0] or f" ({len(each)} tensor{'s' * (len(each) > 1)})") for n, each in found.items())
 
 
-def lowered_text(graph: fx.Graph, title: str) -> str:
-    """A lowered graph as text: one line a node, grouped by module, with each value's local shape."""
+def lowered_text(graph: fx.Graph, title: str, repeated: Mapping[str, fx.Graph] | None = None) -> str:
+    """A lowered graph as text: one line a node, grouped by module, with each value's local shape; what it repeats."""
     lines, module = [f"# {title}"], None
     names = {n.name: " | ".join(n.meta["weights"]) for n in graph.nodes if "weights" in n.meta}
     for node in graph.nodes:
@@ -122,7 +122,9 @@ def lowered_text(graph: fx.Graph, title: str) -> str:
     text = "\n".join(lines)
     for name in sorted(names, key=len, reverse=True):
         text = re.sub(rf"\b{name}\b", f"self[{names[name]}]", text)
-    return text
+    return "\n\n".join(
+        [text, *(lowered_text(g, f"{name}, as in its first call") for name, g in (repeated or {}).items())]
+    )
 
 
 def _weight(argument: Any) -> str:

@@ -23,6 +23,8 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+    by_host: bool
+    """Whether the host takes part in an exchange, so that no CUDA graph can hold it."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""

@@ -22,10 +22,11 @@ from passes.lowering import (
     lean,
     merge,
     overlap,
+    repeat,
     reuse,
     split,
     together,
-)  # fmt: skip
+)
 from passes.lowering.values import call, describe, is_tensor, local, plain, tidy
 
 __all__ = ["Lowered", "Lowering", "lower"]
@@ -51,6 +52,7 @@ class Lowering:
         overlap: compute what needs no sum over the ranks while that is under way.
         reuse: without a backward, write over operands that nothing reads any more.
         bind: call torch's C functions.
+        repeat: for a compiler, layers that are alike as calls of one region.
     """
 
     fold: bool = True
@@ -66,6 +68,7 @@ class Lowering:
     overlap: bool = True
     reuse: bool = True
     bind: bool = True
+    repeat: bool = True
 
     @staticmethod
     def none() -> Lowering:
@@ -87,12 +90,14 @@ class Lowered:
             side by side in memory.
         constants: the tensors that the graph has, by ``get_attr`` target.
         found: how much each pass found.
+        repeated: the regions that the graph calls, by ``call_module`` target.
     """
 
     graph: fx.Graph
     weights: list[tuple[str, ...]]
     constants: dict[str, torch.Tensor]
     found: dict[str, int] = field(default_factory=dict)
+    repeated: dict[str, fx.Graph] = field(default_factory=dict)
 
 
 def _copied(graph: fx.Graph, kept: Collection[str]) -> fx.Graph:
@@ -147,7 +152,7 @@ def _own_results(graph: fx.Graph) -> None:
             source = source.args[0]
         if cut and is_tensor(node) and op_name(source) != "" and op_name(source) not in ("max", "min", "topk", "sort"):
             options = {"memory_format": torch.contiguous_format}
-            own = call(output, aten.clone.default, (node,), options, like=node, shape=local(node).shape)
+            own = call(node.next, aten.clone.default, (node,), options, like=node, shape=local(node).shape)
             output.replace_input_with(node, own)
 
 
@@ -210,6 +215,8 @@ def lower(
     for node in own.find_nodes(op="placeholder"):
         if "weights" in node.meta and not node.users:
             own.erase_node(node)
+    repeated: dict[str, fx.Graph] = {}
+    run("repeat", repeat, regions, repeated)
     weights = [n.meta["weights"] for n in own.find_nodes(op="placeholder") if "weights" in n.meta]
     used = {str(n.target) for n in own.find_nodes(op="get_attr")}
-    return Lowered(own, weights, {n: t for n, t in held.items() if n in used}, found)
+    return Lowered(own, weights, {n: t for n, t in held.items() if n in used}, found, repeated)

@@ -22,39 +22,64 @@ from passes.layout import IndexSet, Shards
 __all__ = ["Traced", "traced"]
 
 
-@torch.library.custom_op("autotp::all_reduce", mutates_args=())
-def _all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+_BY_HOST = "by host "
+"""What the key of a group begins with in whose exchanges the host takes part."""
+
+_library = torch.library.Library("autotp", "FRAGMENT")
+
+
+def _op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> tuple[Any, Any]:
+    """An op, and the same for groups that meet by the host: a CUDA graph is cut there.
+
+    They are defined without ``torch.library.custom_op``, whose checks cost more than a small exchange.
+    """
+    name, _, rest = schema.partition("(")
+    for each, tags in ((name, ()), (f"{name}_by_host", (torch.Tag.cudagraph_unsafe,))):
+        _library.define(f"{each}({rest}", tags=(torch.Tag.pt2_compliant_tag, *tags))
+        _library.impl(each, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"autotp::{each}", fake, lib=_library)
+    return getattr(torch.ops.autotp, name).default, getattr(torch.ops.autotp, f"{name}_by_host").default
+
+
+def _run_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     found = fabric.registered(group).all_reduce(x.contiguous())
     return found.clone() if found.data_ptr() == x.data_ptr() else found  # a rank by itself gives back its own
 
 
-@_all_reduce.register_fake
-def _(x: torch.Tensor, group: str) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("autotp::all_gather", mutates_args=())
-def _all_gather(x: torch.Tensor, dim: int, counts: Sequence[int], group: str) -> torch.Tensor:
+def _run_all_gather(x: torch.Tensor, dim: int, counts: Sequence[int], group: str) -> torch.Tensor:
     shapes = [[*x.shape[:dim], count, *x.shape[dim + 1 :]] for count in counts]
     return torch.cat(fabric.registered(group).all_gather(x.contiguous(), shapes), dim)
 
 
-@_all_gather.register_fake
-def _(x: torch.Tensor, dim: int, counts: Sequence[int], group: str) -> torch.Tensor:
-    return x.new_empty([*x.shape[:dim], sum(counts), *x.shape[dim + 1 :]])
+_ALL_REDUCE = _op("all_reduce(Tensor x, str group) -> Tensor", _run_all_reduce, lambda x, group: x.new_empty(x.shape))
+_ALL_GATHER = _op(
+    "all_gather(Tensor x, int dim, SymInt[] counts, str group) -> Tensor",
+    _run_all_gather,
+    lambda x, dim, counts, group: x.new_empty([*x.shape[:dim], sum(counts), *x.shape[dim + 1 :]]),
+)
+
+
+def _all_reduce(x: torch.Tensor, key: str) -> torch.Tensor:
+    result: torch.Tensor = _ALL_REDUCE[key.startswith(_BY_HOST)](x, key.removeprefix(_BY_HOST))
+    return result
+
+
+def _all_gather(x: torch.Tensor, dim: int, counts: Sequence[int], key: str) -> torch.Tensor:
+    result: torch.Tensor = _ALL_GATHER[key.startswith(_BY_HOST)](x, dim, counts, key.removeprefix(_BY_HOST))
+    return result
 
 
 class Traced:
     """A rank's end of a group (:class:`passes.fabric.Communicator`) in a compiled program.
 
     Args:
-        key: the group's (:func:`passes.fabric.register`).
+        key: the group's (:func:`passes.fabric.register`), after ``by host``, if it meets so.
         rank: the rank's number in the group.
         size: how many there are.
     """
 
     def __init__(self, key: str, rank: int, size: int) -> None:
-        self.key, self.rank, self.size = key, rank, size
+        self.key, self.rank, self.size, self.by_host = key, rank, size, key.startswith(_BY_HOST)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""
@@ -178,26 +203,27 @@ _TRACED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
 """For each op by which ranks meet the one that can be compiled, and which of its arguments names the group."""
 
 
-def traced(graph: fx.Graph, of: fabric.Fabric) -> bool:
+def traced(graphs: Sequence[fx.Graph], of: fabric.Fabric) -> bool:
     """Let ranks meet through ops that a compiler can see.
 
     Args:
-        graph: a rank's graph; changed in place.
-        of: the fabric in which it will run.
+        graphs: a rank's graph, and those that it calls; changed in place.
+        of: the fabric in which they will run.
 
     Returns:
-        Whether the graph can be compiled: not if it draws random numbers, which ranks draw alike or apart from
-        streams that no compiler knows, or if shards differ in several dims.
+        Whether they can be compiled: not, and nothing is changed, if they draw random numbers, which ranks draw alike
+        or apart from streams that no compiler knows, or if shards differ in several dims.
     """
+    nodes = [n for graph in graphs for n in graph.nodes]
     random = (ops.random_same, ops.random_per_rank)
-    if any(n.target in random or (n.target is ops.all_gather and len(n.args[1]) > 1) for n in graph.nodes):
+    if any(n.target in random or (n.target is ops.all_gather and len(n.args[1]) > 1) for n in nodes):
         return False
-    for node in graph.nodes:
+    for node in nodes:
         if node.target not in _TRACED:
             continue
         target, at = _TRACED[node.target]
-        key = fabric.register(of, node.args[at])
         group = of.group(node.args[at])
+        key = (_BY_HOST if group.by_host else "") + fabric.register(of, node.args[at])
         given = list(node.args)
         if node.target is ops.all_gather:
             given[1] = _how(given[1], group.rank)

@@ -1,4 +1,4 @@
-"""Lowered graphs: what they say of their values, each pass's switch, weights that lie side by side, compilation."""
+"""Lowered graphs: what they say of their values, each pass's switch, weights that lie side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import operator
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +25,7 @@ from autotp.verify import Float64, relative_error
 from passes import Lowering, fabric, localize
 from passes.lowering.grow import grown
 from tests.models import make
-from tests.workers import backward, outputs, run
-from tests.workers_compile import compiled
+from tests.workers import backward, outputs
 
 NAMES = ("gpt", "gpt2", "llama", "neox", "bloom", "bert")
 PASSES = [f.name for f in dataclasses.fields(Lowering)]
@@ -338,13 +336,3 @@ def test_merged_weights_stay_parameters() -> None:
             m.to(torch.float32).to(torch.float64)
         with torch.no_grad():
             assert relative_error(outputs(dense(**kwargs))[0], outputs(model(**kwargs))[0]) < 1e-10
-
-
-def test_compiled_without_a_graph_break(tmp_path: Path) -> None:
-    """Traced whole with its backward and collectives, on two processes; by argument and by ``torch.compile``."""
-    for rank, result in enumerate(run(2, compiled, out=tmp_path / "compiled")):
-        assert "error" not in result, f"rank {rank}:\n{result['error']}"
-        for how, errors in result.items():
-            assert errors["traced"] > 0, how
-            assert errors["outputs"] < 1e-7, how
-            assert errors["gradients"] < 1e-7, how

@@ -14,6 +14,7 @@
 ``overlap``        what needs no sum over the ranks is computed while that is under way
 ``reuse``          without a backward, results go where an operand was that nothing reads any more
 ``bind``           ops are called as torch's C functions
+``repeat``         for a compiler, layers that are alike are calls of one region
 =================  ==================================================================================
 
 :func:`passes.lower` runs them. Each changes a graph in place, keeps what it computes, keeps the order in which
@@ -30,9 +31,10 @@ from passes.lowering.grow import grow
 from passes.lowering.lean import lean
 from passes.lowering.merge import merge
 from passes.lowering.overlap import overlap
+from passes.lowering.repeat import repeat
 from passes.lowering.reuse import reuse
 from passes.lowering.split import split
 from passes.lowering.together import together
 
-__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "grow", "lean", "merge", "overlap", "reuse",
-           "split", "together"]  # fmt: skip
+__all__ = ["bind", "causal", "deduplicate", "fold", "fuse", "group", "grow", "lean", "merge", "overlap", "repeat",
+           "reuse", "split", "together"]  # fmt: skip

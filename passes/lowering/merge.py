@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from passes.lowering.values import Local, call, is_tensor, local, replace
 
-__all__ = ["is_weight", "merge", "side_by_side"]
+__all__ = ["apart", "is_weight", "joined", "merge", "side_by_side"]
 
 aten = torch.ops.aten
 
@@ -63,6 +63,47 @@ def side_by_side(
         result: torch.Tensor = _SideBySide.apply(x, weight, bias, count, *parts)
         return result
     return F.linear(x, weight, bias)
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.sizes = [p.shape[0] for p in parts]
+        return whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *grads[0].split(ctx.sizes)
+
+
+def joined(whole: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+    """A tensor whose gradient goes to the parts that it is made of, one after another along the first dim.
+
+    Args:
+        whole: the parts' memory, without their gradients.
+        parts: the parts.
+    """
+    result: torch.Tensor = _Joined.apply(whole, *parts)
+    return result
+
+
+def apart(graph: fx.Graph) -> None:
+    """Make a plain product of each ``side_by_side``, on weights that are ``joined`` where the graph begins.
+
+    What computes on them then has no inputs in one memory, as a compiler wants it of a region.
+
+    Args:
+        graph: a rank's graph; changed in place.
+    """
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in graph.find_nodes(op="call_function", target=side_by_side):
+        x, *wholes, count = node.args[:4]
+        operands = [x]
+        for whole, parts in zip(wholes, (node.args[4 : 4 + count], node.args[4 + count :]), strict=True):
+            if whole is not None:
+                operands.append(call(first, joined, (whole, *parts), like=parts[0], shape=local(whole).shape))
+        replace(node, call(node, aten.linear.default, tuple(operands), like=node, shape=local(node).shape))
 
 
 def is_weight(node: Any, dims: int) -> bool:

@@ -24,7 +24,7 @@ def lowered(model: nn.Module, *inputs: Tensor, without: str, then: str = "", tp:
     texts = []
     for title, lowering in (("Before", before), ("After", dataclasses.replace(before, **{without: True}))):
         made = lower(graph, 0, captured.constants, captured.regions, lowering, grad=grad)
-        texts.append(f"{title}:\n\n{lowered_text(made.graph, f'rank 0 of {tp}')}")
+        texts.append(f"{title}:\n\n{lowered_text(made.graph, f'rank 0 of {tp}', made.repeated)}")
     return "\n\n".join(texts)
 
 
@@ -233,3 +233,23 @@ def bind() -> str:
         return self.up(x)[..., 2:6].softmax(-1)
 
     return lowered(Small(run, up=nn.Linear(8, 8)), x(2, 5, 8), without="bind")
+
+
+class Block(nn.Module):
+    """Half a layer; each shifts its input by a table that all make alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.gate = nn.LayerNorm(64), nn.Linear(64, 96), nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x + torch.arange(x.shape[1]).to(x.dtype)[:, None].sin())
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+@case("lowering/repeat")
+def repeat() -> str:
+    """Layers that do the same are calls of one region: with what the one before made, what all share, own weights."""
+    layers = nn.Sequential(Block(), Block(), Block())
+    return lowered(layers, x(2, 5, 64), without="repeat", then="deduplicate", tp=2)

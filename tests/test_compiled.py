@@ -1,0 +1,226 @@
+"""Compiled graphs: layers that repeat are compiled once, and compute what the dense model does."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+
+import autotp
+from autotp.capture import capture
+from autotp.rewrite import rewrite
+from autotp.verify import Float64, relative_error
+from passes import Lowered, Lowering, localize, lower
+from tests.models import Block, make
+from tests.workers import backward, outputs, run
+from tests.workers_compile import compiled
+
+HOP = torch.ops.higher_order.invoke_subgraph
+
+
+class Layers(nn.Module):
+    """Layers of one structure, but those of ``other``, whose activation is another."""
+
+    def __init__(self, count: int, other: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.into = nn.Linear(32, 32)  # so that the first layer's input has a gradient, as the others' have
+        self.blocks = nn.ModuleList(Block(32, 4) for _ in range(count))
+        self.other = other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x).relu() if i in self.other else block(x)
+        return x
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(2, 5, 32, dtype=torch.float64)
+
+
+def lowered(model: nn.Module, grad: bool = True) -> Lowered:
+    captured = capture(model, (inputs(),), {})
+    graph = localize(rewrite(captured, 1).graph, 0)
+    as_is = dataclasses.replace(Lowering(), reuse=False, bind=False)
+    return lower(graph, 0, captured.constants, captured.regions, as_is, grad=grad)
+
+
+def calls(made: Lowered) -> dict[str, int]:
+    return {name: sum(n.target == name for n in made.graph.nodes) for name in made.repeated}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_that_are_alike_are_one_region(grad: bool) -> None:
+    for count in (3, 6):
+        assert list(calls(lowered(Layers(count).double(), grad)).values()) == [count]
+
+
+def test_a_layer_that_is_different_is_not_in_it() -> None:
+    made = lowered(Layers(5, other=(2,)).double())
+    assert sum(calls(made).values()) <= 5
+    inside = {str(n.target) for g in made.repeated.values() for n in g.nodes}
+    outside = {str(n.target) for n in made.graph.nodes}
+    assert "aten.relu.default" in outside - inside
+
+
+def test_other_widths_are_other_regions() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.into, self.wide = Layers(3), nn.Linear(32, 64), nn.ModuleList(Block(64, 4) for _ in "abc")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.into(self.narrow(x))
+            for block in self.wide:
+                x = block(x)
+            return x
+
+    assert list(calls(lowered(Two().double())).values()) == [3, 3]
+
+
+class Counted:
+    """A backend that counts what it is given to compile."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Any] = []
+
+    def __call__(self, graph: Any, given: Any) -> Any:
+        self.graphs.append(graph)
+        return aot_eager(graph, given)
+
+    @property
+    def work(self) -> int:
+        """How many calls are compiled, those of a region once."""
+        every = [m.graph for g in self.graphs for m in g.modules() if isinstance(m, torch.fx.GraphModule)]
+        calls = [n.target for graph in every for n in graph.nodes if n.op in ("call_function", "call_method")]
+        return sum(target not in (HOP, operator.getitem) for target in calls)
+
+    @property
+    def regions(self) -> list[dict[str, int]]:
+        """For each graph how often it calls each region."""
+        graphs = [g.graph for g in self.graphs if len(g.graph.nodes)]
+        return [dict(Counter(str(n.args[1]) for n in graph.nodes if n.target is HOP)) for graph in graphs]
+
+
+def compare(dense: nn.Module, model: nn.Module, call: Callable[[nn.Module], Any], grad: bool = True) -> None:
+    """Outputs, and every gradient by name."""
+    expected, found = outputs(call(dense)), outputs(call(model))
+    for a, b in zip(expected, found, strict=True):
+        assert relative_error(a, b) < 1e-10
+    if not grad:
+        return
+    for m in (dense, model):
+        m.zero_grad()
+    backward(expected)
+    backward(found)
+    gradients = autotp.full_gradients(model)
+    for n, p in dense.named_parameters():
+        assert relative_error(p.grad, gradients[n]) < 1e-10, n
+
+
+def test_a_region_is_compiled_once_and_sees_replaced_weights() -> None:
+    sizes = []
+    for count in (3, 6):
+        torch._dynamo.reset()
+        backend = Counted()
+        with Float64(), torch._dynamo.config.patch(error_on_recompile=True):
+            dense = Layers(count).double()
+            model = autotp.parallelize(
+                copy.deepcopy(dense), 1, compile={"backend": backend}, example_inputs=(inputs(),)
+            )
+            x = inputs()
+            compare(dense, model, lambda m, x=x: m(x))
+            assert [list(calls.values()) for calls in backend.regions] == [[count]]
+            sizes.append(backend.work)
+            new = nn.Parameter(torch.randn_like(dense.blocks[1].out.weight))
+            for m in (dense, model):
+                m.blocks[1].out.weight = nn.Parameter(new.detach().clone())
+            compare(dense, model, lambda m, x=x: m(x))
+            assert len(backend.graphs) == 1
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "bloom"])
+def test_regions_compute_the_same(name: str) -> None:
+    torch._dynamo.reset()
+    backend = Counted()
+    with Float64():
+        dense, kwargs = make(name)
+        model = autotp.parallelize(copy.deepcopy(dense), 1, compile={"backend": backend}, example_inputs=kwargs)
+        compare(dense, model, lambda m: m(**kwargs))
+        with torch.no_grad():
+            compare(dense, model, lambda m: m(**kwargs), grad=False)
+    assert [list(calls.values()) for calls in backend.regions] == [[2], [2]]  # with a backward, and without
+
+
+def test_decoding_repeats_too() -> None:
+    """Each layer's cache has a length of its own to the graph."""
+    torch._dynamo.reset()
+    backend = Counted()
+    with Float64(), torch.no_grad():
+        dense, kwargs = make("llama")
+        ids, tokens = kwargs["input_ids"], kwargs["input_ids"][:, :1]
+        model = autotp.parallelize(
+            copy.deepcopy(dense), 1, compile={"backend": backend}, example_inputs={"input_ids": ids}
+        )
+        caches = [m(ids, use_cache=True).past_key_values for m in (dense, model)]
+        for _ in range(3):
+            expected, found = (
+                m(tokens, past_key_values=c, use_cache=True) for m, c in zip((dense, model), caches, strict=True)
+            )
+            assert relative_error(expected.logits, found.logits) < 1e-10
+    assert [list(calls.values()) for calls in backend.regions] == [[2], [2]]  # of the prompt, and of all tokens
+
+
+def test_numbers_of_torchs_own_compiler() -> None:
+    """Code that Inductor makes, by a mode that asks for CUDA graphs, of which a CPU has none."""
+    torch._dynamo.reset()
+    with Float64():
+        dense = Layers(3).double()
+        model = autotp.parallelize(copy.deepcopy(dense), 1, compile="reduce-overhead", example_inputs=(inputs(),))
+        given = inputs()
+        compare(dense, model, lambda m: m(given))
+        for length in (5, 7):
+            with torch.no_grad():
+                x = torch.randn(2, length, 32, dtype=torch.float64)
+                compare(dense, model, lambda m, x=x: m(x), grad=False)
+
+
+def test_what_is_refused_as_a_region_is_compiled_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise torch._dynamo.exc.Unsupported("a region", "none")
+
+    torch._dynamo.reset()
+    backend = Counted()
+    with Float64():
+        dense = Layers(3).double()
+        model = autotp.parallelize(copy.deepcopy(dense), 1, compile={"backend": backend}, example_inputs=(inputs(),))
+        x = inputs()
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "torch._dynamo.variables.invoke_subgraph.InvokeSubgraphHigherOrderVariable._call_function", refuse
+            )
+            with pytest.warns(UserWarning, match="compiled each"):
+                compare(dense, model, lambda m: m(x))
+    assert backend.regions == [{}]
+
+
+def test_on_two_processes(tmp_path: Path) -> None:
+    """Whole, with its backward and collectives; by argument and by ``torch.compile`` of a parallelized model."""
+    for rank, result in enumerate(run(2, compiled, out=tmp_path / "compiled")):
+        assert "error" not in result, f"rank {rank}:\n{result['error']}"
+        for how, found in result.items():
+            assert found["graphs"] > 0, how
+            assert found["calls"] == 2 * found["graphs"], how
+            assert found["outputs"] < 1e-7, how
+        assert result["argument"]["collectives"] > 0
+        assert max(result["argument"]["gradients"].values()) < 1e-7, result["argument"]["gradients"]
