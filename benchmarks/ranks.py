@@ -17,7 +17,6 @@ loss and every gradient (``--no-check`` leaves it out).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import os
 import statistics
@@ -107,22 +106,10 @@ def alone(rank: int, tp: int) -> Any:
     import torch
     import torch.distributed as dist
 
-    from autotp.process import Mesh, ProcessFabric
+    from autotp.process import Mesh, ProcessCommunicator, ProcessFabric
     from passes import fabric
 
-    @dataclasses.dataclass
-    class OfOne:
-        rank: int
-        size: int
-
-        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-            return self.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
-
-        def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-            total = tensor.contiguous()
-            dist.all_reduce(total)
-            return total
-
+    class OfOne(ProcessCommunicator):
         def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
             found = [tensor.new_zeros(list(s)) for s in shapes]
             dist.all_gather([found[self.rank]], tensor.contiguous())
@@ -132,7 +119,8 @@ def alone(rank: int, tp: int) -> Any:
         def _make(self, name: str) -> Any:
             _, parts = fabric.parse_group(name)
             members = next((p for p in parts if rank in p), list(range(tp)))
-            return OfOne(members.index(rank), len(members))
+            assert dist.group.WORLD is not None
+            return OfOne(dist.group.WORLD, members.index(rank), len(members), self.missing)
 
     return Alone(Mesh(rank, tp, None), 0, lambda failure: failure)
 
