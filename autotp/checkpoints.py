@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -38,7 +40,8 @@ ROW = 16 << 10
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
            "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
            "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64"}  # fmt: skip
-_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In the order in which transformers looks for them."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,10 @@ def _in_folder(folder: Path) -> dict[str, Stored]:
 
 
 def _in_index(index: Path) -> dict[str, Stored]:
-    places = json.loads(index.read_text())["weight_map"]
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise WeightsError(f"weights: {index} is no index of a checkpoint: it has no weight_map") from None
     files = {}
     for name in sorted(set(places.values())):
         if not (index.parent / name).is_file():
@@ -308,26 +314,52 @@ def _in_safetensors(path: Path) -> dict[str, InFile]:
     return found
 
 
+def _records(path: Path) -> Callable[[int], int]:
+    """Where in a file of ``torch.save``'s the bytes of its first, second, ... storage begin.
+
+    Raises:
+        ValueError: they are not there as they are in memory.
+    """
+    file: Any = torch._C.PyTorchFileReader(str(path))
+    if file.has_record("byteorder") and file.get_record("byteorder") != sys.byteorder.encode():
+        raise ValueError("its numbers are in another order of bytes than this machine's")
+    with zipfile.ZipFile(path) as entries:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
+            raise ValueError("it is compressed")
+    offset: Callable[[str], int] = file.get_record_offset
+    return lambda number: offset(f"data/{number}")
+
+
 def _in_state_dict(path: Path) -> dict[str, InFile]:
     """The tensors of a file that ``torch.save`` wrote, which torch reads without their content."""
     try:
+        records = _records(path)
         with FakeTensorMode():
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(f"weights: torch cannot read {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(state, Mapping):
         raise WeightsError(f"weights: {path} holds a {type(state).__name__}, not a state dict")
-    found, other = {}, []
+    found, other, seen, as_saved = {}, [], dict[int, int](), True
     for name, t in state.items():
-        offset = getattr(t.untyped_storage(), "_checkpoint_offset", None) if isinstance(t, torch.Tensor) else None
+        plain = isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_conj() and not t.is_neg()
+        offset = getattr(t.untyped_storage(), "_checkpoint_offset", None) if plain else None
         if offset is None:
             other.append(str(name))
             continue
+        as_saved = as_saved and offset == records(
+            seen.setdefault(offset, len(seen))
+        )  # torch reckons it, and does not look
         start = offset + t.storage_offset() * t.element_size()
         found[name] = InFile(tuple(t.shape), tuple(t.stride()), t.dtype, path, start)
     if other:
         raise WeightsError(
-            f"weights: {path} has what is no tensor: {', '.join(other[:8])}. Pass the mapping from names to tensors "
-            "that is in it, as torch.load(..., mmap=True) gives it"
+            f"weights: {path} has what is no plain tensor: {', '.join(other[:8])}. Pass the mapping from names to "
+            "tensors that is in it, as torch.load(..., mmap=True) gives it"
+        )
+    if not as_saved:
+        raise WeightsError(
+            f"weights: {path} was packed by something else than torch.save, and its tensors do not lie where that puts "
+            "them: load it and pass the mapping from names to tensors"
         )
     return found

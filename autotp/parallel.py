@@ -24,7 +24,7 @@ from autotp.errors import AutoTPError, CaptureError
 from autotp.inputs import ExampleInputs, example_call, headed_for
 from autotp.inside import Inside
 from autotp.parts import Division, divide, divide_in_parts
-from autotp.placing import cut, fitting, install, read, refuse_empty, share_weights
+from autotp.placing import cut, fitting, install, read, refuse_empty, samples, share_weights
 from autotp.plan import Plan
 from autotp.planning import announce, plan_of
 from autotp.process import TIMEOUT, Mesh, ProcessFabric, join
@@ -208,6 +208,9 @@ def _parallelize(
         announce(plan_of(division, place.tp), division, strict, stacklevel=4)
     layouts = division.stored
     place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
+    with place.together("looking at the weights"):
+        first_rows = samples(stored)
+    place.agree({f"{name} in the weights, its first row": f"{n:x}" for name, n in first_rows.items()})
     if stored:
         gc.collect()  # what capture has left in cycles would be in memory beside the weights
     with place.together("reading the weights"):

@@ -15,7 +15,7 @@ from autotp.process import Mesh
 from autotp.shards import local_part, shards_of
 from passes import Layout, Shards
 
-__all__ = ["cut", "fitting", "install", "read", "refuse_empty", "share_weights"]
+__all__ = ["cut", "fitting", "install", "read", "refuse_empty", "samples", "share_weights"]
 
 
 def read(
@@ -44,6 +44,20 @@ def read(
     return made
 
 
+def samples(stored: Mapping[str, Stored]) -> dict[str, int]:
+    """For each of a checkpoint's tensors a number that tells its first row, or some KiB of it, from others."""
+    found = {}
+    with Reader() as reader, torch.no_grad():
+        for name in sorted(stored, key=lambda n: stored[n].place):
+            each = stored[name]
+            box = tuple((0, min(n, 1024 if d == len(each.shape) - 1 else 1)) for d, n in enumerate(each.shape))
+            part = torch.zeros([b for _, b in box], dtype=each.dtype)
+            if part.numel():
+                each.read(reader, box, part)
+            found[name] = checksum(part)
+    return found
+
+
 def install(model: nn.Module, made: Mapping[str, torch.Tensor]) -> None:
     """Let parameters and buffers have other memory, and stay the objects that they are."""
     tensors = _named(model)
@@ -68,7 +82,7 @@ def _all_named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 def _become(model: nn.Module, tensor: torch.Tensor, local: torch.Tensor) -> None:
     if not tensor.is_meta:
-        tensor.data = local
+        _hold(tensor, local)
         return
     attributes = dict(tensor.__dict__)
     made = nn.Parameter(local, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
@@ -201,12 +215,12 @@ def cut(
             buffer.data = buffer.data.to(device)
 
 
-def _hold(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Let a parameter have data of another shape."""
-    if parameter.shape != data.shape:  # outputs of before keep what remembers the shape, until the dtype changes
+def _hold(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Let a parameter or buffer have other data, perhaps of another shape."""
+    if tensor.shape != data.shape:  # outputs of before keep what remembers the shape, until the dtype changes
         other = torch.float32 if data.dtype != torch.float32 else torch.float64
-        parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = data
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
 
 
 def _own(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int, device: torch.device | None) -> torch.Tensor:

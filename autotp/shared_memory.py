@@ -242,7 +242,8 @@ class Board:
         late = [r for r in range(self.size) if self.published(r) < self.number]
         if times % 256 == 0:
             for other in late:
-                if not os.path.exists(f"/proc/{self._words[self._line(other) + 3]}"):
+                process = self._words[self._line(other) + 3]  # 0: it has not said yet which it is
+                if process and not os.path.exists(f"/proc/{process}"):
                     raise AbsentError(f"the process of rank {other} has ended")
         if time.monotonic() > self._deadline:
             raise AbsentError(f"timed out after {self.timeout.total_seconds():g} s waiting for {late} in memory")

@@ -199,7 +199,8 @@ class Watch:
             forwards = list(map(_FORWARD, self._replaced))
         except KeyError:
             return None
-        held = list(map(id, chain.from_iterable(map(dict.values, self._full))))
+        held = [id(d[k]) for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
+        held += map(id, chain.from_iterable(map(dict.values, self._full)))
         sizes = list(map(torch.Tensor.numel, self._parameters))
         return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards
 

@@ -102,11 +102,13 @@ def held(cache: Any) -> tuple[int, int, list[int]]:
 def _behind(tensor: torch.Tensor) -> int:
     room = getattr(tensor, "_autotp_room", None)
     if room is not None:
-        more = [a - b for a, b in zip(room.memory.shape, tensor.shape, strict=True)]
+        memory, used = room
+        assert used >= tensor.shape[2]
+        more = [a - b for a, b in zip(memory.shape, tensor.shape, strict=True)]
         assert more[:2] == [0, 0], "of this rank's heads"
         assert more[2] <= max(32, tensor.shape[2] // 8)
         assert more[3] == 0
-        if room.memory.nbytes == tensor.untyped_storage().nbytes():
+        if memory.nbytes == tensor.untyped_storage().nbytes():
             return tensor.nbytes
     return tensor.untyped_storage().nbytes()
 

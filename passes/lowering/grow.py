@@ -4,7 +4,6 @@ behind them, and those of one size where it belongs."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -21,17 +20,9 @@ _SHARE = 8
 """Room is left for this many more along the dim, or for one of so many of what is there, whichever is more."""
 
 
-@dataclass
-class _Room:
-    """Memory of which a beginning is in use, by one tensor or by several that begin alike.
-
-    Attributes:
-        memory: all of it.
-        used: the length, along the dim that grows, of the longest of them.
-    """
-
-    memory: torch.Tensor
-    used: int
+_ROOM = "_autotp_room"
+"""The attribute of a tensor that has room behind it: the memory, and the length of it, along the dim that grows, that
+is in use by one tensor or by several that begin alike. A list, so that these share it, and files can have it."""
 
 
 def grown(old: torch.Tensor, new: torch.Tensor, dim: int) -> torch.Tensor:
@@ -49,22 +40,27 @@ def grown(old: torch.Tensor, new: torch.Tensor, dim: int) -> torch.Tensor:
     Returns:
         ``(..., n + m, ...)``, whose strides leave room in that dim.
     """
-    room: _Room | None = getattr(old, "_autotp_room", None)
     begin, end = old.shape[dim], old.shape[dim] + new.shape[dim]
-    if room is None or room.used != begin or end > room.memory.shape[dim] or not _can_write(room.memory):
+    room = getattr(old, _ROOM, None)
+    if room is None or room[1] != begin or end > room[0].shape[dim] or not _lies_in(old, room[0], dim):
         shape = list(old.shape)
         shape[dim] = end + max(_LEAST, end // _SHARE)
-        room = _Room(old.new_empty(shape), begin)
-        room.memory.narrow(dim, 0, begin).copy_(old)
-    room.memory.narrow(dim, begin, end - begin).copy_(new)
-    room.used = end
-    result = room.memory.narrow(dim, 0, end)
-    result._autotp_room = room  # type: ignore[attr-defined]  # goes where the tensor goes, into its deep copies, too
+        room = [old.new_empty(shape), begin]
+        room[0].narrow(dim, 0, begin).copy_(old)
+    memory: torch.Tensor = room[0]
+    memory.narrow(dim, begin, end - begin).copy_(new)
+    room[1] = end
+    result = memory.narrow(dim, 0, end)
+    setattr(result, _ROOM, room)  # goes where the tensor goes, into its deep copies, too
     return result
 
 
-def _can_write(memory: torch.Tensor) -> bool:
-    return torch.is_inference_mode_enabled() or not memory.is_inference()
+def _lies_in(old: torch.Tensor, memory: torch.Tensor, dim: int) -> bool:
+    """Whether a tensor still is the beginning of a memory, which may be written to now."""
+    if memory.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    alike = old.data_ptr() == memory.data_ptr() and old.stride() == memory.stride() and old.dtype == memory.dtype
+    return alike and all(a == b for d, (a, b) in enumerate(zip(old.shape, memory.shape, strict=True)) if d != dim)
 
 
 _READERS = {"aten.scaled_dot_product_attention", "aten.matmul", "aten.transpose", "aten.permute", "aten.unsqueeze",

@@ -15,33 +15,48 @@ import torch.nn.functional as F
 from torch import fx
 from torch.autograd.function import once_differentiable
 
+from passes import fabric
 from passes.lowering.values import Local, call, is_tensor, local, replace
 
-__all__ = ["apart", "is_weight", "joined", "merge", "side_by_side"]
+__all__ = ["Product", "apart", "is_weight", "joined", "merge", "side_by_side"]
 
 aten = torch.ops.aten
 
 
-class _SideBySide(torch.autograd.Function):
+class Product(torch.autograd.Function):
+    """``x @ weight.T + bias`` whose gradient goes to the parts that the weight and the bias are made of.
+
+    With a group the gradient of ``x`` is summed over its ranks, while the parts' are computed.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Any, bias: Any, count: int, *parts: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, group: fabric.Communicator | None, count: int,
+        *parts: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """See :func:`side_by_side`."""
         ctx.save_for_backward(x, weight)
-        ctx.count, ctx.sizes = count, [p.shape[0] for p in parts[:count]]
+        ctx.group, ctx.count, ctx.sizes = group, count, [p.shape[0] for p in parts[:count]]
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradients of ``x`` and of the parts."""
         x, weight = ctx.saved_tensors
         grad, needed = grads[0], ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        of_x = grad.matmul(weight) if needed[0] else None
-        of_parts: list[Any] = [None] * (len(needed) - 4)
-        if any(needed[4 : 4 + ctx.count]):
-            of_parts[: ctx.count] = rows.t().mm(x.reshape(-1, x.shape[-1])).split(ctx.sizes)
-        if any(needed[4 + ctx.count :]):
-            of_parts[ctx.count :] = rows.sum(0).split(ctx.sizes)
-        return of_x, None, None, None, *of_parts
+        of_parts: list[Any] = [None] * (len(needed) - 5)
+        of_x, pending = None, None
+        if needed[0]:  # under autocast the product was one of narrower numbers; sums are of what x is
+            of_x = grad.matmul(weight.to(grad.dtype)).to(x.dtype)
+            pending = ctx.group.start_all_reduce(of_x) if ctx.group is not None else None
+        if any(needed[5 : 5 + ctx.count]):
+            rows, given = grad.reshape(-1, grad.shape[-1]), x.to(grad.dtype).reshape(-1, x.shape[-1])
+            of_parts[: ctx.count] = rows.t().mm(given).split(ctx.sizes)
+        if any(needed[5 + ctx.count :]):
+            of_bias = grad.sum(list(range(grad.dim() - 1))) if grad.dim() > 1 else grad
+            of_parts[ctx.count :] = of_bias.split(ctx.sizes)
+        return pending() if pending is not None else of_x, None, None, None, None, *of_parts
 
 
 def side_by_side(
@@ -60,7 +75,7 @@ def side_by_side(
         ``(..., sum of out)``.
     """
     if torch.is_grad_enabled():
-        result: torch.Tensor = _SideBySide.apply(x, weight, bias, count, *parts)
+        result: torch.Tensor = Product.apply(x, weight, bias, None, count, *parts)
         return result
     return F.linear(x, weight, bias)
 
@@ -107,8 +122,10 @@ def apart(graph: fx.Graph) -> None:
 
 
 def is_weight(node: Any, dims: int) -> bool:
-    """Whether an argument is one weight, with so many dims."""
-    return isinstance(node, fx.Node) and len(node.meta.get("weights", ())) == 1 and len(local(node).shape) == dims
+    """Whether an argument is one weight, with so many dims, none of them empty."""
+    if not isinstance(node, fx.Node) or len(node.meta.get("weights", ())) != 1:
+        return False
+    return len(local(node).shape) == dims and all(isinstance(n, int) and n > 0 for n in local(node).shape)
 
 
 def _kind(node: fx.Node) -> Any:
@@ -117,8 +134,6 @@ def _kind(node: fx.Node) -> Any:
         return None
     x, weight, bias = (*node.args, None)[:3]
     if not is_weight(weight, 2) or not (bias is None or is_weight(bias, 1)):
-        return None
-    if not all(isinstance(n, int) and n > 0 for n in local(weight).shape):
         return None
     return x, local(weight).dtype, bias is not None
 

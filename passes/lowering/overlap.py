@@ -9,40 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.autograd.function import once_differentiable
 
 from passes import fabric, ops
 from passes.graphs import op_name
-from passes.lowering.merge import is_weight, side_by_side
+from passes.lowering.merge import Product, is_weight, side_by_side
 from passes.lowering.values import call, is_tensor, local, replace
 
 __all__ = ["entering_linear", "overlap"]
 
 aten = torch.ops.aten
-
-
-class _EnteringLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, group: fabric.Communicator, count: int, *parts: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group, ctx.count, ctx.sizes = group, count, [p.shape[0] for p in parts[:count]]
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        grad, needed = grads[0], ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        of_parts: list[Any] = [None] * (len(needed) - 5)
-        pending = ctx.group.start_all_reduce(grad.matmul(weight)) if needed[0] else None
-        if any(needed[5 : 5 + ctx.count]):
-            of_parts[: ctx.count] = rows.t().mm(x.reshape(-1, x.shape[-1])).split(ctx.sizes)
-        if any(needed[5 + ctx.count :]):
-            of_parts[ctx.count :] = rows.sum(0).split(ctx.sizes)
-        return pending() if pending is not None else None, None, None, None, None, *of_parts
 
 
 def entering_linear(
@@ -65,7 +40,7 @@ def entering_linear(
         ``(..., sum of out)``.
     """
     if torch.is_grad_enabled():
-        result: torch.Tensor = _EnteringLinear.apply(x, weight, bias, fabric.current().group(group), count, *parts)
+        result: torch.Tensor = Product.apply(x, weight, bias, fabric.current().group(group), count, *parts)
         return result
     return F.linear(x, weight, bias)
 
