@@ -209,8 +209,8 @@ def _parallelize(
     layouts = division.stored
     place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
     with place.together("looking at the weights"):
-        first_rows = samples(stored)
-    place.agree({f"{name} in the weights, its first row": f"{n:x}" for name, n in first_rows.items()})
+        first = samples(stored)
+    place.agree({f"first elements of {name} in the weights": f"{n:x}" for name, n in first.items()})
     if stored:
         gc.collect()  # what capture has left in cycles would be in memory beside the weights
     with place.together("reading the weights"):

@@ -15,7 +15,10 @@ from autotp.process import Mesh
 from autotp.shards import local_part, shards_of
 from passes import Layout, Shards
 
-__all__ = ["cut", "fitting", "install", "read", "refuse_empty", "samples", "share_weights"]
+__all__ = ["FIRST", "cut", "fitting", "install", "read", "refuse_empty", "samples", "share_weights"]
+
+FIRST = 32
+"""How many elements of each weight ranks compare before they read their shares."""
 
 
 def read(
@@ -45,12 +48,13 @@ def read(
 
 
 def samples(stored: Mapping[str, Stored]) -> dict[str, int]:
-    """For each of a checkpoint's tensors a number that tells its first row, or some KiB of it, from others."""
+    """For each of a checkpoint's tensors a number that tells its first elements from others."""
     found = {}
     with Reader() as reader, torch.no_grad():
         for name in sorted(stored, key=lambda n: stored[n].place):
             each = stored[name]
-            box = tuple((0, min(n, 1024 if d == len(each.shape) - 1 else 1)) for d, n in enumerate(each.shape))
+            along = min((d for d, n in enumerate(each.shape) if n > 1), key=lambda d: each.stride[d], default=None)
+            box = tuple((0, min(n, FIRST if d == along else 1)) for d, n in enumerate(each.shape))
             part = torch.zeros([b for _, b in box], dtype=each.dtype)
             if part.numel():
                 each.read(reader, box, part)
@@ -218,7 +222,7 @@ def cut(
 def _hold(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Let a parameter or buffer have other data, perhaps of another shape."""
     if tensor.shape != data.shape:  # outputs of before keep what remembers the shape, until the dtype changes
-        other = torch.float32 if data.dtype != torch.float32 else torch.float64
+        other = torch.complex64 if data.dtype != torch.complex64 else torch.float64
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ SAID = {
     "kind": "different: up.weight is of torch.int8 there, of torch.float32 in the model",
     "no tensor": "epoch is a int, not a tensor",
     "ranks differ": "up.weight in the weights: (32, 16) torch.float64 on rank 0, (32, 16) torch.float32 on rank 1",
+    "values differ": "first elements of up.weight in the weights: ",
     "no file on one rank": "nowhere.safetensors",
     "cut short": "is cut short or damaged at",
     "without weights": "up.weight is on the meta device: pass weights=",
@@ -118,6 +120,14 @@ def test_what_does_not_fit_is_said_on_all_ranks_and_changes_nothing(refused: Ran
     for result in refused:
         assert SAID[name] in result[name]
         assert not result[name].startswith("changed")
+
+
+def test_the_file_that_transformers_would_take_is_taken(folder: Path, tmp_path: Path) -> None:
+    """One file before an index, which may have been left by an earlier save of more."""
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        content = (folder / "table.safetensors").read_bytes() if name.endswith("s") else b'{"weight_map": {"a": "b"}}'
+        (tmp_path / name).write_bytes(content)
+    assert set(opened(tmp_path)) == set(workers_loading.Table().state_dict())
 
 
 def test_models_that_have_their_weights_go_to_a_device(folder: Path) -> None:
@@ -203,9 +213,15 @@ def test_any_part_in_any_pieces(piece: int, row: int, tmp_path: Path, monkeypatc
     [
         (b"nonsense and more", "neither a safetensors file nor one that torch.save"),
         ([1, 2], "holds a list, not a state dict"),
-        ({"model": {"weight": torch.ones(2)}, "epoch": 3}, "has what is no tensor: model, epoch"),
+        ({"model": {"weight": torch.ones(2)}, "epoch": 3}, "has what is no plain tensor: model, epoch"),
+        ({"conj": torch.ones(2, dtype=torch.complex64).conj()}, "has what is no plain tensor: conj"),
+        ({"sparse": torch.eye(3).to_sparse()}, "has what is no plain tensor: sparse"),
+        ("packed", "was packed by something else than torch.save"),
+        ("compressed", "it is compressed"),
+        ("big", "in another order of bytes"),
+        ("no index", "is no index of a checkpoint"),
         ("old", "neither a safetensors file nor one that torch.save has written since torch 1.6"),
-        ("folder", "has none of model.safetensors.index.json"),
+        ("folder", "has none of model.safetensors"),
         ("index", "names b.safetensors, which is not there"),
     ],
 )
@@ -217,6 +233,15 @@ def test_files_that_are_no_checkpoints(content: Any, said: str, tmp_path: Path) 
         torch.save({"weight": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     elif content == "folder":
         path = tmp_path
+    elif content in ("packed", "compressed", "big"):
+        torch.save({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "saved")
+        way = zipfile.ZIP_DEFLATED if content == "compressed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(tmp_path / "saved") as saved, zipfile.ZipFile(path, "w", way) as packed:
+            for name in saved.namelist():
+                packed.writestr(name, b"big" if content == "big" and "byteorder" in name else saved.read(name))
+    elif content == "no index":
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text("{}")
     elif content == "index":
         path = tmp_path / "model.safetensors.index.json"
         path.write_text('{"weight_map": {"a": "b.safetensors"}}')

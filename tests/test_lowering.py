@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import operator
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,6 +197,20 @@ def test_sums_run_beside_what_does_not_need_them() -> None:
         assert begun + found.seen.count("sum of ranks") == one_by_one.seen.count("sum of ranks")
 
 
+def test_merged_products_train_under_autocast() -> None:
+    """Products of bfloat16, weights of float32: so are their gradients, as the dense model's."""
+    model, kwargs = make("llama")
+    model, dense = model.float(), copy.deepcopy(model.float())
+    autotp.parallelize(model, 1, example_inputs=kwargs)
+    for each in (model, dense):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = outputs(each(**kwargs))
+        sum(y.float().square().mean() for y in found if y.requires_grad).backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        assert relative_error(b.grad, a.grad) < 0.05, name
+
+
 def test_what_grows_is_what_a_concatenation_gives() -> None:
     """Each value ever made keeps its numbers, whichever is put behind which, and memory is taken rarely."""
     torch.manual_seed(0)
@@ -218,6 +233,22 @@ def test_what_grows_is_what_a_concatenation_gives() -> None:
         cropped = grown(first[:, :, :-1], torch.zeros(2, 3, 1, 4), 2)
         assert torch.equal(cropped, torch.cat((expected, torch.zeros(2, 3, 1, 4)), 2))
         assert bool((first[:, :, -1] == 1).all()), "cropping and going on elsewhere leaves it as it was"
+
+
+def test_room_behind_a_tensor_is_used_only_while_it_lies_there(tmp_path: Path) -> None:
+    with torch.no_grad():
+        one = torch.ones(1, 1, 2, 4)
+        for change in (
+            lambda t: setattr(t, "data", t * 0.5),
+            lambda t: t.set_(t * 0.5),
+            lambda t: t.transpose_(0, 1),
+            lambda t: t.mul_(3),
+        ):
+            old = grown(torch.ones(1, 1, 3, 4), one, 2)
+            change(old)
+            assert torch.equal(grown(old, one[:, :, :1], 2), torch.cat((old, one[:, :, :1]), 2))
+        torch.save(old, tmp_path / "cache.pt")
+        assert torch.equal(torch.load(tmp_path / "cache.pt", weights_only=True), old)
 
 
 def test_what_grew_in_inference_mode_grows_elsewhere_outside() -> None:
