@@ -117,6 +117,10 @@ class Agreement:
         except RuntimeError as failure:
             raise self.missing(failure) from (error or failure)
 
+    def release(self) -> None:
+        """Let the group go; nothing is compared from now on."""
+        self._group = self._board = None
+
     def gathered(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, through the CPU; for what is rare."""
         found: list[Any] = [value] * self.mesh.tp

@@ -268,6 +268,10 @@ class ProcessFabric:
         board = join_board(far.group, far.rank, far.size, self.timeout)
         return far if board is None else SharedMemory(board, far, self.missing)
 
+    def release(self) -> None:
+        """Let the groups go."""
+        self._groups.clear()
+
     def restart(self, seed: int) -> None:
         """Start the streams of random numbers anew."""
         self.seed = seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import weakref
 from collections.abc import Iterable, Mapping
@@ -44,6 +45,15 @@ def register(model: Sharded) -> None:
 def living() -> list[Sharded]:
     """The models in the order in which they were made, which is the same on every rank."""
     return [model for _, model in sorted(_models.items())]
+
+
+@atexit.register
+def _release() -> None:
+    """Let process groups go while Python still runs: threads of theirs that return to an interpreter that has ended
+    abort the process."""
+    for model in living():
+        model.agreement.release()
+        model.fabric.release()
 
 
 def latest() -> int:
