@@ -55,11 +55,11 @@ class Case:
 
 CASES = (
     Case("prefill", "prefill", "main", 1, 512),
-    Case("decode", "decode", "main", 1, 128, rounds=3, units=4),
+    Case("decode", "decode", "main", 1, 128, rounds=2, units=16),
     Case("train", "train", "main", 2, 256),
-    Case("tiny decode", "decode", "tiny", 1, 128, rounds=6, units=4),
+    Case("tiny decode", "decode", "tiny", 1, 128, rounds=4, units=16),
     Case("tiny train", "train", "tiny", 2, 16, rounds=6),
-    Case("tp=1, tiny decode", "decode", "tiny", 1, 128, rounds=6, units=4, solo=True),
+    Case("tp=1, tiny decode", "decode", "tiny", 1, 128, rounds=4, units=16, solo=True),
 )
 
 
