@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autotp.errors import CaptureError, PartialCaptureWarning
-from autotp.forwards import in_call
+from autotp.forwards import HeldBack
 from autotp.inputs import device_of
 from autotp.observe import Touches
 from autotp.parts import outside_of_parts
@@ -85,21 +85,17 @@ class Between:
             )
         own = whole.own_forward or types.MethodType(type(model).forward, model)
         before, touches = _running.touches, outside_of_parts(model, whole.shards)
-        result, error = None, None
+        result, held = None, HeldBack()
         try:
-            with contextlib.ExitStack() as around:
+            with held, contextlib.ExitStack() as around:
                 for device in {torch.device("cpu"), device_of(model)}:
                     around.enter_context(self.random.random(True, device))
                 around.enter_context(touches)
                 _running.touches = touches
                 result = own(*args, **kwargs)
-        except Exception as raised:
-            if in_call(raised):  # the other ranks know
-                raise
-            error = raised
         finally:
             _running.touches = before
         assert whole.programs.comparison is not None
-        whole.programs.comparison.end(result, error)
+        whole.programs.comparison.end(result, held.error)
         whole.programs.watch.follow()
         return result

@@ -14,7 +14,7 @@ from torch import nn
 from autotp.agreement import Agreement
 from autotp.arguments import Arguments
 from autotp.comparison import Comparison, kinds
-from autotp.forwards import Guard
+from autotp.forwards import Guard, HeldBack
 from autotp.inputs import device_of
 from autotp.observe import Touches
 from autotp.parts import Division, outside_of_parts
@@ -91,20 +91,16 @@ class Divided(Runtime):
         args, kwargs = self._compared(args, kwargs)
         before = self.running, self.touches
         self.running, self.touches = True, outside_of_parts(self.model, self.shards)
-        result, error = None, None
+        result, held = None, HeldBack(lambda error: _stems(error, self._raised))  # or they wait for no word of it
         try:
-            with contextlib.ExitStack() as around:
+            with held, contextlib.ExitStack() as around:
                 for device in self.devices:
                     around.enter_context(self.between.random(True, device))
                 around.enter_context(self.touches)
                 result = self._own()(*args, **kwargs)
-        except Exception as raised:
-            if _stems(raised, self._raised):  # the other ranks know, or wait for no word of it
-                raise
-            error = raised
         finally:
             (self.running, self.touches), self._raised = before, None
-        self.comparison.end(result, error)
+        self.comparison.end(result, held.error)
         self.watch.follow()
         return result
 

@@ -17,6 +17,7 @@ from autotp.errors import AutoTPError
 __all__ = [
     "Carried",
     "Guard",
+    "HeldBack",
     "as_dense",
     "asked",
     "capturing",
@@ -99,6 +100,35 @@ def in_call(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class HeldBack:
+    """Holds an error back until the ranks have compared it, unless they know of it already.
+
+    Args:
+        known: whether they know of an error.
+
+    Attributes:
+        error: the error, if there was one.
+
+    Example:
+        >>> with HeldBack() as held:
+        ...     result = forward(*args)
+        >>> agreement.check("end of the call", 0, dict, held.error)
+    """
+
+    def __init__(self, known: Callable[[BaseException], bool] = in_call) -> None:
+        self._known = known
+        self.error: Exception | None = None
+
+    def __enter__(self) -> HeldBack:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception) or self._known(error):
+            return False
+        self.error = error
+        return True
 
 
 class _Capturing(threading.local):

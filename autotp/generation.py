@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from autotp.arguments import Arguments
 from autotp.comparison import is_constant
 from autotp.digests import digest, shown
-from autotp.forwards import in_call
+from autotp.forwards import HeldBack
 from autotp.inputs import device_of
 from autotp.sharing import rank_0_draws, take_inputs
 from autotp.states import Box, Constant, Form
@@ -81,21 +81,17 @@ class Generate:
             args, kwargs = take_inputs(agreement, args, kwargs, device_of(self.runtime.model))
             facts = self._facts(args, kwargs)
             agreement.check("generate", digest(str(facts)), lambda: facts)
-        result, error = None, None
+        result, held = None, HeldBack()
         self._running = True
         try:
-            with rank_0_draws(agreement, {torch.device("cpu"), device_of(self.runtime.model)}):
+            with held, rank_0_draws(agreement, {torch.device("cpu"), device_of(self.runtime.model)}):
                 result = own(*args, **kwargs)
-        except Exception as raised:
-            if in_call(raised):  # the other ranks know
-                raise
-            error = raised
         finally:
             self._running = False
         made = {
             f"values of result{pytree.keystr(p)}": shown(x) for p, x in _tensors(result) if not x.is_floating_point()
         }
-        agreement.check("end of generate", digest(str(made)), lambda: made, error)
+        agreement.check("end of generate", digest(str(made)), lambda: made, held.error)
         return result
 
     def _facts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
