@@ -31,7 +31,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, names: Sequence[tuple[str, ...]], compiled: bool = False) -> None:
         self._places = [[_place(module, n) for n in each] for each in names]
-        self._single = [(d, k) for d, k in (each[0] for each in self._places)]
+        self._single = [each[0] for each in self._places]
         self._groups = [(i, each) for i, each in enumerate(self._places) if len(each) > 1]
         self._whole: dict[int, tuple[torch.Tensor, list[int]]] = {}
         self._last: tuple[Any, list[torch.Tensor]] | None = None
@@ -45,9 +45,9 @@ class Weights:
         """
         if seen is not None and self._last is not None and self._last[0] is seen:
             return self._last[1]
-        found = [d[k] for d, k in self._single]
+        found = [d[kind][k] for d, kind, k in self._single]
         for i, places in self._groups:
-            parts = [d[k] for d, k in places]
+            parts = [d[kind][k] for d, kind, k in places]
             whole, pointers = self._whole.get(i, (None, None))
             if whole is None or [p.data_ptr() for p in parts] != pointers or parts[0].dtype != whole.dtype:
                 if any(
@@ -65,11 +65,11 @@ class Weights:
         return found
 
 
-def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict in which a module keeps a parameter or buffer, and its key there."""
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str, str]:
+    """The attributes of the module that has a parameter or buffer, which of them it is in, and its key there."""
     path, _, key = name.rpartition(".")
     owner = module.get_submodule(path)
-    return (owner._parameters if key in owner._parameters else owner._buffers), key
+    return owner.__dict__, "_parameters" if key in owner._parameters else "_buffers", key
 
 
 def laid_side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -131,20 +131,19 @@ class LoweredGraph(fx.GraphModule):
         grad: bool,
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
-        made = None
+        made, flat = None, replace(lowering, repeat=False)
         if compiled is not None:  # a compiler plans memory and order
             repeat = lowering.repeat and can_repeat(graph, compiled)
             off = dict.fromkeys(("lean", "grow", "overlap", "reuse", "bind"), False)
             as_is = replace(lowering, repeat=repeat, **off)
             made = lower(graph, rank, constants, regions, as_is, grad=grad)
         if made is None or not can_be_compiled(made):
-            compiled, flat = None, replace(lowering, repeat=False)
+            compiled = None
             made = lower(graph, rank, constants, regions, flat, grad=grad, written=written)
         super().__init__({**made.constants, **regions, **{n: Region(g) for n, g in made.repeated.items()}}, made.graph)
         self.weights, self.found, self.repeated, self.grad = made.weights, made.found, made.repeated, grad
         self.run: Callable[..., Any] = self.forward
         if compiled is not None:
-            flat = replace(lowering, repeat=False)
 
             def without() -> Callable[..., Any]:
                 return LoweredGraph(graph, rank, constants, regions, written, flat, grad, compiled).run

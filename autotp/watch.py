@@ -157,11 +157,10 @@ class Watch:
         """List what to look at, and take a snapshot of it."""
         modules = list(self.model.named_modules())
         self._dicts = [m.__dict__ for _, m in modules]
-        held = [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
-        held += [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
+        own = self._own()
+        held = own + [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
         self._replaced = [d for d in self._dicts if "_autotp" in d]
         self._full, self._empty = [d for d in held if d], [d for d in held if not d]
-        own = [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
         self._none = [d for d in own if not d]
         self._parameters = list(self.model.parameters())
         self._attributes = {}
@@ -183,6 +182,10 @@ class Watch:
         self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
         self._last = self._snapshot()
 
+    def _own(self) -> list[dict[str, Any]]:
+        """Where modules keep submodules, parameters and buffers."""
+        return [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
+
     def _watch(
         self, name: str, attributes: dict[str, Any], seen: set[int], skipped: frozenset[str] = frozenset()
     ) -> None:
@@ -199,8 +202,7 @@ class Watch:
             forwards = list(map(_FORWARD, self._replaced))
         except KeyError:
             return None
-        held = [id(d[k]) for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
-        held += map(id, chain.from_iterable(map(dict.values, self._full)))
+        held = list(map(id, chain(self._own(), *map(dict.values, self._full))))
         sizes = list(map(torch.Tensor.numel, self._parameters))
         return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards
 

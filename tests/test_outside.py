@@ -125,8 +125,8 @@ class TestChangesAfterParallelize:
     @pytest.mark.parametrize(
         "name",
         ["an output of before", "dense state", "and back", "local state", "untouched", "partial state",
-         "prefixed state", "assigned state", "in place", "buffer on the model", "replaced parameter", "healed",
-         "state of a copy"],
+         "prefixed state", "assigned state", "in place", "buffer on the model", "replaced parameter", "replaced dict",
+         "healed", "state of a copy"],
     )  # fmt: skip
     def test_the_graph_sees_it(self, changes: Ran, name: str) -> None:
         assert all(result[name] < 1e-12 for result in changes)
@@ -179,6 +179,7 @@ class TestChangesAfterParallelize:
             assert all("has shape (128, 64), but this rank holds (64, 64)" in said for said in result[
                 "replaced by a dense one"
             ])  # fmt: skip
+            assert "has shape (128, 64), but this rank holds (64, 64)" in result["a dict with a dense one"]
 
     def test_hooks_of_the_model_itself_run_around_the_graph(self, changes: Ran) -> None:
         for result in changes:

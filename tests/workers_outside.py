@@ -325,8 +325,16 @@ def changes(rank: int, world: int) -> Result:
     model.second[0].weight = nn.Parameter(weight.detach() * 2)
     dense.second[0].weight = nn.Parameter(dense.second[0].weight.detach() * 2)
     found["replaced parameter"] = apart(dense, model, x=x)
+    for m in (dense, model):
+        linear = m.second[0]
+        linear._parameters = {**linear._parameters, "weight": nn.Parameter(linear.weight.detach() * 0.5)}
+    found["replaced dict"] = apart(dense, model, x=x)
     model.second[0].weight = nn.Parameter(torch.zeros(128, 64, dtype=torch.float64))
     found["replaced by a dense one"] = raised(lambda: model(x)), raised(lambda: model(x))
+    kept, linear = model.second[0]._parameters, model.second[0]
+    linear._parameters = {**kept, "weight": nn.Parameter(torch.zeros(128, 64, dtype=torch.float64))}
+    found["a dict with a dense one"] = raised(lambda: model(x))
+    linear._parameters = kept
     model.second[0].weight = weight
     model.second[1], gelu = nn.ReLU(), model.second[1]
     found["replaced module"] = raised(lambda: model(x))
