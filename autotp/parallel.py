@@ -192,12 +192,13 @@ def _parallelize(
             args, kwargs = _on(to, *example_call(model, example_inputs))
     with place.together("looking at the weights"):
         found = opened(weights) if weights is not None else {}
-    place.agree({f"{name} in the weights": f"{t.shape} {t.dtype}" for name, t in found.items()})
-    with place.together("looking at the weights"):
         stored = fitting(model, found) if weights is not None else {}
+        first = samples(stored)
+    described = {f"{name} in the weights": f"{t.shape} {t.dtype}" for name, t in found.items()}
+    described |= {f"first elements of {name} in the weights": f"{n:x}" for name, n in first.items()}
     given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory,
              "broadcast_inputs": broadcast_inputs, "how graphs are made fast": str(fast)}  # fmt: skip
-    place.agree(given | _structure(model, args, kwargs))
+    place.agree(given | described | _structure(model, args, kwargs))
     with headed_for(to):
         division = _division(model, place, args, kwargs, plan, weights is not None)
     with place.together("proving the graphs"):
@@ -208,15 +209,12 @@ def _parallelize(
         announce(plan_of(division, place.tp), division, strict, stacklevel=4)
     layouts = division.stored
     place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
-    with place.together("looking at the weights"):
-        first = samples(stored)
-    place.agree({f"first elements of {name} in the weights": f"{n:x}" for name, n in first.items()})
     if stored:
         gc.collect()  # what capture has left in cycles would be in memory beside the weights
-    with place.together("reading the weights"):
-        shares = read(model, stored, layouts, place.rank, to)
-    install(model, shares)
-    del shares  # else the first cast would have them twice
+        with place.together("reading the weights"):
+            shares = read(model, stored, layouts, place.rank, to)
+        install(model, shares)
+        del shares  # else the first cast would have them twice
     share_weights(model, place, stored)
     cut(model, layouts, place.rank, to, stored)
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
