@@ -213,9 +213,8 @@ def work(model: Any, tokens: int) -> tuple[int, int]:
     weights = [p for p in model.parameters() if p is not table]
     head = model.get_output_embeddings().weight
     products = sum(p.numel() for p in weights if p.dim() > 1 and p is not head)
-    size = model.config.hidden_size // model.config.num_attention_heads
-    heads = sum(p.shape[0] for n, p in model.named_parameters() if n.endswith("q_proj.weight"))  # over all layers
-    attention = 2 * tokens**2 * heads * size // size  # q k and p v of the lower half
+    queries = sum(p.shape[0] for n, p in model.named_parameters() if n.endswith("q_proj.weight"))  # of all layers
+    attention = 2 * tokens**2 * queries  # q k and p v of the lower half
     return sum(p.nbytes for p in weights), 2 * products * tokens + 2 * head.numel() + attention
 
 

@@ -5,15 +5,17 @@ A step reads, or writes, all that it does at once; the protocol stands still bet
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autotp.shared_memory import exchange
+from autotp.shared_memory import LINE, AbsentError, Board, exchange
 from tests import workers, workers_memory
 
 Store = tuple[str, int, int, int]
@@ -247,6 +249,14 @@ def test_no_rank_goes_on_after_an_exchange_that_failed(results: list[dict[str, A
     """A late rank must not take the sum that another has given up, nor later ones be off by one."""
     for found in results:
         assert "given up" in found["after"] or "failed before" in found["after"]
+
+
+def test_a_rank_that_has_not_said_its_process_has_not_ended() -> None:
+    """It may still be starting: only time tells."""
+    memory = mmap.mmap(-1, Board.bytes_of(2, LINE) + 16)
+    board = Board(memory, 0, 2, LINE, timedelta(seconds=0.5))
+    with pytest.raises(AbsentError, match=r"timed out after 0.5 s waiting for \[1\]"):
+        board.same(7)
 
 
 def test_a_process_that_has_ended_is_named_at_once(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
+import sympy
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv
 
-from passes.axes import Size, common_refinement, product, trivial_axes, view_axes
+from passes.axes import Size, _guarded, common_refinement, product, trivial_axes, view_axes
 from passes.units import Units, Value
 from tests.passes.strategies import sized, sizes
 
@@ -34,6 +37,17 @@ def test_arithmetic(x: Size, y: Size) -> None:
         assert quotient * y == x
     assert x.is_one == (value(x) == 1)
     assert product([x, y]) == x * y
+
+
+def test_guards_say_what_a_size_is_by_way_of_one_another() -> None:
+    """Blocks are 512 by a guard on what is left of them in another's number; what no guard says stays open."""
+    blocks, count, other = sympy.symbols("blocks count other", positive=True, integer=True)
+    guards = [sympy.Eq(FloorDiv(blocks, count), 512, evaluate=False), sympy.Eq(count, 1, evaluate=False)]
+    guards += [sympy.Ne(other, 3, evaluate=False)]
+    known = _guarded(SimpleNamespace(guards=[SimpleNamespace(expr=g) for g in guards]))
+    assert known[count] == Size(1)
+    assert known[blocks] == Size(512)
+    assert other not in known
 
 
 def test_text() -> None:
