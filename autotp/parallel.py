@@ -21,7 +21,7 @@ from autotp.checkpoints import Source, opened
 from autotp.digests import digest
 from autotp.divided import Divided
 from autotp.errors import AutoTPError, CaptureError
-from autotp.inputs import ExampleInputs, example_call, headed_for
+from autotp.inputs import ExampleInputs, device_of, example_call, headed_for
 from autotp.inside import Inside
 from autotp.parts import Division, divide, divide_in_parts
 from autotp.placing import cut, fitting, install, read, refuse_empty, samples, share_weights
@@ -116,8 +116,9 @@ def parallelize(
         check: run a rewritten graph only if it is proved to compute, on every rank, what the dense model does,
             values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
             ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
-        shared_memory: on CPUs, let ranks that share a host exchange values through memory that they map, which takes
-            microseconds where gloo takes half a millisecond; False leaves all to the process group.
+        shared_memory: let ranks that share a host exchange values through memory: on CPUs through a file that they
+            map, which takes microseconds where gloo takes half a millisecond; on GPUs small sums by the one-shot kernel
+            of torch's symmetric memory, where that is offered between them. False leaves all to the process group.
         broadcast_inputs: where the inputs of a call, or of ``generate``, differ between ranks, take rank 0's on all of
             them; left out, that is an error on all of them. Calls compare the values of integers on the CPU (token
             ids, masks), and with ``debug`` of all inputs; ``generate`` compares those of all.
@@ -219,7 +220,7 @@ def _parallelize(
     cut(model, layouts, place.rank, to, stored)
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
     agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory, broadcast_inputs)
-    fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory)
+    fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory, device_of(model))
     runtime: Runtime
     if division.is_whole:
         runtime = Whole(model, division.parts[0].programs, agreement, fabric)

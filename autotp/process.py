@@ -16,12 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.errors import AutoTPError, LaunchError, MismatchError, check_tp
 from autotp.shared_memory import SharedMemory, join_board
+from autotp.symmetric_memory import join_symmetric_memory
 from passes import fabric
 
 __all__ = ["Mesh", "ProcessCommunicator", "ProcessFabric", "join"]
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective may wait for the other ranks in groups that autotp itself starts."""
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -232,7 +234,8 @@ class ProcessFabric:
         seed: of the random numbers.
         missing: makes the error of a collective that fails.
         timeout: how long a collective waits.
-        shared_memory: whether CPU ranks on one host communicate through memory.
+        shared_memory: whether ranks on one host communicate through memory, where they can.
+        device: where the model is.
     """
 
     mesh: Mesh
@@ -240,6 +243,7 @@ class ProcessFabric:
     missing: Callable[[Exception], Exception]
     timeout: timedelta = TIMEOUT
     shared_memory: bool = True
+    device: torch.device = _CPU
     _groups: dict[str, fabric.Communicator] = field(default_factory=dict)
     _streams: dict[tuple[bool, str], torch.Tensor] = field(default_factory=dict)
 
@@ -263,10 +267,14 @@ class ProcessFabric:
 
     def _nearest(self, far: ProcessCommunicator) -> fabric.Communicator:
         """The fastest way between the ranks of a group: memory, where they share it, else the group itself."""
-        if not self.shared_memory or "gloo" not in dist.get_backend_config(far.group):
-            return far
-        board = join_board(far.group, far.rank, far.size, self.timeout)
-        return far if board is None else SharedMemory(board, far, self.missing)
+        near: fabric.Communicator = far
+        backends = dist.get_backend_config(far.group) if self.shared_memory else ""
+        if "nccl" in backends and self.device.type == "cuda":
+            near = join_symmetric_memory(far, self.device) or far
+        if "gloo" in backends:
+            board = join_board(far.group, far.rank, far.size, self.timeout)
+            near = near if board is None else SharedMemory(board, near, self.missing)
+        return near
 
     def release(self) -> None:
         """Let the groups go."""

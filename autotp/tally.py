@@ -10,10 +10,11 @@ import torch
 
 from autotp.process import ProcessCommunicator
 from autotp.shared_memory import SharedMemory
+from autotp.symmetric_memory import SymmetricMemory
 
 __all__ = ["Tally"]
 
-_ENDS = (SharedMemory, ProcessCommunicator)
+_ENDS = (SharedMemory, SymmetricMemory, ProcessCommunicator)
 _REDUCE = "all_reduce"
 _KINDS = {"all_reduce": _REDUCE, "all_reduce_": _REDUCE, "start_all_reduce": _REDUCE, "all_gather": "all_gather"}
 
