@@ -24,15 +24,11 @@ from autotp.errors import AutoTPError
 from autotp.forwards import own_forward, reinstall
 from autotp.hooks import HOOKS, refuse_global_hooks
 from autotp.inputs import computing
+from autotp.versions import Versions
 
 __all__ = ["Watch", "dotted"]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
-
-try:  # a number that is another one after each change of a dict
-    from torch._C._dynamo.guards import dict_version as _version
-except ImportError:  # it is torch's own, for its compiler's guards
-    _version = None  # type: ignore[assignment]
 
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
 _FORWARD = operator.itemgetter("forward")
@@ -76,6 +72,7 @@ class Watch:
         self._first: dict[Place, Any] = {}
         self._last: Any = None
         self._settled: dict[Place, Any] | None = None
+        self._versions = Versions(())
         self.seen: Any = None
         self._trainable: tuple[Any, int] = None, 0
         self.text = ""
@@ -113,25 +110,24 @@ class Watch:
             self._changes = self._differing()
         kinds = {f"{dtype} {computing(device).type}" for dtype, device in set(map(_KIND, self._parameters))}
         self.text = f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
-        self.seen = self._glance()
+        self._versions, self.seen = Versions(self._set), self._glance()
         return self.text
 
     def is_same(self) -> bool:
         """Whether nothing has changed since the last look, as far as a glance shows: what is set on modules and
         configs, the tensors and where they lie, hooks that are registered. In doubt, no."""
-        now, seen = self._glance(), self.seen
-        if seen is None or now[1:] != seen[1:]:
+        if self.seen is None or self._glance() != self.seen:
             return False
-        if now[0] is None or now[0] != seen[0]:  # something was set, perhaps to what it was
+        if not self._versions.same():  # something was set, perhaps to what it was
+            now = Versions(self._set)
             if self._snapshot() != self._last:
                 return False
-            self.seen = now
+            self._versions, self.seen = now, self._glance()
         return True
 
     def _glance(self) -> tuple[Any, ...]:
-        """What is the same as long as nothing is set anywhere, and no tensor moves."""
+        """What is the same as long as no tensor moves, no hook is registered, and nothing empty gets something."""
         return (
-            list(map(_version, self._set)) if _version is not None else None,
             any(self._none),
             RemovableHandle.next_id,  # one more for each hook
             list(map(torch.Tensor.numel, self._parameters)),

@@ -1,0 +1,69 @@
+"""Versions of dicts: a change is seen at the first look and after many, with torch's guards and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autotp import versions
+from autotp.versions import Versions
+
+MANY = 40
+
+
+def _dicts() -> list[dict[str, Any]]:
+    return [{"a": 1, "b": [2]}, {}, {"training": True}]
+
+
+@pytest.fixture(params=["guards", "numbers"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "numbers":
+        monkeypatch.setattr(versions, "_guards", lambda dicts: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("looks", [0, 1, MANY])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_change_is_seen(way: str, looks: int, place: int) -> None:
+    dicts = _dicts()
+    seen = Versions(dicts)
+    assert all(seen.same() for _ in range(looks))
+    assert (seen._guards is not None) == (way == "guards" and looks == MANY)
+    dicts[place]["training"] = False
+    assert not any(seen.same() for _ in range(3))
+
+
+def test_what_is_deleted_or_emptied_is_seen(way: str) -> None:
+    for change in (lambda d: d.pop("a"), lambda d: d.clear(), lambda d: d.update(b=3)):
+        dicts = _dicts()
+        seen = Versions(dicts)
+        assert all(seen.same() for _ in range(MANY))
+        change(dicts[0])  # type: ignore[no-untyped-call]
+        assert not seen.same()
+
+
+def test_new_versions_take_the_change_for_how_it_was(way: str) -> None:
+    dicts = _dicts()
+    seen = Versions(dicts)
+    assert all(seen.same() for _ in range(MANY))
+    dicts[1]["new"] = 1
+    assert not seen.same()
+    assert all(Versions(dicts).same() for _ in range(3))
+
+
+def test_without_torchs_numbers_it_is_always_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "dict_version", None)
+    assert not Versions(_dicts()).same()
+
+
+def test_guards_that_torch_has_changed_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed() -> Any:
+        raise TypeError("incompatible function arguments")
+
+    monkeypatch.setattr(versions, "RootGuardManager", changed)
+    dicts = _dicts()
+    seen = Versions(dicts)
+    assert all(seen.same() for _ in range(MANY))
+    dicts[0]["a"] = 2
+    assert not seen.same()
