@@ -5,6 +5,7 @@ The objects that were passed get what the call changes in them, in place.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from autotp.written import written
 if TYPE_CHECKING:
     from autotp.tracing import Outputs
 
-__all__ = ["giver"]
+__all__ = ["Made", "giver"]
 
 Give = Callable[[Sequence[Any], Sequence[Any]], Any]
 
@@ -28,6 +29,51 @@ def _overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
     elif new is not old:
         with torch.no_grad():
             old.copy_(new)
+
+
+class Made:
+    """Makes a dict with attributes, as transformers' outputs are, of its values.
+
+    Its constructor takes several microseconds, more than all else that a call gives back. So what the first one made is
+    looked at, and where each item and attribute is one of the values, or a constant, the next ones are filled likewise.
+
+    Args:
+        unflatten: makes one, as pytree would.
+        context: what pytree keeps beside the values.
+    """
+
+    def __init__(self, unflatten: Callable[[Sequence[Any], Any], Any], context: Any) -> None:
+        self._unflatten, self._context = unflatten, context
+        self._new: Callable[[Any], Any]
+        self._kinds: list[type] | None = None
+
+    def __call__(self, *values: Any) -> Any:
+        """Such a dict of these values."""
+        if list(map(type, values)) != self._kinds:
+            made = self._unflatten(list(values), self._context)
+            self._learn(made, values)
+            return made
+        made = self._new(self._cls)
+        for key, at, constant in self._items:
+            OrderedDict.__setitem__(made, key, constant if at is None else values[at])
+        made.__dict__.update(self._constants)
+        for key, at in self._attributes:
+            made.__dict__[key] = values[at]
+        return made
+
+    def _learn(self, made: Any, values: tuple[Any, ...]) -> None:
+        self._kinds, places = None, {id(x): i for i, x in enumerate(values)}
+        self._cls, self._new = type(made), type(made).__new__
+        slots = any(vars(cls).get("__slots__") for cls in self._cls.__mro__)
+        if slots or self._new is not OrderedDict.__new__ or len(places) < len(values):
+            return
+        items, attributes = list(OrderedDict.items(made)), list(made.__dict__.items())
+        rest = [x for _, x in (*items, *attributes) if id(x) not in places]
+        if all(x is None or isinstance(x, (bool, int, float, str)) for x in rest):
+            self._items = [(k, places.get(id(x)), x if id(x) not in places else None) for k, x in items]
+            self._attributes = [(k, places[id(x)]) for k, x in attributes if id(x) in places]
+            self._constants = {k: x for k, x in attributes if id(x) not in places}
+            self._kinds = list(map(type, values))
 
 
 class _Writer:
@@ -95,7 +141,10 @@ class _Writer:
             return f"[{inner}]"
         if spec.type is dict:
             return f"{{{', '.join(f'{self.known(k)}: {c}' for k, c in zip(spec.context, children, strict=True))}}}"
-        return f"{self.known(pytree.SUPPORTED_NODES[spec.type].unflatten_fn)}([{inner}], {self.known(spec.context)})"
+        unflatten = pytree.SUPPORTED_NODES[spec.type].unflatten_fn
+        if issubclass(spec.type, OrderedDict) and spec.type is not OrderedDict:
+            return f"{self.known(Made(unflatten, spec.context))}({inner})"
+        return f"{self.known(unflatten)}([{inner}], {self.known(spec.context)})"
 
 
 def giver(outputs: Outputs) -> Give:
