@@ -44,7 +44,7 @@ class Made:
 
     def __init__(self, unflatten: Callable[[Sequence[Any], Any], Any], context: Any) -> None:
         self._unflatten, self._context = unflatten, context
-        self._new: Callable[[Any], Any]
+        self._new: Any
         self._kinds: list[type] | None = None
 
     def __call__(self, *values: Any) -> Any:
