@@ -35,7 +35,7 @@ class Made:
     """Makes a dict with attributes, as transformers' outputs are, of its values.
 
     Its constructor takes several microseconds, more than all else that a call gives back. So what the first one made is
-    looked at, and where each item and attribute is one of the values, or a constant, the next ones are filled likewise.
+    looked at, and where each item and attribute is one of the values, or None, the next ones are filled likewise.
 
     Args:
         unflatten: makes one, as pytree would.
@@ -54,9 +54,9 @@ class Made:
             self._learn(made, values)
             return made
         made = self._new(self._cls)
-        for key, at, constant in self._items:
-            OrderedDict.__setitem__(made, key, constant if at is None else values[at])
-        made.__dict__.update(self._constants)
+        for key, at in self._items:
+            OrderedDict.__setitem__(made, key, None if at is None else values[at])
+        made.__dict__.update(self._missing)
         for key, at in self._attributes:
             made.__dict__[key] = values[at]
         return made
@@ -68,11 +68,10 @@ class Made:
         if slots or self._new is not OrderedDict.__new__ or len(places) < len(values):
             return
         items, attributes = list(OrderedDict.items(made)), list(made.__dict__.items())
-        rest = [x for _, x in (*items, *attributes) if id(x) not in places]
-        if all(x is None or isinstance(x, (bool, int, float, str)) for x in rest):
-            self._items = [(k, places.get(id(x)), x if id(x) not in places else None) for k, x in items]
-            self._attributes = [(k, places[id(x)]) for k, x in attributes if id(x) in places]
-            self._constants = {k: x for k, x in attributes if id(x) not in places}
+        if all(x is None or id(x) in places for _, x in (*items, *attributes)):  # all else may come of the values
+            self._items = [(k, places.get(id(x))) for k, x in items]
+            self._attributes = [(k, places[id(x)]) for k, x in attributes if x is not None]
+            self._missing = {k: None for k, x in attributes if x is None}
             self._kinds = list(map(type, values))
 
 

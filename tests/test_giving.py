@@ -84,10 +84,10 @@ class _Counted(ModelOutput):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rows = [self.logits.shape[0]]  # type: ignore[union-attr]
+        self.rows = self.logits.shape[0]  # type: ignore[union-attr]
 
 
 def test_what_a_class_makes_of_values_is_left_to_it() -> None:
     made = Made(_unflatten(_Counted), ["logits"])
-    assert [made(torch.ones(n)).rows for n in (1, 2, 3)] == [[1], [2], [3]]
+    assert [made(torch.ones(n)).rows for n in (1, 2, 3)] == [1, 2, 3]
     assert [f.name for f in fields(_Counted)] == ["logits", "rows"]
