@@ -104,12 +104,18 @@ def inputs_text(graph: fx.Graph, names: Sequence[str]) -> str:
 def lowered_text(graph: fx.Graph, title: str, repeated: Mapping[str, fx.Graph] | None = None) -> str:
     """A lowered graph as text: one line a node, grouped by module, with each value's local shape; what it repeats."""
     lines, module = [f"# {title}"], None
-    names = {n.name: " | ".join(n.meta["weights"]) for n in graph.nodes if "weights" in n.meta}
+    names = {n.name: f"self[{' | '.join(n.meta['weights'])}]" for n in graph.nodes if "weights" in n.meta}
+    word = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b") if names else None
+
+    def named(text: str) -> str:
+        """With the weights' own names; all at once, since one may look like another's node."""
+        return word.sub(lambda found: names[found[0]], text) if word is not None else text
+
     for node in graph.nodes:
         if node.op == "get_attr" or node.name in names:
             continue
         if node.op == "output":
-            lines += ["", f"return {_argument(node.args[0])}"]
+            lines += ["", named(f"return {_argument(node.args[0])}")]
             continue
         if node.meta.get("module", module) != module:
             module = node.meta["module"]
@@ -117,13 +123,10 @@ def lowered_text(graph: fx.Graph, title: str, repeated: Mapping[str, fx.Graph] |
         value = node.meta.get("local")
         shape = f"[{', '.join(map(str, value.shape))}]" if value is not None else ""
         args = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
-        call = "" if node.op == "placeholder" else f" = {_target(node)}({', '.join(args)})"
+        call = "" if node.op == "placeholder" else f" = {_target(node)}({named(', '.join(args))})"
         lines.append(f"{node.name + call:<100}  # {shape}" if shape else node.name + call)
-    text = "\n".join(lines)
-    for name in sorted(names, key=len, reverse=True):
-        text = re.sub(rf"\b{name}\b", f"self[{names[name]}]", text)
     return "\n\n".join(
-        [text, *(lowered_text(g, f"{name}, as in its first call") for name, g in (repeated or {}).items())]
+        ["\n".join(lines), *(lowered_text(g, f"{name}, as in its first call") for name, g in (repeated or {}).items())]
     )
 
 

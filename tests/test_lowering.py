@@ -367,3 +367,22 @@ def test_merged_weights_stay_parameters() -> None:
             m.to(torch.float32).to(torch.float64)
         with torch.no_grad():
             assert relative_error(outputs(dense(**kwargs))[0], outputs(model(**kwargs))[0]) < 1e-10
+
+
+class _RootWeight(nn.Module):
+    """A weight whose name is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 4))
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(x @ self.weight.t()))  # type: ignore[no-any-return]
+
+
+def test_the_text_names_each_weight_once() -> None:
+    model = autotp.parallelize(_RootWeight(), 1, example_inputs=(torch.ones(3, 4),))
+    text = str(autotp.graph(model).lowered(Lowering(), False))
+    assert "(self[weight])" in text
+    assert "(relu, self[out.weight], self[out.bias])" in text
