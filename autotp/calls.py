@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
-from autotp.errors import CaptureError, ProofError, UncapturedError, UnprovedWarning
+from autotp.errors import CaptureError, ChangedError, ProofError, UncapturedError, UnprovedWarning
+from autotp.held import Held, held
 from autotp.inputs import device_of
 from autotp.meaning import meaning
 from autotp.recognition import Recognize, Recognized, dynamic_sizes, recognizer
@@ -58,6 +59,7 @@ class Programs:
         comparison: how the ranks compare each call; None for one process.
         slots: the layouts of what ranks keep in parts between calls, by slot.
         counts: the attributes of objects among the arguments that calls were seen to count in.
+        changed: the plain arguments, by number or keyword, that calls were seen to change.
         outer: the programs of the module that this one is in, where it is called by itself.
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
@@ -76,6 +78,7 @@ class Programs:
         self.settled: Mapping[str, Layout] = {}
         self.slots: dict[str, Layout] = {}
         self.counts: set[tuple[type, str]] = set()
+        self.changed: set[int | str] = set()
         self.outer: Programs | None = None
         self.captures = 0
         self._captured: dict[Any, list[Captured]] = {}
@@ -96,7 +99,7 @@ class Programs:
     def anew(self, model: nn.Module, root: nn.Module) -> Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
-        copy.slots, copy.counts = dict(self.slots), set(self.counts)
+        copy.slots, copy.counts, copy.changed = dict(self.slots), set(self.counts), set(self.changed)
         return self._set_up(copy)
 
     def _set_up(self, made: Programs) -> Programs:
@@ -145,6 +148,8 @@ class Programs:
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """A call's arguments, flat."""
+        if self.changed:
+            args, kwargs = held(args, kwargs, self.changed)
         return Arguments(args, kwargs, self.counts, self.slots, self.rank)
 
     def structure(self, of: Arguments) -> Any:
@@ -158,6 +163,7 @@ class Programs:
             raise of.error
         for x in of.leaves:
             if not isinstance(x, torch.Tensor) and not is_constant(x):
+                x = x.it if isinstance(x, Held) else x
                 what = f"a {type(x).__module__}.{type(x).__qualname__}"
                 raise CaptureError(
                     f"an argument is, or holds, {what}, whose content autotp cannot see: pass tensors, numbers and "
@@ -174,8 +180,23 @@ class Programs:
         Raises:
             CaptureError: the call cannot be captured.
         """
-        of = self.arguments(args, kwargs)
-        return self._capture(of, self.structure(of))
+        return self._captured_anew(args, kwargs)[0]
+
+    def _captured_anew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Captured, Arguments, Any]:
+        """The captured graph of a call, its arguments and its key, as what it turns out to change makes them."""
+        while True:
+            of = self.arguments(args, kwargs)
+            key = self.structure(of)
+            try:
+                captured = self._capture(of, key)
+            except ChangedError as error:
+                if error.places <= self.changed:
+                    raise
+                self.changed |= error.places
+            else:
+                if captured.outputs.counts <= self.counts:
+                    return captured, of, key
+                self.counts |= captured.outputs.counts  # what was taken for constant is not
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Arguments | Recognized]:
         """The program for a call, made now if there is none, and the call's arguments.
@@ -211,12 +232,7 @@ class Programs:
         failed: CaptureError | None = None
         with agreement.mesh.together("capturing this call") if agreement else contextlib.nullcontext():
             try:
-                captured = self._capture(of, key)
-                if not captured.outputs.counts <= self.counts:  # what was taken for constant is not
-                    self.counts |= captured.outputs.counts
-                    of = self.arguments(args, kwargs)
-                    key = self.structure(of)
-                    captured = self._capture(of, key)
+                captured, of, key = self._captured_anew(args, kwargs)
             except CaptureError as error:
                 if not python:
                     raise

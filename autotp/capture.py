@@ -20,7 +20,7 @@ from torch.nn.utils import stateless
 from torch.utils._sympy.printers import PythonPrinter
 
 from autotp.arguments import Arguments
-from autotp.errors import CaptureError
+from autotp.errors import CaptureError, ChangedError
 from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
@@ -150,7 +150,8 @@ def capture(
             as the weights make it, and so a constant.
 
     Raises:
-        CaptureError: the model's Python depends on the values of tensors, or changes a buffer or input.
+        CaptureError: the model's Python depends on the values of tensors, or changes a weight or buffer.
+        ChangedError: it changes arguments that are not opened yet (:func:`autotp.states.held`).
     """
     of = Arguments(args, kwargs, counts)
     leaves, spec = of.leaves, of.spec
@@ -179,8 +180,13 @@ def capture(
             {n: replace(s, sharded=False) for n, s in each.items()} for each in (slots, outputs.slots)
         )
     names = [n for n, x in zip(spec.paths(), leaves, strict=True) if isinstance(x, torch.Tensor)]
+    if outputs.refills:
+        said = ", ".join(sorted(map(repr, outputs.refills)))
+        raise ChangedError(f"forward puts other tensors into arguments that it is given ({said})", outputs.refills)
     captured = _flat_graph(exported, outputs, tied, slots)
     if left := _prepare(captured):
+        keys = [key for key, x in zip(spec.keys(), leaves, strict=True) if isinstance(x, torch.Tensor)]
+        _refuse_written(captured, left, keys)
         if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
             raise CaptureError(
                 f"{where(unrecorded[0])} changes a value in place that gradients pass by (no_grad, detach), or that "
@@ -197,6 +203,17 @@ def capture(
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
     captured.inputs = names
     return captured
+
+
+def _refuse_written(captured: Captured, left: list[fx.Node], keys: Sequence[int | str]) -> None:
+    """Raise if what changes arguments in place are plain tensors: a graph gives them back, if they are opened."""
+    inputs = {n: i for i, n in enumerate(captured.graph.find_nodes(op="placeholder"))}
+    written = {inputs[r]: n for n in left for r in n.meta.get("roots", ()) if r in inputs}
+    places = {keys[i] for i in written if i not in captured.slots}
+    if places:
+        first = next(n for i, n in written.items() if i not in captured.slots)
+        said = ", ".join(sorted(map(repr, places)))
+        raise ChangedError(f"{where(first)} changes arguments in place ({said})", places)
 
 
 def _is_of_functorch(node: fx.Node) -> bool:

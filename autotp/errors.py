@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 __all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PartialCaptureWarning", "PlanError",
@@ -31,6 +31,18 @@ class CaptureError(AutoTPError):
     def __init__(self, message: str, *, place: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.place, self.reason = place, reason or message.splitlines()[0]
+
+
+class ChangedError(CaptureError):
+    """A call changes plain arguments: it writes into tensors, or puts others into containers.
+
+    Attributes:
+        places: the arguments, by number or keyword.
+    """
+
+    def __init__(self, message: str, places: Collection[int | str], *, place: str = "") -> None:
+        super().__init__(message, place=place)
+        self.places = frozenset(places)
 
 
 class UncapturedError(CaptureError):

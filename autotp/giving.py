@@ -9,10 +9,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils import _pytree as pytree
 
-from autotp.states import GONE, Box, Change, Count, Leaf, build
+from autotp.changes import GONE, Change, overwrite
+from autotp.states import Box, Count, Leaf, build
 from autotp.written import written
 
 if TYPE_CHECKING:
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Made", "giver"]
 
 Give = Callable[[Sequence[Any], Sequence[Any]], Any]
-
-
-def _overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
-    if new.shape != (old := held[key]).shape:  # a whole one, of which this rank keeps its part from now on
-        held[key] = new
-    elif new is not old:
-        with torch.no_grad():
-            old.copy_(new)
 
 
 class Made:
@@ -79,7 +71,7 @@ class _Writer:
     def __init__(self, outputs: Outputs) -> None:
         self.outputs = outputs
         self.lines: list[str] = []
-        self.names: dict[str, Any] = {"build": build, "overwrite": _overwrite, "containers": (list, tuple, dict)}
+        self.names: dict[str, Any] = {"build": build, "overwrite": overwrite, "containers": (list, tuple, dict)}
         self._reached: dict[tuple[Any, ...], str] = {}
 
     def write(self) -> Give:

@@ -304,8 +304,6 @@ class _PartPrograms(Programs):
         return self.root
 
     def _check(self, captured: Captured) -> None:
-        if captured.outputs.refills:
-            raise self._unfit("forward puts tensors into a container that it is given")
         if captured.constants:
             held = _storages(self.root)
             if any(t.untyped_storage()._cdata in held for t in captured.constants.values()):

@@ -17,6 +17,7 @@ import torch
 
 from autotp.arguments import Arguments
 from autotp.capture import Captured
+from autotp.held import Held
 from autotp.states import Box, Constant, Count, Form, Leaf, State, counted
 from autotp.written import written
 from passes import Layout
@@ -165,8 +166,12 @@ class _Writer:
         """An object that the call may change."""
         held = [next(self._leaves) for _ in state.slots]
         names: dict[int, str] = {}
-        self.objects.append(at)
-        self.form(state.form, at, held, names, {})
+        if isinstance(state.form, Box) and state.form.cls is Held:
+            self.objects.append(f"{self.known(Held)}({at})")
+            self.form(state.form.forms[0], at, held, names, {})
+        else:
+            self.objects.append(at)
+            self.form(state.form, at, held, names, {})
         tensors = [n for i, n in names.items() if not state.slots[i].count]
         if len(tensors) > 1:  # if two were one now, it would be another form
             self.refuse_unless(f"len({{{', '.join(f'id({n})' for n in tensors)}}}) == {len(tensors)}")

@@ -19,17 +19,18 @@ import contextlib
 import enum
 import functools
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 
+from autotp.held import Held
 from autotp.orders import Orders, reordered, sorted_by_key
 
-__all__ = ["Change", "Counts", "Form", "Opened", "Opener", "Slot", "State", "UnseenError", "build", "changes",
-           "counted", "is_sharded", "is_state", "opened", "plain_leaves", "sharded_state"]  # fmt: skip
+__all__ = ["Box", "Constant", "Count", "Counts", "Form", "Leaf", "Opened", "Opener", "Slot", "State", "UnseenError",
+           "build", "counted", "is_sharded", "is_state", "opened", "plain_leaves", "sharded_state"]  # fmt: skip
 
 Counts = Collection[tuple[type, str]]
 """The attributes that calls were seen to count in, with their objects' classes."""
@@ -73,9 +74,6 @@ class Box:
 
 
 Form = Leaf | Count | Constant | Box
-
-GONE = Constant(type(None), "gone", None)
-"""What is in a place that is empty now."""
 
 _CONSTANTS = (bool, float, complex, str, bytes, type(None), type(...), enum.Enum, torch.dtype, torch.device,
               torch.layout, torch.memory_format, torch.Size, slice, range, type)  # fmt: skip
@@ -299,7 +297,22 @@ class Opened:
         """``args[0]``, ``kwargs['cache'].layers[0].keys``: what the caller calls each leaf."""
         found = []
         for name, state in zip(self.places(), self.states, strict=True):
-            found += [name] if state is None else [f"{name}.{slot.path}" for slot in state.slots]
+            if state is None:
+                found.append(name)
+            elif isinstance(state.form, Box) and state.form.cls is Held:
+                found += [name + slot.path.removeprefix("it") for slot in state.slots]
+            else:
+                found += [f"{name}.{slot.path}" for slot in state.slots]
+        return found
+
+    def keys(self) -> list[int | str]:
+        """The argument that each leaf is, or is in: its number, or its keyword."""
+        args, kwargs = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
+        found: list[int | str] = []
+        for key, argument in (*enumerate(args), *kwargs.items()):
+            for i in pytree.tree_leaves(argument):
+                state = self.states[i]
+                found += [key] * (1 if state is None else len(state.slots))
         return found
 
 
@@ -333,69 +346,3 @@ def opened(
             leaves += [x if isinstance(x, torch.Tensor) else counted(x) for x in opener.leaves]
             objects.append(x)
     return leaves, Opened(spec, tuple(states), orders), objects
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a call changes in an object.
-
-    Attributes:
-        path: the way to what holds it: names, numbers and keys.
-        key: the name, number or key there.
-        form: what is there now, of the call's results; :data:`GONE` for nothing.
-        inside: whether a tensor was changed in place, and stays the same one.
-    """
-
-    path: tuple[Any, ...]
-    key: Any
-    form: Form
-    inside: bool = False
-
-    def make(self, of: Any, results: Sequence[Any]) -> None:
-        """Make the change."""
-        for key in self.path:
-            of = of[key] if isinstance(of, (list, tuple, dict)) else of.__dict__[key]
-        if not isinstance(of, (list, dict)):
-            of = of.__dict__
-        if self.form is GONE:
-            del of[self.key]
-        elif self.inside:
-            assert isinstance(self.form, Leaf)
-            if (new := results[self.form.index]).shape != (old := of[self.key]).shape:  # a whole one, of which
-                of[self.key] = new  # this rank keeps its part from now on
-            elif new is not old:
-                with torch.no_grad():
-                    old.copy_(new)
-        elif isinstance(of, list) and self.key == len(of):
-            of.append(build(self.form, results))
-        else:
-            of[self.key] = build(self.form, results)
-
-
-def changes(
-    before: Form, after: Form, same: Collection[tuple[int, int]], path: tuple[Any, ...] = ()
-) -> Iterator[Change]:
-    """What is different about an object after a call.
-
-    Args:
-        before: its form, whose leaves are the arguments.
-        after: its form, whose leaves are the results.
-        same: pairs of an argument and a result that are one and the same tensor, changed or not.
-        path: the way to it.
-
-    Raises:
-        UnseenError: the object itself would have to be another one.
-    """
-    if not isinstance(before, Box) or not isinstance(after, Box) or before.cls is not after.cls:
-        raise UnseenError(f"{path} became another object")
-    had, has = before.items, after.items
-    for key in reversed([k for k in had if k not in has]):
-        yield Change(path, key, GONE)
-    for key, form in has.items():
-        old = had.get(key)
-        if isinstance(old, Leaf) and isinstance(form, Leaf) and (old.index, form.index) in same:
-            yield Change(path, key, form, inside=True)
-        elif isinstance(old, Box) and isinstance(form, Box) and old.cls is form.cls and not issubclass(old.cls, tuple):
-            yield from changes(old, form, same, (*path, key))
-        elif isinstance(form, (Leaf, Count)) or old != form:
-            yield Change(path, key, form)

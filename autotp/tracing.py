@@ -17,13 +17,14 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from autotp.backward import OwnBackward, refuse_function, refuse_own_backward
+from autotp.changes import Change, changes
 from autotp.errors import CaptureError
 from autotp.forwards import capturing
 from autotp.functions import checked_functions
+from autotp.held import released
 from autotp.orders import sorted_by_key
 from autotp.repeats import Repeats
 from autotp.states import (
-    Change,
     Form,
     Opened,
     Opener,
@@ -31,7 +32,6 @@ from autotp.states import (
     State,
     UnseenError,
     build,
-    changes,
     is_sharded,
     is_state,
     plain_leaves,
@@ -56,7 +56,7 @@ class Outputs:
         written: the results that go back into the memory of a tensor that an object held, by its number among the
             input tensors.
         counts: the attributes of objects that count.
-        refills: whether forward puts other tensors into a container among its inputs, which a graph does not.
+        refills: the arguments, by number or keyword, that are containers into which forward puts other tensors.
         agreeing: classes whose backward agrees with the derivative of their forward.
     """
 
@@ -66,11 +66,15 @@ class Outputs:
     slots: dict[int, Slot] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     counts: set[tuple[type, str]] = field(default_factory=set)
-    refills: bool = False
+    refills: set[int | str] = field(default_factory=set)
     agreeing: Container[type] = ()
 
     def take(
-        self, result: Any, objects: list[tuple[State, Any]], held: list[tuple[int, torch.Tensor]], refills: bool
+        self,
+        result: Any,
+        objects: list[tuple[State, Any]],
+        held: list[tuple[int, torch.Tensor]],
+        refills: set[int | str],
     ) -> list[Any]:
         """Note how what forward returned, and left in objects, goes together of the results, which are returned.
 
@@ -140,10 +144,11 @@ class Outputs:
         return form, opener
 
 
-def _held_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The leaves of arguments, in the order in which calls have them."""
+def _held_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, list[Any]]:
+    """The leaves of arguments, in the order in which calls have them, by the number or keyword of each."""
     args, kwargs, _ = sorted_by_key(args, kwargs)
-    return plain_leaves((args, kwargs))[0]
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {key: plain_leaves(x)[0] for key, x in named}
 
 
 class _Flat(nn.Module):
@@ -171,10 +176,12 @@ class _Flat(nn.Module):
         with contextlib.ExitStack() as stack:
             for context in self._around:
                 stack.enter_context(context)
-            result = self.model.forward(*args, **kwargs)  # not a call: the model's own hooks run around ours
+            own_args, own_kwargs = released(args, kwargs)
+            result = self.model.forward(*own_args, **own_kwargs)  # not a call: the model's own hooks run around ours
         after = _held_by(args, kwargs)
-        refills = len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True))
-        objects = [(s, x) for s, x in zip(self._spec.states, before, strict=True) if s is not None]
+        refills = {key for key, was in before.items() if list(map(id, was)) != list(map(id, after[key]))}
+        every = [x for leaves in before.values() for x in leaves]
+        objects = [(s, x) for s, x in zip(self._spec.states, every, strict=True) if s is not None]
         numbers = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
         held = [(numbers[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
         results = self._outputs.take(result, objects, held, refills)

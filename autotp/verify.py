@@ -137,12 +137,11 @@ def _outputs(result: Any) -> dict[str, torch.Tensor]:
     return {n: x for n, x in names if isinstance(x, torch.Tensor)}
 
 
-def _left(args: Any, kwargs: Any, given: list[Any]) -> dict[str, torch.Tensor]:
-    """What a call has left in the objects that it was passed, by place."""
-    of, before = Arguments(args, kwargs), set(map(id, given))
-    paths = of.spec.paths()
-    held = ((paths[i], of.leaves[i]) for i in of.spec.slots)
-    return {n: x for n, x in held if isinstance(x, torch.Tensor) and id(x) not in before}
+def _left(args: Any, kwargs: Any, given: list[Any], before: list[Any]) -> dict[str, torch.Tensor]:
+    """What a call has left in its arguments, by place: tensors that were not there, or had other values ``before``."""
+    of, known = Arguments(args, kwargs), {id(x): was for x, was in zip(given, before, strict=True)}
+    held = ((n, x) for n, x in zip(of.spec.paths(), of.leaves, strict=True) if isinstance(x, torch.Tensor))
+    return {n: x for n, x in held if id(x) not in known or not torch.equal(x, known[id(x)])}
 
 
 def _backward(outputs: Mapping[str, torch.Tensor], seed: int = 0) -> None:
@@ -195,11 +194,11 @@ def measure(
     fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in of.leaves]
     own_args, own_kwargs = of.spec.close(fresh)
     result = run(*own_args, **own_kwargs)
-    outputs = _outputs(result) | _left(own_args, own_kwargs, fresh)
+    outputs = _outputs(result) | _left(own_args, own_kwargs, fresh, of.leaves)
     _backward(outputs)
     found = {n: g for n, g in gradients().items() if g is not None and g.numel()}
     inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
-    found |= {n: x.grad for n, x in inputs.items() if x.grad is not None}
+    found |= {n: x.grad for n, x in inputs.items() if x.is_leaf and x.grad is not None}
     return Measured({n: v.detach() for n, v in outputs.items()}, found)
 
 

@@ -162,8 +162,8 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
 
     Returns:
         The nodes that still change an argument, because what else sees the change depends on strides, or is
-        outside the graph, or because gradients or values may pass it by unseen (``unrecorded`` in its meta):
-        none in a graph that is now functional.
+        outside the graph (the inputs and weights that it may be are ``roots`` in its meta), or because gradients or
+        values may pass it by unseen (``unrecorded`` there): none in a graph that is now functional.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     left = []
@@ -175,6 +175,7 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
         elif not _made_anew(node, order):
             left.append(node)
             changed = node.args[0]
+            node.meta["roots"] = [n for n in _sources(changed) if n.op != "call_function"] if is_tensor(changed) else []
             if is_tensor(changed):  # torch's own functionalization would lose where the region ends, and these views
                 around = {n for source in _sources(changed) for n in _aliases(source)}
                 stopped = node.meta.get("no_grad") and changed.meta["val"].is_floating_point()

@@ -359,7 +359,8 @@ HOWS = ["a container", "an attribute", "a buffer", "an input", "a tensor that is
 def test_what_forward_does_beside_returning_is_done(how: str) -> None:
     model = Sees(how)
     report, plan = verified(model, torch.randn(2, 8, 64).double())
-    assert {s.module for s in plan.seams} == {"", "keeps"}, str(plan)
+    done_by_a_graph = how in ("a container", "an input")
+    assert {s.module for s in plan.seams} == {""} if done_by_a_graph else {"", "keeps"}, str(plan)
     assert "keeps.inner.qkv.weight" in split(plan)
     if how != "a buffer":
         assert report.ok, str(report)

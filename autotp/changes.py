@@ -1,0 +1,99 @@
+"""changes: what a call changes in the objects that it is passed, found in their forms before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autotp.states import Box, Constant, Count, Form, Leaf, UnseenError, build
+
+__all__ = ["GONE", "Change", "changes", "overwrite"]
+
+GONE = Constant(type(None), "gone", None)
+"""What is in a place that is empty now."""
+
+
+def overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
+    """Give a tensor that an object, list or dict holds other values, in place; gradients follow, as the model's do."""
+    if new.shape != (old := held[key]).shape:  # a whole one, of which this rank keeps its part from now on
+        held[key] = new
+    elif new is not old:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and new.requires_grad):
+            old.copy_(new)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a call changes in an object.
+
+    Attributes:
+        path: the way to what holds it: names, numbers and keys.
+        key: the name, number or key there.
+        form: what is there now, of the call's results; :data:`GONE` for nothing.
+        inside: whether a tensor was changed in place, and stays the same one.
+    """
+
+    path: tuple[Any, ...]
+    key: Any
+    form: Form
+    inside: bool = False
+
+    def make(self, of: Any, results: Sequence[Any]) -> None:
+        """Make the change."""
+        for key in self.path:
+            of = of[key] if isinstance(of, (list, tuple, dict)) else of.__dict__[key]
+        if not isinstance(of, (list, dict, tuple)):
+            of = of.__dict__
+        if self.form is GONE:
+            del of[self.key]
+        elif self.inside:
+            assert isinstance(self.form, Leaf)
+            overwrite(of, self.key, results[self.form.index])
+        elif isinstance(of, list) and self.key == len(of):
+            of.append(build(self.form, results))
+        else:
+            of[self.key] = build(self.form, results)
+
+
+def _stays(before: Form | None, after: Form, same: Collection[tuple[int, int]]) -> bool:
+    """Whether what is in a place stays what it is, whatever changes in it: a tuple only if all in it does."""
+    if isinstance(before, Leaf) and isinstance(after, Leaf):
+        return (before.index, after.index) in same
+    if not isinstance(before, Box) or not isinstance(after, Box):
+        return isinstance(before, Constant) and before == after
+    if before.cls is not after.cls or not issubclass(before.cls, tuple):
+        return before.cls is after.cls
+    alike = len(before.forms) == len(after.forms)
+    return alike and all(_stays(old, new, same) for old, new in zip(before.forms, after.forms, strict=True))
+
+
+def changes(
+    before: Form, after: Form, same: Collection[tuple[int, int]], path: tuple[Any, ...] = ()
+) -> Iterator[Change]:
+    """What is different about an object after a call.
+
+    Args:
+        before: its form, whose leaves are the arguments.
+        after: its form, whose leaves are the results.
+        same: pairs of an argument and a result that are one and the same tensor, changed or not.
+        path: the way to it.
+
+    Raises:
+        UnseenError: the object itself would have to be another one.
+    """
+    if not isinstance(before, Box) or not isinstance(after, Box) or before.cls is not after.cls:
+        raise UnseenError(f"{path} became another object")
+    had, has = before.items, after.items
+    for key in reversed([k for k in had if k not in has]):
+        yield Change(path, key, GONE)
+    for key, form in has.items():
+        old = had.get(key)
+        if isinstance(old, Leaf) and isinstance(form, Leaf) and (old.index, form.index) in same:
+            yield Change(path, key, form, inside=True)
+        elif isinstance(old, Box) and isinstance(form, Box) and _stays(old, form, same):
+            yield from changes(old, form, same, (*path, key))
+        elif isinstance(form, (Leaf, Count)) or old != form:
+            yield Change(path, key, form)
