@@ -5,10 +5,12 @@ The objects that were passed get what the call changes in them, in place.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from autotp.changes import GONE, Change, overwrite
@@ -27,7 +29,8 @@ class Made:
     """Makes a dict with attributes, as transformers' outputs are, of its values.
 
     Its constructor takes several microseconds, more than all else that a call gives back. So what the first one made is
-    looked at, and where each item and attribute is one of the values, or None, the next ones are filled likewise.
+    looked at, and where each item and attribute is one of the values, or None, the next ones are filled likewise. Only
+    of classes that add fields, and no code of their own, to the one that all such outputs have in common.
 
     Args:
         unflatten: makes one, as pytree would.
@@ -36,7 +39,6 @@ class Made:
 
     def __init__(self, unflatten: Callable[[Sequence[Any], Any], Any], context: Any) -> None:
         self._unflatten, self._context = unflatten, context
-        self._new: Any
         self._kinds: list[type] | None = None
 
     def __call__(self, *values: Any) -> Any:
@@ -45,26 +47,45 @@ class Made:
             made = self._unflatten(list(values), self._context)
             self._learn(made, values)
             return made
-        made = self._new(self._cls)
+        made = OrderedDict.__new__(self._cls)
         for key, at in self._items:
-            OrderedDict.__setitem__(made, key, None if at is None else values[at])
-        made.__dict__.update(self._missing)
+            OrderedDict.__setitem__(made, key, values[at])
+        made.__dict__.update(self._fields)
         for key, at in self._attributes:
             made.__dict__[key] = values[at]
         return made
 
     def _learn(self, made: Any, values: tuple[Any, ...]) -> None:
         self._kinds, places = None, {id(x): i for i, x in enumerate(values)}
-        self._cls, self._new = type(made), type(made).__new__
-        slots = any(vars(cls).get("__slots__") for cls in self._cls.__mro__)
-        if slots or self._new is not OrderedDict.__new__ or len(places) < len(values):
+        several = len(places) < len(values)  # which of two places a value belongs to does not show
+        tensors = any(isinstance(x, torch.Tensor) for x in values)  # else a first field may be taken apart
+        if several or not tensors or any(isinstance(x, _PLAIN) for x in values) or not _only_adds_fields(type(made)):
             return
-        items, attributes = list(OrderedDict.items(made)), list(made.__dict__.items())
-        if all(x is None or id(x) in places for _, x in (*items, *attributes)):  # all else may come of the values
-            self._items = [(k, places.get(id(x))) for k, x in items]
-            self._attributes = [(k, places[id(x)]) for k, x in attributes if x is not None]
-            self._missing = {k: None for k, x in attributes if x is None}
+        items, attributes = list(OrderedDict.items(made)), dict(made.__dict__)
+        if all(id(x) in places for _, x in items) and all(x is None or id(x) in places for x in attributes.values()):
+            self._cls, self._fields = type(made), dict.fromkeys(attributes)
+            self._items = [(k, places[id(x)]) for k, x in items]
+            self._attributes = [(k, places[id(x)]) for k, x in attributes.items() if x is not None]
             self._kinds = list(map(type, values))
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Equal ones may be one object: a field that is one need not come from the value that is."""
+
+
+_MAKES = ("__new__", "__post_init__", "__setattr__", "__setitem__", "__getattribute__", "__init_subclass__")
+
+
+def _only_adds_fields(cls: type) -> bool:
+    """Whether a class is a dataclass below one that is made of OrderedDict, and has no code that makes it."""
+    mro = cls.__mro__
+    if OrderedDict not in mro or cls.__new__ is not OrderedDict.__new__ or not dataclasses.is_dataclass(cls):
+        return False
+    for each in mro[: max(0, mro.index(OrderedDict) - 1)]:
+        own: Any = vars(each).get("__init__")  # dataclasses write theirs
+        if any(name in vars(each) for name in _MAKES) or (own and own.__code__.co_filename != "<string>"):
+            return False
+    return True
 
 
 class _Writer:

@@ -156,6 +156,7 @@ class Watch:
         own = self._own()
         held = own + [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
         self._replaced = [d for d in self._dicts if "_autotp" in d]
+        self._configs: list[tuple[dict[str, Any], str, Any]] = []  # the last is kept, so that no id comes twice
         self._full, self._empty = [d for d in held if d], [d for d in held if not d]
         self._none = [d for d in own if not d]
         self._parameters = list(self.model.parameters())
@@ -169,6 +170,7 @@ class Watch:
             for key, value in module.__dict__.items():
                 ours = key == "_autotp" or key in skipped
                 if hasattr(value, "__dict__") and not callable(value) and not ours:  # a config
+                    self._configs.append((module.__dict__, key, value.__dict__))
                     self._watch(dotted(name, key), value.__dict__, seen)
         for name, buffer in self.model.named_buffers():
             self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
@@ -196,11 +198,12 @@ class Watch:
         try:
             values = [get(d) for get, d in self._getters]
             forwards = list(map(_FORWARD, self._replaced))
-        except KeyError:
+            configs = [id(d[key].__dict__) for d, key, _ in self._configs]
+        except (AttributeError, KeyError):
             return None
         held = list(map(id, chain(self._own(), *map(dict.values, self._full))))
         sizes = list(map(torch.Tensor.numel, self._parameters))
-        return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards
+        return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards, configs
 
     def _facts(self) -> dict[Place, Any]:
         """What must stay: submodules, their hooks and forwards; of a model with parts these modules."""

@@ -84,10 +84,52 @@ class _Counted(ModelOutput):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rows = self.logits.shape[0]  # type: ignore[union-attr]
+        count = self.logits.shape[0]  # type: ignore[union-attr]
+        self.rows = count if count > 1 else None
+
+
+@dataclass
+class _Set(ModelOutput):
+    """An output whose attributes are not what is set."""
+
+    logits: torch.Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value * 2)
+
+
+class _Logged(OrderedDict[str, Any]):
+    """A dict whose constructor does more than make it."""
+
+    made = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _Logged.made += 1
 
 
 def test_what_a_class_makes_of_values_is_left_to_it() -> None:
     made = Made(_unflatten(_Counted), ["logits"])
-    assert [made(torch.ones(n)).rows for n in (1, 2, 3)] == [1, 2, 3]
+    assert [made(torch.ones(n)).rows for n in (1, 2, 3)] == [None, 2, 3]
     assert [f.name for f in fields(_Counted)] == ["logits", "rows"]
+    made = Made(_unflatten(_Set), ["logits"])
+    assert [float(made(torch.full((), n)).logits) for n in (1.0, 2.0, 3.0)] == [
+        float(_Set(logits=torch.full((), n)).logits)
+        for n in (1.0, 2.0, 3.0)  # type: ignore[arg-type]
+    ]
+    made = Made(_unflatten(_Logged), ["logits"])
+    before = _Logged.made
+    for _ in range(CALLS):
+        made(torch.ones(2))
+    assert _Logged.made == before + CALLS
+
+
+def test_whatever_makes_another_kind_of_dict_is_left_to_make_it() -> None:
+    made = Made(lambda values, keys: dict(zip(keys, values, strict=True)), ["x"])
+    assert [list(made(torch.ones(n))) for n in (1, 2)] == [["x"], ["x"]]
+
+
+def test_attributes_have_their_order() -> None:
+    made = Made(_unflatten(CausalLMOutputWithPast), ["logits"])
+    orders = [list(vars(made(torch.ones(2)))) for _ in range(CALLS)]
+    assert orders == [list(vars(CausalLMOutputWithPast(logits=torch.ones(2))))] * CALLS  # type: ignore[arg-type]

@@ -12,6 +12,12 @@ from autotp.versions import Versions
 MANY = 40
 
 
+@pytest.fixture(autouse=True)
+def settled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_SETTLED", 16)
+    monkeypatch.setattr(versions, "_MANY", 3)
+
+
 def _dicts() -> list[dict[str, Any]]:
     return [{"a": 1, "b": [2]}, {}, {"training": True}]
 
@@ -67,3 +73,21 @@ def test_guards_that_torch_has_changed_are_not_missed(monkeypatch: pytest.Monkey
     assert all(seen.same() for _ in range(MANY))
     dicts[0]["a"] = 2
     assert not seen.same()
+
+
+def test_what_another_thread_sets_while_guards_are_made_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    dicts, make = _dicts(), versions._guards
+
+    def slowly(of: Any) -> Any:
+        dicts[0]["a"] = 2
+        return make(of)
+
+    monkeypatch.setattr(versions, "_guards", slowly)
+    seen = Versions(dicts)
+    assert [seen.same() for _ in range(MANY)] == [True] * 15 + [False] * (MANY - 15)
+
+
+def test_guards_are_not_made_for_few_dicts() -> None:
+    seen = Versions(_dicts()[:2])
+    assert all(seen.same() for _ in range(MANY))
+    assert seen._guards is None
