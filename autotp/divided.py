@@ -48,7 +48,7 @@ class Divided(Runtime):
         super().__init__(division.model, agreement, fabric)
         self._stored = division.stored
         self.between = ProcessFabric(
-            self.mesh, seed + 1 + self.mesh.tp, agreement.missing, fabric.timeout, fabric.shared_memory, fabric.device
+            self.mesh, seed + 1 + self.mesh.tp, agreement.missing, fabric.timeout, fabric.shared_memory
         )
         self.devices = {torch.device("cpu"), device_of(self.model)}
         self._shapes = {n: p.shape for n, p, _ in self.placed()}

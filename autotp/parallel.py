@@ -75,6 +75,7 @@ def parallelize(
     strict: bool = False,
     check: bool | str = True,
     shared_memory: bool = True,
+    symmetric_memory: bool = False,
     broadcast_inputs: bool = False,
     lowering: bool | Lowering = True,
     exact: bool = False,
@@ -116,9 +117,11 @@ def parallelize(
         check: run a rewritten graph only if it is proved to compute, on every rank, what the dense model does,
             values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
             ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
-        shared_memory: let ranks that share a host exchange values through memory: on CPUs through a file that they
-            map, which takes microseconds where gloo takes half a millisecond; on GPUs small sums by the one-shot kernel
-            of torch's symmetric memory, where that is offered between them. False leaves all to the process group.
+        shared_memory: on CPUs, let ranks that share a host exchange values through memory that they map, which takes
+            microseconds where gloo takes half a millisecond; False leaves all to the process group.
+        symmetric_memory: on GPUs of one host that NVLink joins, add up what is small (half a MiB, a quarter for more
+            than 4 ranks) by the one-shot kernel of torch's symmetric memory, where a trial shows that it works. The
+            kernel knows no ``timeout``: a rank that dies within a call leaves the others to whoever started them.
         broadcast_inputs: where the inputs of a call, or of ``generate``, differ between ranks, take rank 0's on all of
             them; left out, that is an error on all of them. Calls compare the values of integers on the CPU (token
             ids, masks), and with ``debug`` of all inputs; ``generate`` compares those of all.
@@ -164,7 +167,7 @@ def parallelize(
     with torch.inference_mode(False):  # else the shards would be tensors that never train
         return _parallelize(
             model, join(tp, mesh, backend, timeout), weights, device, example_inputs, plan, timeout, debug, strict,
-            check, shared_memory, broadcast_inputs, fast,
+            check, shared_memory, symmetric_memory, broadcast_inputs, fast,
         )  # fmt: skip
 
 
@@ -183,7 +186,7 @@ class _Fast:
 def _parallelize(
     model: nn.Module, place: Mesh, weights: Source | None, device: torch.device | str | None,
     example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool, strict: bool, check: bool | str,
-    shared_memory: bool, broadcast_inputs: bool, fast: _Fast,
+    shared_memory: bool, symmetric_memory: bool, broadcast_inputs: bool, fast: _Fast,
 ) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
         refuse_empty(model, weights is not None)
@@ -198,7 +201,8 @@ def _parallelize(
     described = {f"{name} in the weights": f"{t.shape} {t.dtype}" for name, t in found.items()}
     described |= {f"first elements of {name} in the weights": f"{n:x}" for name, n in first.items()}
     given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory,
-             "broadcast_inputs": broadcast_inputs, "how graphs are made fast": str(fast)}  # fmt: skip
+             "symmetric_memory": symmetric_memory, "broadcast_inputs": broadcast_inputs,
+             "how graphs are made fast": str(fast)}  # fmt: skip
     place.agree(given | described | _structure(model, args, kwargs))
     with headed_for(to):
         division = _division(model, place, args, kwargs, plan, weights is not None)
@@ -220,7 +224,7 @@ def _parallelize(
     cut(model, layouts, place.rank, to, stored)
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
     agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory, broadcast_inputs)
-    fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory, device_of(model))
+    fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory, symmetric_memory, device_of(model))
     runtime: Runtime
     if division.is_whole:
         runtime = Whole(model, division.parts[0].programs, agreement, fabric)

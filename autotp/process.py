@@ -234,7 +234,8 @@ class ProcessFabric:
         seed: of the random numbers.
         missing: makes the error of a collective that fails.
         timeout: how long a collective waits.
-        shared_memory: whether ranks on one host communicate through memory, where they can.
+        shared_memory: whether CPU ranks on one host communicate through memory.
+        symmetric_memory: whether GPUs of one host add up small values in each other's memory, where that is offered.
         device: where the model is.
     """
 
@@ -243,6 +244,7 @@ class ProcessFabric:
     missing: Callable[[Exception], Exception]
     timeout: timedelta = TIMEOUT
     shared_memory: bool = True
+    symmetric_memory: bool = False
     device: torch.device = _CPU
     _groups: dict[str, fabric.Communicator] = field(default_factory=dict)
     _streams: dict[tuple[bool, str], torch.Tensor] = field(default_factory=dict)
@@ -268,10 +270,10 @@ class ProcessFabric:
     def _nearest(self, far: ProcessCommunicator) -> fabric.Communicator:
         """The fastest way between the ranks of a group: memory, where they share it, else the group itself."""
         near: fabric.Communicator = far
-        backends = dist.get_backend_config(far.group) if self.shared_memory else ""
-        if "nccl" in backends and self.device.type == "cuda":
+        backends = dist.get_backend_config(far.group)
+        if self.symmetric_memory and "nccl" in backends and self.device.type == "cuda":
             near = join_symmetric_memory(far, self.device) or far
-        if "gloo" in backends:
+        if self.shared_memory and "gloo" in backends:
             board = join_board(far.group, far.rank, far.size, self.timeout)
             near = near if board is None else SharedMemory(board, near, self.missing)
         return near

@@ -39,7 +39,7 @@ import torch.distributed as dist
 
 from autotp.digests import digest
 
-__all__ = ["AbsentError", "Board", "SharedMemory", "exchange", "join_board"]
+__all__ = ["AbsentError", "Board", "SharedMemory", "exchange", "host", "join_board"]
 
 LINE = 64
 """Bytes of a cache line: counters lie on lines of their own, so that no rank's store takes another's line away."""
@@ -348,7 +348,12 @@ class SharedMemory:
 
 def _place() -> tuple[str, ...] | None:
     """What ranks that can share memory have in common; None where memory would not do."""
-    if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+    return host() if platform.machine() in ("x86_64", "AMD64") else None
+
+
+def host() -> tuple[str, ...] | None:
+    """What processes have in common that can open each other's files and see each other; None where it is not known."""
+    if sys.platform != "linux":
         return None
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()

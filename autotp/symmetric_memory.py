@@ -1,26 +1,29 @@
-"""symmetric_memory: small sums between GPUs that reach each other's memory, in one kernel.
+"""symmetric_memory: small sums between GPUs that NVLink joins, in one kernel.
 
 NCCL's all-reduce of some KiB is latency: several steps between the ranks, one after another. torch's symmetric memory
-has a kernel that does it in one: each rank copies its values to where all others can read them, waits until all
-have, and adds up what it reads, in rank order, so that all get the same bits
-(``torch.ops.symm_mem.one_shot_all_reduce_copy_out``, of :mod:`torch.distributed._symmetric_memory`). It reads every
-rank's values whole, so from some size on the ring of NCCL is faster. It runs on the current stream and asks nothing
-of the host: a CUDA graph can hold it.
+has a kernel that does it in one: each rank's values lie where all others can read them; once all ranks have come, each
+adds up what it reads, in rank order, so that all get the same bits (``torch.ops.symm_mem.one_shot_all_reduce_out``, of
+:mod:`torch.distributed._symmetric_memory`). It reads every rank's values whole, so from some size on the ring of NCCL
+is faster. It asks nothing of the host: a CUDA graph can hold it.
 
-What goes which way depends on dtype and size alone, which the ranks have in common. Before it is used, sums of both
-kinds are compared on all ranks: where torch does not offer it between these GPUs, or it is not right, NCCL does all.
+What goes which way depends on dtype and size alone, which the ranks have in common. The kernel waits for the other
+ranks without a limit of time, so it is used only where it can be told beforehand that it works (:func:`_is_offered`,
+:func:`_are_joined`), and then first on trial. A rank that dies within a call leaves the others waiting in it, on their
+GPUs, until whoever started the processes ends them.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from autotp.digests import checksum
+from autotp.shared_memory import host
 
 __all__ = ["SymmetricMemory", "join_symmetric_memory", "largest"]
 
@@ -33,8 +36,8 @@ _ALIGNMENT = 16
 def largest(size: int) -> int:
     """The bytes up to which the kernel is used between so many ranks; 0: not at all.
 
-    The limits are those of vLLM's kernel of the same kind (csrc/custom_all_reduce.cuh): every rank reads what all
-    others have, so they fall with the ranks.
+    The limits are those of vLLM's kernel of the same kind, for GPUs that NVLink joins (csrc/custom_all_reduce.cuh):
+    every rank reads what all others have, so they fall with the ranks.
 
     >>> largest(2), largest(8), largest(16)
     (524288, 262144, 0)
@@ -42,23 +45,36 @@ def largest(size: int) -> int:
     return 0 if size > 8 else (1 << 19 if size <= 4 else 1 << 18)
 
 
+@dataclass
+class _Shared:
+    """What a group shares: per dtype the memory in which the others read this rank's values; the last stream that used
+    it, since the kernel's own signals are not for two at a time."""
+
+    buffers: dict[torch.dtype, torch.Tensor]
+    device: torch.device
+    stream: Any = None
+
+
+_shared: dict[str, _Shared] = {}
+"""By group, as long as the process lives: memory that ranks have mapped must not become another tensor's."""
+
+
 class SymmetricMemory:
     """One rank's end of a group of GPUs: small sums in one kernel, all else through the process group.
 
     Args:
-        buffers: per dtype the memory in which the others read this rank's values, of :func:`largest` bytes.
+        shared: what the group shares.
         far: the process group's end.
     """
 
-    def __init__(self, buffers: dict[torch.dtype, torch.Tensor], far: Any) -> None:
-        self.buffers, self._far, self._name = buffers, far, far.group.group_name
-        self._device = next(iter(buffers.values())).device
+    def __init__(self, shared: _Shared, far: Any) -> None:
+        self._shared, self._far, self._name = shared, far, far.group.group_name
         self.rank, self.size, self.by_host = far.rank, far.size, far.by_host
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether the kernel adds such tensors; the same on all ranks."""
-        buffer = self.buffers.get(tensor.dtype)
-        if buffer is None or tensor.device != self._device or not 0 < tensor.numel() <= buffer.numel():
+        buffer = self._shared.buffers.get(tensor.dtype)
+        if buffer is None or tensor.device != self._shared.device or not 0 < tensor.numel() <= buffer.numel():
             return False
         return tensor.numel() * tensor.element_size() % _ALIGNMENT == 0
 
@@ -66,15 +82,14 @@ class SymmetricMemory:
         """The sum of the ranks' tensors, all of one shape."""
         if not self.takes(tensor):
             return self._far.all_reduce(tensor)
-        mine = _aligned(tensor)
-        return self._sum(mine, torch.empty_like(mine))
+        return self._sum(tensor, tensor.new_empty(tensor.shape))
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same, in the memory of ``tensor`` if that has no gaps and lies where the kernel can load it."""
+        """The same, in the memory of ``tensor`` if that has no gaps and lies where the kernel can write it."""
         if not self.takes(tensor):
             return self._far.all_reduce_(tensor)
-        mine = _aligned(tensor)
-        return self._sum(mine, mine)  # an element is read before it is written, by the same thread
+        fits = tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+        return self._sum(tensor, tensor if fits else tensor.new_empty(tensor.shape))
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin :meth:`all_reduce_`; what it returns waits for the sum, and gives it."""
@@ -88,14 +103,26 @@ class SymmetricMemory:
         return self._far.all_gather(tensor, shapes)
 
     def _sum(self, tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        shared = self.buffers[tensor.dtype][: tensor.numel()].view(tensor.shape)
-        torch.ops.symm_mem.one_shot_all_reduce_copy_out(shared, tensor.detach(), "sum", self._name, out.detach())
+        mine = self._shared.buffers[tensor.dtype][: tensor.numel()].view(tensor.shape)
+        with self._in_turn():
+            mine.copy_(tensor.detach())  # not by the kernel: its warps would not wait for one another
+            torch.ops.symm_mem.one_shot_all_reduce_out(mine, "sum", self._name, out.detach())
         return out
 
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    mine = tensor.contiguous()
-    return mine if mine.data_ptr() % _ALIGNMENT == 0 else mine.clone()
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """On the GPU, and after what another stream has begun to add up there."""
+        device = self._shared.device
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device)
+            before = self._shared.stream
+            if before is not None and before != stream and not torch.cuda.is_current_stream_capturing():
+                stream.wait_stream(before)
+            self._shared.stream = stream
+            yield
 
 
 def join_symmetric_memory(far: Any, device: torch.device) -> SymmetricMemory | None:
@@ -111,52 +138,99 @@ def join_symmetric_memory(far: Any, device: torch.device) -> SymmetricMemory | N
         dist.all_gather_object(found, value, group=far.group)
         return found
 
-    if not largest(far.size) or not all(gathered(_is_offered(device))):
+    if not largest(far.size):
         return None
-    buffers = {}
-    for dtype in _DTYPES:
-        with contextlib.suppress(Exception):  # torch names no class of error for GPUs that do not reach each other
-            buffers[dtype] = _shared(far, dtype, device)
-        if not all(gathered(dtype in buffers)):
-            return None
-    made = SymmetricMemory(buffers, far)
-    trials = [(mine, far.all_reduce(mine)) for mine in _trials(made)]
-    tried = None
+    if (known := _shared.get(far.group.group_name)) is not None:
+        return SymmetricMemory(known, far)
+    # Each step by itself, and told to all: none may wait for one that has failed. torch has no class for its errors.
+    place, joined, made = None, False, None
     with contextlib.suppress(Exception):
-        tried = _tried(made, trials)
-    said = gathered(tried)
-    return made if tried is not None and all(s == tried for s in said) else None
+        place = (host(), _identity(device)) if _is_offered(device) else None
+    places = gathered(place)
+    if None in places or places[0][0] is None or len({host for host, _ in places}) > 1:
+        return None
+    with contextlib.suppress(Exception):
+        joined = _are_joined(device, [identity for _, identity in places])
+    if not all(gathered(joined)):
+        return None
+    with contextlib.suppress(Exception):
+        count = largest(far.size)
+        made = _Shared({d: _empty(count // d.itemsize, d, device) for d in _DTYPES}, device)
+    if not all(gathered(made is not None)) or made is None:
+        return None
+    for buffer in made.buffers.values():
+        met = False
+        with contextlib.suppress(Exception):
+            _meet(buffer, far.group)
+            met = True
+        if not all(gathered(met)):
+            return None
+    end = SymmetricMemory(made, far)
+    trials = [(mine, far.all_reduce(mine)) for mine in _trials(made, far.rank)]
+    sums = None
+    with contextlib.suppress(Exception):
+        sums = _tried(end, trials)
+    if any(s is None or s != sums for s in gathered(sums)):
+        return None
+    _shared[far.group.group_name] = made
+    return end
 
 
 def _is_offered(device: torch.device) -> bool:
+    """Whether torch has the kernel for such a GPU: below compute capability 8 it ends the process, at bfloat16."""
     try:
-        import torch.distributed._symmetric_memory as symmetric
+        from torch.distributed._symmetric_memory import get_backend
     except ImportError:
         return False
-    backend = getattr(symmetric, "get_backend", lambda _: "CUDA")
-    return hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy_out") and backend(device) is not None
+    new_enough = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return new_enough and hasattr(torch.ops.symm_mem, "one_shot_all_reduce_out") and get_backend(device) is not None
 
 
-def _shared(far: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    import torch.distributed._symmetric_memory as symmetric
-
-    buffer = symmetric.empty(largest(far.size) // dtype.itemsize, dtype=dtype, device=device)
-    symmetric.rendezvous(buffer, far.group)
-    return buffer
+def _identity(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _trials(made: SymmetricMemory) -> Iterator[torch.Tensor]:
-    """What to add up on trial: as much as the kernel takes, and as little."""
-    for dtype, buffer in made.buffers.items():
+def _are_joined(device: torch.device, others: Sequence[str]) -> bool:
+    """Whether NVLink joins this rank's GPU with each of some others: the kernel's signals are atomics, which GPUs that
+    PCIe joins may not have on each other's memory, and then wait for ever."""
+    try:
+        from torch._C._autograd import DeviceType
+        from torch._C._distributed_c10d import _detect_dma_connectivity  # type: ignore[attr-defined]
+
+        links = _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix
+    except (ImportError, RuntimeError):
+        return False
+    visible = [_identity(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    mine = _identity(device)
+    apart = [other for other in others if other != mine]
+    if len(apart) + 1 < len(others) or any(other not in visible for other in apart):  # two ranks on one, or unseen
+        return False
+    return all(links[visible.index(mine)][visible.index(other)] > 0 for other in apart)
+
+
+def _empty(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    from torch.distributed import _symmetric_memory
+
+    return _symmetric_memory.empty(count, dtype=dtype, device=device)
+
+
+def _meet(buffer: torch.Tensor, group: dist.ProcessGroup) -> None:
+    from torch.distributed import _symmetric_memory
+
+    _symmetric_memory.rendezvous(buffer, group)
+
+
+def _trials(shared: _Shared, rank: int) -> Iterator[torch.Tensor]:
+    """What to add up on trial, as much as the kernel takes and as little: whole numbers, whose sum is exact."""
+    for dtype, buffer in shared.buffers.items():
         for count in (buffer.numel(), _ALIGNMENT // dtype.itemsize):
-            yield torch.linspace(-1, 1 + made.rank, count, device=buffer.device).to(dtype)
+            yield ((torch.arange(count, device=buffer.device) % 4 + 1) * (rank + 1)).to(dtype)
 
 
-def _tried(made: SymmetricMemory, trials: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, ...] | None:
-    """Checksums of the sums of what is tried, which should be these; None if one is wrong."""
-    totals = [made.all_reduce(mine) for mine, _ in trials]  # all of them before any is judged: no rank may stay away
-    for total, (_, wanted) in zip(totals, trials, strict=True):
-        room = made.size * torch.finfo(total.dtype).eps * (1 + made.size) ** 2
-        if not torch.allclose(total.float(), wanted.float(), rtol=0, atol=room):
-            return None
-    return tuple(map(checksum, totals))
+def _tried(end: SymmetricMemory, trials: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, ...] | None:
+    """Checksums of the sums of what is tried; None if one is not what it should be."""
+    if not all(end.takes(mine) for mine, _ in trials):
+        return None
+    totals = [end.all_reduce(mine) for mine, _ in trials]  # all of them before any is judged: no rank may stay away
+    right = all(torch.equal(total, wanted) for total, (_, wanted) in zip(totals, trials, strict=True))
+    return tuple(map(checksum, totals)) if right else None
