@@ -9,7 +9,7 @@ import linecache
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from autotp.errors import CaptureError, ChangedError
 from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
+from autotp.keeping import Snapshot, tensors_in, unlike_a_function
+from autotp.meaning import meaning
 from autotp.states import Counts, Slot
 from autotp.tracing import Outputs, trace
 from passes import Layout, canonicalize, differentiable, functionalize, inline, simplify
@@ -171,6 +173,7 @@ def capture(
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             exported, outputs = trace(model, leaves, spec, tensors, fixed)
+            again = _traced_again(model, outputs, lambda: trace(model, leaves, spec, tensors, fixed))
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})
@@ -184,7 +187,13 @@ def capture(
         said = ", ".join(sorted(map(repr, outputs.refills)))
         raise ChangedError(f"forward puts other tensors into arguments that it is given ({said})", outputs.refills)
     captured = _flat_graph(exported, outputs, tied, slots)
-    if left := _prepare(captured):
+    left = _prepare(captured)
+    if again is not None:
+        other = _flat_graph(again[0], again[1], tied, slots)
+        _prepare(other)
+        if meaning(other.graph, other.constants) != meaning(captured.graph, captured.constants):
+            raise _more_than_a_function(outputs.kept[0].name)
+    if left:
         keys = [key for key, x in zip(spec.keys(), leaves, strict=True) if isinstance(x, torch.Tensor)]
         _refuse_written(captured, left, keys)
         if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
@@ -203,6 +212,55 @@ def capture(
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
     captured.inputs = names
     return captured
+
+
+def _traced_again(model: nn.Module, outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
+    """The trace of a call that finds what the first one has kept on the modules; None if that is nothing but tensors.
+
+    Raises:
+        CaptureError: it keeps something else again.
+    """
+    if not (plain := [c for c in outputs.kept if not c.tensors()]):
+        return None
+    snapshot = Snapshot(model)
+    try:
+        for change in plain:
+            change.again()
+        again = trace()
+    finally:
+        snapshot.restore()
+    for change in again[1].kept:
+        if not change.tensors():
+            raise _more_than_a_function(change.name)
+    return again
+
+
+def _more_than_a_function(name: str) -> CaptureError:
+    return CaptureError(
+        f"forward keeps something on the model ({name}), from one call to the next or for others to read: a graph is a "
+        "function of weights and inputs, and would not. Return it, or pass it in",
+        reason=f"forward keeps something on the module ({name})",
+    )
+
+
+def _drop_kept(captured: Captured) -> None:
+    """Take what is kept on the modules off the graph's results.
+
+    Raises:
+        CaptureError: it is not the same in each call.
+    """
+    outputs, output = captured.outputs, captured.graph.output_node()
+    at, kept = outputs.last, dict[str, list[int]]()
+    for change in outputs.kept:
+        count = len(change.tensors())
+        kept[change.name] = list(range(at, at + count))
+        at += count
+    before = {id(t) for change in outputs.kept for t in tensors_in(change.old)}
+    constants = {n for n, t in captured.constants.items() if id(t) in before}
+    places = captured.parameters | constants | kept.keys()  # a buffer that is another one goes by its own name
+    if (name := unlike_a_function(captured.graph, kept, places)) is not None:
+        raise _more_than_a_function(name)
+    output.args = (tuple(output.args[0][: outputs.last]),)
 
 
 def _refuse_written(captured: Captured, left: list[fx.Node], keys: Sequence[int | str]) -> None:
@@ -312,6 +370,8 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str], slots:
                 attributes[target].meta = dict(node.meta)
             node.replace_all_uses_with(attributes[target])
         graph.erase_node(node)
+    if outputs.kept:
+        _drop_kept(captured)
     captured.guards = _guards(graph, dims)
     graph.output_node().meta["slots"] = {n: slot.path for n, slot in outputs.slots.items() if slot.sharded}
     assert all(is_tensor(n) for n in graph.nodes if n.op == "placeholder")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotp.arguments import Arguments
 from autotp.inputs import device_of
+from autotp.keeping import Snapshot
 
 __all__ = ["Call", "Observed", "Touches", "observe"]
 
@@ -128,20 +129,16 @@ class Observed:
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """The model with its buffers, and what its modules hold, as they were."""
-    modules = list(model.modules())
-    held = [(m.__dict__, dict(m.__dict__)) for m in modules]
-    held += [(d, dict(d)) for m in modules for d in (m._buffers, m._parameters)]
-    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
+    snapshot = Snapshot(model)
+    tensors = [(t, t.detach().clone(), t._version) for t in snapshot.tensors() if not isinstance(t, nn.Parameter)]
     try:
         yield
     finally:
-        for now, before in held:
-            now.clear()
-            now.update(before)
+        snapshot.restore()
         with torch.no_grad():
-            for buffer, was, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(was)
+            for tensor, was, version in tensors:
+                if tensor._version != version:
+                    tensor.copy_(was)
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed:

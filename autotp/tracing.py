@@ -17,11 +17,13 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from autotp.backward import OwnBackward, refuse_function, refuse_own_backward
-from autotp.changes import Change, changes
+from autotp.changes import Change as Changed
+from autotp.changes import changes
 from autotp.errors import CaptureError
 from autotp.forwards import capturing
 from autotp.functions import checked_functions
 from autotp.held import released
+from autotp.keeping import Change, Snapshot
 from autotp.orders import sorted_by_key
 from autotp.repeats import Repeats
 from autotp.states import (
@@ -58,16 +60,20 @@ class Outputs:
         counts: the attributes of objects that count.
         refills: the arguments, by number or keyword, that are containers into which forward puts other tensors.
         agreeing: classes whose backward agrees with the derivative of their forward.
+        kept: what forward has changed of what the model's modules hold.
+        last: how many results there are; further ones of the graph are the tensors in ``kept``, in their order.
     """
 
     spec: Any = None
     leaves: list[Leaf] = field(default_factory=list)
-    changes: list[tuple[int, Change]] = field(default_factory=list)
+    changes: list[tuple[int, Changed]] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     counts: set[tuple[type, str]] = field(default_factory=set)
     refills: set[int | str] = field(default_factory=set)
     agreeing: Container[type] = ()
+    kept: list[Change] = field(default_factory=list)
+    last: int = 0
 
     def take(
         self,
@@ -173,11 +179,16 @@ class _Flat(nn.Module):
             leaves[place] = leaves[place] if slot.count else leaves[place].clone()
         args, kwargs = self._spec.close(leaves)
         before = _held_by(args, kwargs)
+        snapshot = Snapshot(self.model)
         with contextlib.ExitStack() as stack:
             for context in self._around:
                 stack.enter_context(context)
             own_args, own_kwargs = released(args, kwargs)
-            result = self.model.forward(*own_args, **own_kwargs)  # not a call: the model's own hooks run around ours
+            try:
+                result = self.model.forward(*own_args, **own_kwargs)  # no call: the model's own hooks run around ours
+            finally:
+                self._outputs.kept = snapshot.changes()
+                snapshot.restore()
         after = _held_by(args, kwargs)
         refills = {key for key, was in before.items() if list(map(id, was)) != list(map(id, after[key]))}
         every = [x for leaves in before.values() for x in leaves]
@@ -187,7 +198,8 @@ class _Flat(nn.Module):
         results = self._outputs.take(result, objects, held, refills)
         made = [x for x in results if isinstance(x, torch.Tensor)]
         refuse_own_backward(made, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing)
-        return tuple(results)
+        self._outputs.last = len(results)
+        return (*results, *(t for change in self._outputs.kept for t in change.tensors()))
 
 
 class _Eagerly(contextlib.AbstractContextManager[None]):
