@@ -172,8 +172,13 @@ def capture(
         stand_ins = _stand_ins(model, dense or Dense.of(model), device)
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
-            exported, outputs = trace(model, leaves, spec, tensors, fixed)
-            again = _traced_again(model, outputs, lambda: trace(model, leaves, spec, tensors, fixed))
+            snapshot = Snapshot(model)
+            try:
+                exported, outputs = trace(model, leaves, spec, tensors, fixed)
+                snapshot.restore()  # torch leaves copies of lists and dicts
+                again = _traced_again(outputs, lambda: trace(model, leaves, spec, tensors, fixed))
+            finally:
+                snapshot.restore()
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})
@@ -214,7 +219,7 @@ def capture(
     return captured
 
 
-def _traced_again(model: nn.Module, outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
+def _traced_again(outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
     """The trace of a call that finds what the first one has kept on the modules; None if that is nothing but tensors.
 
     Raises:
@@ -222,13 +227,9 @@ def _traced_again(model: nn.Module, outputs: Outputs, trace: Callable[[], tuple[
     """
     if not (plain := [c for c in outputs.kept if not c.tensors()]):
         return None
-    snapshot = Snapshot(model)
-    try:
-        for change in plain:
-            change.again()
-        again = trace()
-    finally:
-        snapshot.restore()
+    for change in plain:
+        change.again()
+    again = trace()
     for change in again[1].kept:
         if not change.tensors():
             raise _more_than_a_function(change.name)

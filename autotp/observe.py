@@ -28,6 +28,8 @@ _QUESTIONS: list[Any] = [
 ]  # fmt: skip
 _HARMLESS = {*_QUESTIONS, *(getattr(torch.Tensor, name).__get__ for name in _GETTERS if hasattr(torch.Tensor, name))}
 """What says the same of a weight and of each of its shards."""
+_SCALES = {torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.__imul__, torch.Tensor.__itruediv__}
+"""What does to each shard what it does to the weight, if it does that by a number."""
 
 
 class Touches(TorchFunctionMode):
@@ -46,12 +48,16 @@ class Touches(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the arguments, then call the function."""
-        if not self.suspended and func not in _HARMLESS:
+        if not self.suspended and func not in _HARMLESS and not (func in _SCALES and _by_a_number(args, kwargs)):
             for value in (*args, *(kwargs or {}).values()):
                 for each in value if isinstance(value, (tuple, list)) else (value,):
                     if id(each) in self._watched:
                         self._report(each, func)
         return func(*args, **(kwargs or {}))
+
+
+def _by_a_number(args: Any, kwargs: Any) -> bool:
+    return not kwargs and len(args) == 2 and isinstance(args[1], (int, float))
 
 
 class _Dispatched(TorchDispatchMode):

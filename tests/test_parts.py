@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -385,6 +386,33 @@ def test_a_weight_that_is_read_on_a_branch_not_taken_before_is_an_error() -> Non
         model.blocks[0].down.bias.add_(1e7)
     with pytest.raises(autotp.AutoTPError, match=r"head\.weight is split .* reads it \(sum\)"):
         parallel(ids)
+
+
+@pytest.mark.parametrize(("by", "is_refused"), [(2, False), (0.5, False), (torch.tensor(2.0), True)])
+def test_a_weight_may_be_scaled_in_place_by_a_number(by: Any, is_refused: bool) -> None:
+    """As RWKV does before the first token: each shard becomes what it would be cut from the scaled weight."""
+
+    def between(net: Net, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            if (x > 1e6).any() and not hasattr(net, "scaled"):
+                net.scaled = True
+                net.head.weight.mul_(by)
+                net.head.weight.div_(by).mul_(by)
+        return x
+
+    model = Net(between)
+    ids = torch.randint(0, 101, (2, 8))
+    parallel = autotp.simulate(model, 2, example_inputs=(ids,))
+    with torch.no_grad():
+        model.blocks[0].down.bias.add_(1e7)
+        dense = copy.deepcopy(model)
+        if is_refused:
+            with pytest.raises(autotp.AutoTPError, match=r"head\.weight is split .* reads it \(mul_\)"):
+                parallel(ids)
+        else:
+            before = model.head.weight.clone()
+            assert relative_error(dense(ids), parallel(ids)) < 1e-5
+            assert torch.equal(model.head.weight, before * by)
 
 
 def test_watching_a_run_changes_nothing() -> None:

@@ -1,0 +1,219 @@
+"""What a forward keeps on the model: never lost, and no reason to leave a model whole where it changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autotp
+from autotp.keeping import Snapshot
+from autotp.verify import relative_error
+
+WIDTH = 64
+
+
+class Inner(nn.Module):
+    """A module whose forward keeps something, in one way or another."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.up, self.down = how, nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH, dtype=torch.float64))
+        self.register_buffer("steps", torch.arange(64.0, dtype=torch.float64), persistent=False)
+        self.last: Any = None
+        self.count, self.ready, self.longest = 0, False, 0
+        self.list: list[Any] = []
+        self.table: dict[Any, Any] = {}
+        self.some: set[int] = set()
+        self.queue: deque[Any] = deque(maxlen=3)
+        self.plain = torch.zeros(WIDTH, dtype=torch.float64)
+        self.state = SimpleNamespace(hidden=None, count=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(torch.relu(self.up(x)))
+        mean = y.detach().mean((0, 1))
+        return getattr(self, self.how.replace(" ", "_"))(x, y, mean)  # type: ignore[no-any-return]
+
+    # What makes a later call another one.
+
+    def a_counter(self, x: Any, y: Any, mean: Any) -> Any:
+        self.count += 1
+        return y * self.count
+
+    def tokens_seen(self, x: Any, y: Any, mean: Any) -> Any:
+        self.count += x.shape[1]
+        return y * self.count
+
+    def a_buffer_replaced(self, x: Any, y: Any, mean: Any) -> Any:
+        self.mean = self.mean * 0.5 + mean
+        return y + self.mean
+
+    def a_buffer_written(self, x: Any, y: Any, mean: Any) -> Any:
+        self.mean.mul_(0.5).add_(mean)
+        return y + self.mean
+
+    def a_tensor_written(self, x: Any, y: Any, mean: Any) -> Any:
+        self.plain.add_(mean)
+        return y + self.plain
+
+    def the_last_state(self, x: Any, y: Any, mean: Any) -> Any:
+        before, self.last = self.last, mean
+        return y if before is None else y + before
+
+    def for_others(self, x: Any, y: Any, mean: Any) -> Any:
+        self.last = mean  # a user may read it afterwards
+        return y
+
+    def of_weights_for_others(self, x: Any, y: Any, mean: Any) -> Any:
+        self.last = self.up.weight.square().sum()
+        return y
+
+    def a_list_that_grows(self, x: Any, y: Any, mean: Any) -> Any:
+        self.list.append(None)
+        return y * len(self.list)
+
+    def a_list_of_states(self, x: Any, y: Any, mean: Any) -> Any:
+        self.list.append(mean)
+        return y + sum(self.list)
+
+    def a_dict_of_states(self, x: Any, y: Any, mean: Any) -> Any:
+        self.table["mean"] = self.table.get("mean", 0) + mean
+        return y + self.table["mean"]
+
+    def a_set(self, x: Any, y: Any, mean: Any) -> Any:
+        self.some.add(len(self.some))
+        return y * len(self.some)
+
+    def a_queue(self, x: Any, y: Any, mean: Any) -> Any:
+        self.queue.append(mean)
+        return y + self.queue[0]
+
+    def an_object(self, x: Any, y: Any, mean: Any) -> Any:
+        self.state.count += 1
+        return y * self.state.count
+
+    def a_state_in_an_object(self, x: Any, y: Any, mean: Any) -> Any:
+        before, self.state.hidden = self.state.hidden, mean
+        return y if before is None else y + before
+
+    def another_way_the_first_time(self, x: Any, y: Any, mean: Any) -> Any:
+        first, self.ready = not self.ready, True
+        return y * 3 if first else y
+
+    def random_numbers(self, x: Any, y: Any, mean: Any) -> Any:
+        if self.last is None:
+            self.last = torch.rand(WIDTH, dtype=torch.float64)
+        return y * self.last
+
+    # What comes out the same in each call.
+
+    def a_flag(self, x: Any, y: Any, mean: Any) -> Any:
+        self.ready = True
+        return y
+
+    def a_mask_of_this_size(self, x: Any, y: Any, mean: Any) -> Any:
+        if self.last is None or self.last.shape[0] != x.shape[1]:
+            self.last = torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=x.dtype))
+        return self.last @ y
+
+    def a_table_by_kind(self, x: Any, y: Any, mean: Any) -> Any:
+        if x.dtype not in self.table or self.table[x.dtype].shape[1] != x.shape[1]:
+            self.table[x.dtype] = torch.zeros_like(x[:1, :, 0]) + 2
+        return y * self.table[x.dtype][..., None]
+
+    def a_table_of_a_buffer(self, x: Any, y: Any, mean: Any) -> Any:
+        if self.last is None or self.last.shape[0] < x.shape[1]:
+            self.last = self.steps[: x.shape[1]].cos()
+        return y * self.last[: x.shape[1], None]
+
+
+STATES = ["a counter", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written", "the last state",
+          "for others", "of weights for others", "a list that grows", "a list of states", "a dict of states", "a set",
+          "a queue", "an object", "a state in an object", "another way the first time", "random numbers"]  # fmt: skip
+FUNCTIONS = ["a flag", "a mask of this size", "a table by kind", "a table of a buffer"]
+
+
+class Outer(nn.Module):
+    """A model with such a module, and one that does not keep anything."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.mlp = Inner(how), nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, WIDTH))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x + self.inner(x))  # type: ignore[no-any-return]
+
+
+def _left(inner: Inner) -> list[Any]:
+    values = [inner.mean, inner.plain, inner.last, inner.state.hidden, *inner.list, *inner.queue]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _calls(model: Any) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return [model(torch.randn(2, n, WIDTH, dtype=torch.float64)) for n in (4, 4, 6, 4)]
+
+
+@pytest.mark.parametrize("how", STATES + FUNCTIONS)
+def test_each_call_is_the_dense_models(how: str) -> None:
+    """Also what is left for a user to read, where it is a state."""
+    dense, x = Outer(how), torch.ones(2, 16, WIDTH, dtype=torch.float64)
+    model = copy.deepcopy(dense)
+    if how == "random numbers":
+        dense.inner.last = model.inner.last = torch.ones(WIDTH, dtype=torch.float64) * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parallel = autotp.parallelize(model, 1, example_inputs=(x,))
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(_calls(dense), _calls(parallel), strict=True))
+    if how in STATES:
+        left = _left(dense.inner), _left(parallel.inner)
+        assert all(relative_error(a, b) < 1e-12 for a, b in zip(*left, strict=True))
+        assert parallel.inner.count == dense.inner.count
+
+
+@pytest.mark.parametrize("how", STATES + FUNCTIONS)
+def test_only_what_makes_another_call_another_one_is_captured_in_parts(how: str) -> None:
+    model, x = Outer(how), torch.ones(2, 16, WIDTH, dtype=torch.float64)
+    snapshot = Snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = autotp.plan(model, 2, example_inputs=(x,))
+    assert bool(plan.seams) == (how in STATES), str(plan)
+    assert any(w.name == "mlp.0.weight" and w.style == "column" for w in plan.weights), str(plan)
+    assert not snapshot.changes()
+    if how in STATES:
+        said = " ".join(s.reason for s in plan.seams)
+        assert "keeps something on the module" in said or "in place" in said or "holds" in said, said
+
+
+def test_a_snapshot_sees_and_undoes() -> None:
+    inner = Inner("a flag")
+    snapshot = Snapshot(inner)
+    assert not snapshot.changes()
+    inner.count, inner.last = 3, torch.ones(2)
+    inner.list.append(torch.ones(1))
+    inner.table["new"] = [1]
+    inner.some.add(4)
+    inner.queue.append(1)
+    inner.state.hidden = 5
+    del inner.longest
+    inner.mean = torch.ones(WIDTH)
+    found = {c.name: c for c in snapshot.changes()}
+    assert set(found) == {"count", "last", "list", "table.new", "some", "queue", "state.hidden", "longest", "mean"}
+    assert [len(found[n].tensors()) for n in ("count", "last", "list", "mean")] == [0, 1, 1, 1]
+    snapshot.restore()
+    assert not snapshot.changes()
+    assert (inner.count, inner.last, inner.list, inner.table, inner.some) == (0, None, [], {}, set())
+    assert inner.longest == 0
+    for change in found.values():
+        change.again()
+    assert {c.name for c in snapshot.changes()} == set(found)
