@@ -400,7 +400,7 @@ def test_a_weight_may_be_scaled_in_place_by_a_number(by: Any, is_refused: bool) 
                 net.head.weight.div_(by).mul_(by)
         return x
 
-    model = Net(between)
+    model = Net(between).double()
     ids = torch.randint(0, 101, (2, 8))
     parallel = autotp.simulate(model, 2, example_inputs=(ids,))
     with torch.no_grad():
