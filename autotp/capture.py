@@ -231,7 +231,7 @@ def _traced_again(outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) ->
         change.again()
     again = trace()
     for change in again[1].kept:
-        if not change.tensors():
+        if change.is_one and not change.tensors():
             raise _more_than_a_function(change.name)
     return again
 

@@ -52,6 +52,11 @@ class Change:
         """The tensors in what is new."""
         return list(tensors_in(self.new))
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is one still where symbols of sizes are the numbers that they stand for."""
+        return not _same(self.old, _numbers(self.new))
+
     def again(self) -> None:
         """Make the change; sizes that were symbols are numbers."""
         _put(self.container, self.key, _numbers(self.new))
@@ -71,8 +76,8 @@ def tensors_in(x: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 def _numbers(x: Any) -> Any:
     if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return x.node.hint
-    if type(x) in (list, tuple):
-        return type(x)(_numbers(each) for each in x)
+    if type(x) in (list, tuple, torch.Size):
+        return type(x)([_numbers(each) for each in x])
     return {k: _numbers(each) for k, each in x.items()} if type(x) is dict else x
 
 

@@ -118,6 +118,14 @@ class Inner(nn.Module):
         self.ready = True
         return y
 
+    def a_size(self, x: Any, y: Any, mean: Any) -> Any:
+        self.longest, self.last = x.shape[1], tuple(x.shape)
+        return y * self.longest
+
+    def the_size_before(self, x: Any, y: Any, mean: Any) -> Any:
+        before, self.longest = self.longest, x.shape[1]
+        return y * (before + 1)
+
     def a_mask_of_this_size(self, x: Any, y: Any, mean: Any) -> Any:
         if self.last is None or self.last.shape[0] != x.shape[1]:
             self.last = torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=x.dtype))
@@ -136,8 +144,9 @@ class Inner(nn.Module):
 
 STATES = ["a counter", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written", "the last state",
           "for others", "of weights for others", "a list that grows", "a list of states", "a dict of states", "a set",
-          "a queue", "an object", "a state in an object", "another way the first time", "random numbers"]  # fmt: skip
-FUNCTIONS = ["a flag", "a mask of this size", "a table by kind", "a table of a buffer"]
+          "a queue", "the size before", "an object", "a state in an object", "another way the first time",
+          "random numbers"]  # fmt: skip
+FUNCTIONS = ["a flag", "a size", "a mask of this size", "a table by kind", "a table of a buffer"]
 
 
 class Outer(nn.Module):
