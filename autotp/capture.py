@@ -24,7 +24,7 @@ from autotp.errors import CaptureError, ChangedError
 from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
 from autotp.inputs import device_of
-from autotp.keeping import Snapshot, tensors_in, unlike_a_function
+from autotp.keeping import Snapshot
 from autotp.meaning import meaning
 from autotp.states import Counts, Slot
 from autotp.tracing import Outputs, trace
@@ -220,19 +220,21 @@ def capture(
 
 
 def _traced_again(outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
-    """The trace of a call that finds what the first one has kept on the modules; None if that is nothing but tensors.
+    """The trace of a call that finds what the first one has kept on the modules; None if that is nothing.
 
     Raises:
-        CaptureError: it keeps something else again.
+        CaptureError: it keeps tensors, or something else again.
     """
-    if not (plain := [c for c in outputs.kept if not c.tensors()]):
+    if not outputs.kept:
         return None
-    for change in plain:
-        change.again()
+    for kept in outputs.kept:
+        if kept.has_tensors:
+            raise _more_than_a_function(kept.name)
+        kept.again()
     again = trace()
-    for change in again[1].kept:
-        if change.is_one and not change.tensors():
-            raise _more_than_a_function(change.name)
+    for kept in again[1].kept:
+        if kept.is_another:
+            raise _more_than_a_function(kept.name)
     return again
 
 
@@ -242,26 +244,6 @@ def _more_than_a_function(name: str) -> CaptureError:
         "function of weights and inputs, and would not. Return it, or pass it in",
         reason=f"forward keeps something on the module ({name})",
     )
-
-
-def _drop_kept(captured: Captured) -> None:
-    """Take what is kept on the modules off the graph's results.
-
-    Raises:
-        CaptureError: it is not the same in each call.
-    """
-    outputs, output = captured.outputs, captured.graph.output_node()
-    at, kept = outputs.last, dict[str, list[int]]()
-    for change in outputs.kept:
-        count = len(change.tensors())
-        kept[change.name] = list(range(at, at + count))
-        at += count
-    before = {id(t) for change in outputs.kept for t in tensors_in(change.old)}
-    constants = {n for n, t in captured.constants.items() if id(t) in before}
-    places = captured.parameters | constants | kept.keys()  # a buffer that is another one goes by its own name
-    if (name := unlike_a_function(captured.graph, kept, places)) is not None:
-        raise _more_than_a_function(name)
-    output.args = (tuple(output.args[0][: outputs.last]),)
 
 
 def _refuse_written(captured: Captured, left: list[fx.Node], keys: Sequence[int | str]) -> None:
@@ -290,10 +272,13 @@ def _prepare(captured: Captured) -> list[fx.Node]:
     for node in captured.graph.nodes:
         regions = [captured.regions[str(n.target)] for n in node.all_input_nodes if str(n.target) in captured.regions]
         node.meta["random"] = any(is_random(n) for r in regions for n in getattr(r, "graph", fx.Graph()).nodes)
-    for node in captured.graph.find_nodes(op="placeholder"):
+    results = captured.graph.output_node().args[0]
+    back = {number: results[i] for i, number in captured.outputs.written.items()}
+    for number, node in enumerate(captured.graph.find_nodes(op="placeholder")):
         if "held" in node.meta:  # what an object holds was copied, so that it could be changed in place
             for user in [u for u in node.users if op_name(u) == "aten.clone"]:
-                user.replace_all_uses_with(node)
+                if "slot" in node.meta or back.get(number, user) is user or _is_replaced_at_once(user):
+                    user.replace_all_uses_with(node)
     captured.graph.owning_module = None  # its get_attr nodes now name the model's own parameters
     differentiable(captured.graph, captured.parameters)
     if any(op_name(n) == "aten.detach" and n.args[0].meta.get("grad") for n in captured.graph.nodes):
@@ -304,6 +289,16 @@ def _prepare(captured: Captured) -> list[fx.Node]:
     canonicalize(captured.graph, captured.constants)
     differentiable(captured.graph, captured.parameters)
     return left
+
+
+_REPLACING = {"aten.index_put", "aten.index_copy", "aten.slice_scatter", "aten.select_scatter", "aten.copy"}
+
+
+def _is_replaced_at_once(copied: fx.Node) -> bool:
+    """Whether nothing reads a copy but what makes the new value of it, and that does not need it in a backward: else,
+    where the new value goes back into what was copied, the old one must be somewhere."""
+    user = next(iter(copied.users))
+    return len(copied.users) == 1 and op_name(user) in _REPLACING and user.args.index(copied) == 0
 
 
 def _guards(graph: fx.Graph, dims: Mapping[str, tuple[int, int]]) -> list[tuple[Any, tuple[tuple[int, int], ...]]]:
@@ -371,8 +366,6 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str], slots:
                 attributes[target].meta = dict(node.meta)
             node.replace_all_uses_with(attributes[target])
         graph.erase_node(node)
-    if outputs.kept:
-        _drop_kept(captured)
     captured.guards = _guards(graph, dims)
     graph.output_node().meta["slots"] = {n: slot.path for n, slot in outputs.slots.items() if slot.sharded}
     assert all(is_tensor(n) for n in graph.nodes if n.op == "placeholder")

@@ -10,7 +10,7 @@ import torch
 
 from autotp.states import Box, Constant, Count, Form, Leaf, UnseenError, build
 
-__all__ = ["GONE", "Change", "changes", "overwrite"]
+__all__ = ["GONE", "Change", "changes", "overwrite", "reached"]
 
 GONE = Constant(type(None), "gone", None)
 """What is in a place that is empty now."""
@@ -23,6 +23,13 @@ def overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
     elif new is not old:
         with torch.set_grad_enabled(torch.is_grad_enabled() and new.requires_grad):
             old.copy_(new)
+
+
+def reached(of: Any, path: Sequence[Any]) -> Any:
+    """What is at the end of a way of names, numbers and keys."""
+    for key in path:
+        of = of[key] if isinstance(of, (list, tuple, dict)) else of.__dict__[key]
+    return of
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,7 @@ class Change:
 
     def make(self, of: Any, results: Sequence[Any]) -> None:
         """Make the change."""
-        for key in self.path:
-            of = of[key] if isinstance(of, (list, tuple, dict)) else of.__dict__[key]
+        of = reached(of, self.path)
         if not isinstance(of, (list, dict, tuple)):
             of = of.__dict__
         if self.form is GONE:

@@ -88,14 +88,34 @@ def _only_adds_fields(cls: type) -> bool:
     return True
 
 
+def _apart(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) -> list[Any]:
+    """Results in memory of their own, if they lie in that of a tensor that is about to get another of them."""
+    places = {old.untyped_storage().data_ptr(): i for old, i in written if results[i] is not old}
+
+    def one(i: int, x: Any) -> Any:
+        lies_in = places.get(x.untyped_storage().data_ptr(), i) if isinstance(x, torch.Tensor) and x.numel() else i
+        return x if lies_in == i else x.clone()
+
+    return [one(i, x) for i, x in enumerate(results)]
+
+
 class _Writer:
     def __init__(self, outputs: Outputs) -> None:
         self.outputs = outputs
         self.lines: list[str] = []
-        self.names: dict[str, Any] = {"build": build, "overwrite": overwrite, "containers": (list, tuple, dict)}
+        self.names: dict[str, Any] = {
+            "build": build,
+            "overwrite": overwrite,
+            "apart": _apart,
+            "containers": (list, tuple, dict),
+        }
         self._reached: dict[tuple[Any, ...], str] = {}
 
     def write(self) -> Give:
+        inside = [(n, c) for n, c in self.outputs.changes if c.inside and (*c.path, c.key)[0] == "it"]
+        if inside:
+            held = "".join(f"({self.reached((n, *c.path))}[{c.key!r}], {c.form.index}), " for n, c in inside)  # type: ignore[union-attr]
+            self.lines.append(f"results = apart(results, [{held}])")
         for number, change in self.outputs.changes:
             self.change(number, change)
         leaves = iter(self.outputs.leaves)
@@ -129,7 +149,7 @@ class _Writer:
             self.lines.append(f"overwrite({at}, {change.key!r}, results[{change.form.index}])")
         elif isinstance(change.key, int):  # a list, which may be as long as its next place
             value = self.form(change.form)
-            self.lines.append(f"if len({at}) == {change.key}: {at}.append({value})")
+            self.lines.append(f"if isinstance({at}, list) and len({at}) == {change.key}: {at}.append({value})")
             self.lines.append(f"else: {at}[{change.key}] = {value}")
         else:
             self.lines.append(f"{at}[{change.key!r}] = {self.form(change.form)}")
@@ -144,6 +164,8 @@ class _Writer:
             kind, x = next(leaves)
             if kind == "given":
                 return f"objects[{x}]"
+            if kind == "inside":
+                return f"{self.reached((x[0], *x[1][:-1]))}[{x[1][-1]!r}]"
             return self.form(x) if kind == "made" else f"results[{x}]" if kind == "result" else self.known(x)
         children = [self.tree(child, leaves) for child in spec.children()]
         inner = "".join(f"{c}, " for c in children)

@@ -7,10 +7,13 @@ arguments these are shows when a call is captured.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Held", "held", "released"]
+import torch
+
+__all__ = ["Held", "are_apart", "held", "released"]
 
 
 class Held:
@@ -37,3 +40,37 @@ def released(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[An
     return tuple(x.it if type(x) is Held else x for x in args), {
         k: x.it if type(x) is Held else x for k, x in kwargs.items()
     }
+
+
+def are_apart(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no two tensors share an element in memory: a graph that changes one would not change the other."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for x in tensors:
+        if x.numel() and x.device.type != "meta" and 0 not in x.stride():
+            found.setdefault(x.untyped_storage().data_ptr(), []).append(x)
+    for several in found.values():
+        for i, x in enumerate(several):
+            if any(_overlap(_place(x), _place(y)) for y in several[:i]):
+                return False
+    return True
+
+
+def _place(x: torch.Tensor) -> Any:
+    return x.storage_offset() * x.element_size(), x.element_size(), tuple(x.shape), tuple(x.stride())
+
+
+@functools.lru_cache(maxsize=1024)
+def _overlap(one: Any, other: Any) -> bool:
+    (first, size, shape, strides), (second, width, _, _) = one, other
+
+    def end(place: Any) -> int:
+        offset, itemsize, shape, strides = place
+        return int(offset + itemsize * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))))
+
+    if end(one) <= second or end(other) <= first:
+        return False
+    if size != width or (first - second) % size:
+        return True
+    start, elements = min(first, second), torch.zeros((max(end(one), end(other)) - min(first, second)) // size)
+    elements.as_strided(shape, strides, (first - start) // size).fill_(1)
+    return bool(elements.as_strided(other[2], other[3], (second - start) // size).any())

@@ -17,7 +17,7 @@ import torch
 
 from autotp.arguments import Arguments
 from autotp.capture import Captured
-from autotp.held import Held
+from autotp.held import Held, are_apart
 from autotp.states import Box, Constant, Count, Form, Leaf, State, counted
 from autotp.written import written
 from passes import Layout
@@ -93,6 +93,8 @@ class _Writer:
             self.refuse_unless(f"{self._numbers[i, d]} == {self._numbers[j, e]}")
         for check, places in self.captured.guards:
             self.refuse_unless(f"{self.known(check)}({', '.join(self._numbers[p] for p in places)})")
+        if Held in self.names.values():
+            self.refuse_unless(f"{self.known(are_apart)}(({''.join(f'{t}, ' for t in self.tensors)}))")
         results = ", ".join(
             f"({''.join(f'{n}, ' for n in names)})" for names in (self.tensors, self.objects, self.sizes)
         )

@@ -19,6 +19,7 @@ import contextlib
 import enum
 import functools
 import sys
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -119,6 +120,11 @@ def plain_leaves(tree: Any) -> tuple[list[Any], Any]:
     return pytree.tree_flatten(tree, is_leaf=_is_registered)
 
 
+def _is_more_than(x: Any) -> bool:
+    """Whether a container cannot be made again of what is in it."""
+    return isinstance(x, defaultdict) or (isinstance(x, list) and bool(getattr(x, "__dict__", None)))
+
+
 class UnseenError(Exception):
     """Something is in an object into which autotp cannot see."""
 
@@ -161,6 +167,8 @@ class Opener:
             return Constant(kind, repr(x), x)
         if not (isinstance(x, _CONTAINERS) or hasattr(x, "__dict__")) or isinstance(x, torch.nn.Module) or callable(x):
             raise UnseenError(f"{path or 'it'} is a {kind.__module__}.{kind.__qualname__}")
+        if isinstance(x, _CONTAINERS) and _is_more_than(x):
+            raise UnseenError(f"{path or 'it'} is a {kind.__module__}.{kind.__qualname__}, more than what is in it")
         if id(x) in self._inside:
             raise UnseenError(f"{path or 'it'} holds itself")
         self._inside.add(id(x))

@@ -17,13 +17,12 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from autotp.backward import OwnBackward, refuse_function, refuse_own_backward
-from autotp.changes import Change as Changed
-from autotp.changes import changes
+from autotp.changes import Change, changes, reached
 from autotp.errors import CaptureError
 from autotp.forwards import capturing
 from autotp.functions import checked_functions
 from autotp.held import released
-from autotp.keeping import Change, Snapshot
+from autotp.keeping import Kept, Snapshot
 from autotp.orders import sorted_by_key
 from autotp.repeats import Repeats
 from autotp.states import (
@@ -38,11 +37,12 @@ from autotp.states import (
     is_state,
     plain_leaves,
 )
+from autotp.states import Leaf as FormLeaf
 
 __all__ = ["Outputs", "trace"]
 
 
-Leaf = tuple[Literal["result", "given", "made", "constant"], Any]
+Leaf = tuple[Literal["result", "given", "inside", "made", "constant"], Any]
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Outputs:
 
     Attributes:
         spec: pytree's.
-        leaves: per leaf of it, whether and which it is of the results, of the objects that were passed, and of
-            constants and objects made in the call.
+        leaves: per leaf of it, whether and which it is of the results, of the objects that were passed, of what is in
+            these (the object's number, and the way there), and of constants and objects made in the call.
         changes: what the call changes in objects that were passed, each with the object's number.
         slots: for each result that is in an object its place there, and whether ranks keep their own shares of it.
         written: the results that go back into the memory of a tensor that an object held, by its number among the
@@ -61,19 +61,17 @@ class Outputs:
         refills: the arguments, by number or keyword, that are containers into which forward puts other tensors.
         agreeing: classes whose backward agrees with the derivative of their forward.
         kept: what forward has changed of what the model's modules hold.
-        last: how many results there are; further ones of the graph are the tensors in ``kept``, in their order.
     """
 
     spec: Any = None
     leaves: list[Leaf] = field(default_factory=list)
-    changes: list[tuple[int, Changed]] = field(default_factory=list)
+    changes: list[tuple[int, Change]] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     counts: set[tuple[type, str]] = field(default_factory=set)
     refills: set[int | str] = field(default_factory=set)
     agreeing: Container[type] = ()
-    kept: list[Change] = field(default_factory=list)
-    last: int = 0
+    kept: list[Kept] = field(default_factory=list)
 
     def take(
         self,
@@ -81,6 +79,7 @@ class Outputs:
         objects: list[tuple[State, Any]],
         held: list[tuple[int, torch.Tensor]],
         refills: set[int | str],
+        written: Container[int],
     ) -> list[Any]:
         """Note how what forward returned, and left in objects, goes together of the results, which are returned.
 
@@ -89,6 +88,7 @@ class Outputs:
             objects: the objects that it was passed, as they were and as they are.
             held: the leaves that were in them, and their numbers among the input tensors.
             refills: see above.
+            written: the ids of the tensors among the leaves that forward has written into.
         """
         outputs, self.spec = plain_leaves(result)
         self.leaves, self.changes, self.slots, self.counts, self.refills = [], [], {}, set(), refills
@@ -111,15 +111,24 @@ class Outputs:
                     "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
                     "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
                 )
+        inside: dict[int, tuple[int, tuple[Any, ...]]] = {}
         for i, (state, x) in enumerate(objects):
             own, held = held[: len(state.slots)], held[len(state.slots) :]
             first = len(results)
             form, opener = self._left(x, results)
             tensors = {id(t): first + n for n, t in enumerate(opener.leaves)}
             same = {(n, tensors[id(t)]) for n, (_, t) in enumerate(own) if id(t) in tensors}
-            self.changes += [(i, change) for change in changes(state.form, form, same)]
+            found = list(changes(state.form, form, same))
+            self.changes += [(i, change) for change in found]
+            stays = {c.form.index: (*c.path, c.key) for c in found if c.inside and isinstance(c.form, FormLeaf)}
+            if any(id(t) in written and tensors.get(id(t)) not in stays for _, t in own):
+                raise CaptureError("forward writes into a tensor that it is given, and puts it elsewhere")
+            inside |= {id(t): (i, stays[tensors[id(t)]]) for _, t in own if tensors.get(id(t)) in stays}
             self.written |= {tensors[id(t)]: number for number, t in own if id(t) in tensors}
             self.counts |= opener.counted(dict(state.numbers))
+        for n, leaf in enumerate(outputs):  # what is returned and stays in an object is one tensor
+            if id(leaf) in written and id(leaf) in inside:
+                self.leaves[n] = ("inside", inside[id(leaf)])
         return results
 
     def give(self, results: Sequence[Any], objects: Sequence[Any]) -> Any:
@@ -132,6 +141,8 @@ class Outputs:
                 found.append(results[x])
             elif kind == "given":
                 found.append(objects[x])
+            elif kind == "inside":
+                found.append(reached(objects[x[0]], x[1]))
             else:
                 found.append(build(x, results) if kind == "made" else x)
         return pytree.tree_unflatten(found, self.spec)
@@ -177,6 +188,7 @@ class _Flat(nn.Module):
         leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
         for place, slot in self._spec.slots.items():  # what objects hold may be changed in place
             leaves[place] = leaves[place] if slot.count else leaves[place].clone()
+        versions = {id(leaves[place]): leaves[place]._version for place in self._spec.slots}
         args, kwargs = self._spec.close(leaves)
         before = _held_by(args, kwargs)
         snapshot = Snapshot(self.model)
@@ -195,11 +207,11 @@ class _Flat(nn.Module):
         objects = [(s, x) for s, x in zip(self._spec.states, every, strict=True) if s is not None]
         numbers = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
         held = [(numbers[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
-        results = self._outputs.take(result, objects, held, refills)
+        written = {id(t) for _, t in held if t._version != versions[id(t)]}
+        results = self._outputs.take(result, objects, held, refills, written)
         made = [x for x in results if isinstance(x, torch.Tensor)]
         refuse_own_backward(made, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing)
-        self._outputs.last = len(results)
-        return (*results, *(t for change in self._outputs.kept for t in change.tensors()))
+        return tuple(results)
 
 
 class _Eagerly(contextlib.AbstractContextManager[None]):

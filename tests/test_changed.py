@@ -193,3 +193,100 @@ def test_verify_sees_what_is_left_in_arguments(how: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("autotp.giving._Writer.change", lambda *_: None)  # strip it, and see
     if how != "delete":
         assert not autotp.verify(model, 2, example_inputs=example).ok
+
+
+class Moves(nn.Module):
+    """Moves values between two tensors that it is given, or tensors between places."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.up, self.down = how, nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor, kept: Any) -> Any:
+        y = self.down(torch.relu(self.up(x)))
+        if self.how == "swaps values":
+            old = kept[0].clone()
+            kept[0].copy_(kept[1])
+            kept[1].copy_(old)
+        elif self.how == "shifts values":
+            kept[1].copy_(kept[0])
+            kept[0].copy_(y)
+        elif self.how == "returns the old value":
+            old = kept[0].clone()
+            kept[0].mul_(2)
+            return y + old, old
+        elif self.how == "returns what it wrote":
+            return kept[0].add_(y)
+        elif self.how == "writes and moves":
+            kept[0], kept[1] = kept[1], kept[0]
+            kept[0].add_(y)
+        elif self.how == "writes and takes out":
+            kept.pop(0).mul_(2)
+        elif self.how == "an int key":
+            kept[len(kept)] = y
+        return y
+
+
+MOVES = ["swaps values", "shifts values", "returns the old value", "returns what it wrote", "writes and moves",
+         "writes and takes out", "an int key"]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::autotp.PartialCaptureWarning")
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("how", MOVES)
+def test_tensors_and_values_that_move(how: str, tp: int) -> None:
+    torch.manual_seed(0)
+    model = Moves(how).double()
+
+    def given() -> tuple[list[torch.Tensor], Any]:
+        own = [torch.full((3, 8), float(i + 1), dtype=torch.float64) for i in range(2)]
+        return own, dict(enumerate(own)) if how == "an int key" else list(own)
+
+    example = (torch.ones(3, 8, dtype=torch.float64), given()[1])
+    parallel: Any = autotp.simulate(model, 2, example_inputs=example) if tp == 2 else None
+    parallel = parallel or autotp.parallelize(copy.deepcopy(model), 1, example_inputs=example)
+    seen = []
+    for each in (model, parallel):
+        own, kept = given()
+        with torch.no_grad():
+            for n in range(2):
+                result = each(torch.full((3, 8), n + 1.0, dtype=torch.float64), kept)
+                if how == "returns what it wrote":
+                    assert result is kept[0]
+                    result.mul_(0.5)
+        seen.append([*pytree.tree_leaves(result), *own, *pytree.tree_leaves(kept)])
+    assert len(seen[0]) == len(seen[1])
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(*seen, strict=True))
+
+
+class Two(nn.Module):
+    """Changes one of two arguments, and reads the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
+        y = self.down(torch.relu(self.up(x)))
+        if isinstance(one, list):
+            one.append(y)
+            return y * len(other)
+        one.mul_(2)
+        return y * other  # type: ignore[no-any-return]
+
+
+def test_arguments_that_share_memory_are_told() -> None:
+    """A graph would change one of them only."""
+    x, whole = torch.ones(3, 8, dtype=torch.float64), torch.ones(6, 8, dtype=torch.float64)
+    model = autotp.parallelize(Two().double(), 1, example_inputs=(x, whole[:3].clone(), whole[:3].clone()))
+    for _ in range(2):
+        for first, one, other in ((x, whole[:3], whole[:3]), (x, whole[:3], whole[2:5]), (x, x, whole[:3])):
+            with torch.no_grad(), pytest.raises(autotp.AutoTPError, match="share memory"):
+                model(first, one, other)
+        with torch.no_grad():
+            model(x, whole[:3], whole[3:])
+            model(x, whole[::2], whole[1::2])
+    model = autotp.parallelize(Two().double(), 1, example_inputs=(x, [x.clone()], [x.clone()]))
+    same = [x.clone()]
+    with torch.no_grad(), pytest.raises(autotp.AutoTPError, match="one list"):
+        model(x, same, same)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,22 @@ from autotp.keeping import Snapshot
 from autotp.verify import relative_error
 
 WIDTH = 64
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> int:
+        self.count += 1
+        return self.count
 
 
 class Inner(nn.Module):
@@ -35,6 +52,9 @@ class Inner(nn.Module):
         self.queue: deque[Any] = deque(maxlen=3)
         self.plain = torch.zeros(WIDTH, dtype=torch.float64)
         self.state = SimpleNamespace(hidden=None, count=0)
+        self.ordered: OrderedDict[str, int] = OrderedDict()
+        self.tuple: tuple[list[int]] = ([],)
+        self.slotted, self.array, self.counter = Slotted(), np.zeros(2), Counter()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.down(torch.relu(self.up(x)))
@@ -112,11 +132,65 @@ class Inner(nn.Module):
             self.last = torch.rand(WIDTH, dtype=torch.float64)
         return y * self.last
 
+    def a_number_made_at_first(self, x: Any, y: Any, mean: Any) -> Any:
+        if self.last is None:
+            self.last = torch.zeros((), dtype=torch.float64)
+        self.last = self.last + 1
+        return y * self.last
+
+    def another_way_when_it_is_there(self, x: Any, y: Any, mean: Any) -> Any:
+        first, self.last = self.last is None, torch.ones(WIDTH, dtype=torch.float64)
+        return y * 3 if first else y
+
+    def a_list_of_constants(self, x: Any, y: Any, mean: Any) -> Any:
+        self.list.append(torch.ones(1, dtype=torch.float64))
+        return y * len(self.list)
+
+    def a_number_beside_a_constant(self, x: Any, y: Any, mean: Any) -> Any:
+        self.last = (self.last[0] + 1 if self.last else 1, torch.ones(1))
+        return y * self.last[0]
+
+    def an_ordered_dict(self, x: Any, y: Any, mean: Any) -> Any:
+        self.ordered["n"] = self.ordered.get("n", 0) + 1
+        return y * self.ordered["n"]
+
+    def a_list_in_a_tuple(self, x: Any, y: Any, mean: Any) -> Any:
+        self.tuple[0].append(1)
+        return y * len(self.tuple[0])
+
+    def an_object_with_slots(self, x: Any, y: Any, mean: Any) -> Any:
+        self.slotted.count += 1
+        return y * self.slotted.count
+
+    def an_array(self, x: Any, y: Any, mean: Any) -> Any:
+        self.array[0] += 1
+        return y * float(self.array[0])
+
+    def a_callable(self, x: Any, y: Any, mean: Any) -> Any:
+        return y * self.counter()
+
+    def a_mask_of_the_first_size(self, x: Any, y: Any, mean: Any) -> Any:
+        if self.last is None:
+            self.last = torch.full((64, 1), float(x.shape[1]), dtype=torch.float64)
+        return y * self.last[: x.shape[1]]
+
+    def a_mask_of_this_size(self, x: Any, y: Any, mean: Any) -> Any:
+        if self.last is None or self.last.shape[0] != x.shape[1]:
+            self.last = torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=x.dtype))
+        return self.last @ y
+
     # What comes out the same in each call.
 
     def a_flag(self, x: Any, y: Any, mean: Any) -> Any:
         self.ready = True
         return y
+
+    def a_list_emptied(self, x: Any, y: Any, mean: Any) -> Any:
+        self.list = []
+        self.list.append(y)
+        total = sum(self.list)
+        self.list = []
+        return total
 
     def a_size(self, x: Any, y: Any, mean: Any) -> Any:
         self.longest, self.last = x.shape[1], tuple(x.shape)
@@ -126,27 +200,16 @@ class Inner(nn.Module):
         before, self.longest = self.longest, x.shape[1]
         return y * (before + 1)
 
-    def a_mask_of_this_size(self, x: Any, y: Any, mean: Any) -> Any:
-        if self.last is None or self.last.shape[0] != x.shape[1]:
-            self.last = torch.tril(torch.ones(x.shape[1], x.shape[1], dtype=x.dtype))
-        return self.last @ y
 
-    def a_table_by_kind(self, x: Any, y: Any, mean: Any) -> Any:
-        if x.dtype not in self.table or self.table[x.dtype].shape[1] != x.shape[1]:
-            self.table[x.dtype] = torch.zeros_like(x[:1, :, 0]) + 2
-        return y * self.table[x.dtype][..., None]
-
-    def a_table_of_a_buffer(self, x: Any, y: Any, mean: Any) -> Any:
-        if self.last is None or self.last.shape[0] < x.shape[1]:
-            self.last = self.steps[: x.shape[1]].cos()
-        return y * self.last[: x.shape[1], None]
-
-
-STATES = ["a counter", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written", "the last state",
-          "for others", "of weights for others", "a list that grows", "a list of states", "a dict of states", "a set",
-          "a queue", "the size before", "an object", "a state in an object", "another way the first time",
-          "random numbers"]  # fmt: skip
-FUNCTIONS = ["a flag", "a size", "a mask of this size", "a table by kind", "a table of a buffer"]
+STATES = [
+    "a counter", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written", "the last state",
+    "for others", "of weights for others", "a list that grows", "a list of states", "a dict of states", "a set",
+    "a queue", "the size before", "an object", "a state in an object", "another way the first time",
+    "random numbers", "a number made at first", "another way when it is there", "a list of constants",
+    "a number beside a constant", "an ordered dict", "a list in a tuple", "an object with slots", "an array",
+    "a callable", "a mask of the first size", "a mask of this size",
+]  # fmt: skip
+FUNCTIONS = ["a flag", "a size", "a list emptied"]
 
 
 class Outer(nn.Module):
@@ -218,7 +281,7 @@ def test_a_snapshot_sees_and_undoes() -> None:
     inner.mean = torch.ones(WIDTH)
     found = {c.name: c for c in snapshot.changes()}
     assert set(found) == {"count", "last", "list", "table.new", "some", "queue", "state.hidden", "longest", "mean"}
-    assert [len(found[n].tensors()) for n in ("count", "last", "list", "mean")] == [0, 1, 1, 1]
+    assert [found[n].has_tensors for n in ("count", "last", "list", "mean")] == [False, True, True, True]
     snapshot.restore()
     assert not snapshot.changes()
     assert (inner.count, inner.last, inner.list, inner.table, inner.some) == (0, None, [], {}, set())

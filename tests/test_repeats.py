@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import autotp
 from autotp import repeats, tracing
 from autotp.capture import Captured, capture
+from autotp.errors import CaptureError
 from autotp.repeats import Repeats
 from tests.models import CASES, make
 
@@ -248,7 +249,6 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "dropout and eps that differ": lambda: Stack(lambda layer, x: layer.dropout(x)),
     "one layer in eval mode": lambda: Stack(lambda layer, x: layer.dropout(x), lambda layers: layers[3].eval()),
     "a list that grows": lambda: Stack(_appended, more=lambda: ([],)),
-    "an attribute read by the parent": lambda: Stack(_remembered, parent=lambda s, x: x + s.layers[1].seen),
     "ops in place": lambda: Stack(_in_place),
     "a branch on a size": lambda: Stack(_branched),
     "the same tensor twice": lambda: Stack(lambda layer, x: torch.cat([x, x if layer.index else x + 1], 1)[:, :5]),
@@ -272,6 +272,11 @@ def test_traps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert copied == alone
     assert mode.copied > 0
     assert not mode.misled
+
+
+def test_an_attribute_read_by_the_parent_is_no_function() -> None:
+    with pytest.raises(CaptureError, match=r"keeps something on the model \(layers\.0\.seen\)"):
+        capture(Stack(_remembered, parent=lambda s, x: x + s.layers[1].seen), (X,), {})
 
 
 def test_a_view_changed_in_place_is_captured_by_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
