@@ -99,7 +99,7 @@ class _Classes:
             seen.add(key)
             present[units] = True
             np.add.at(self.signature, units, rng.integers(1, 2**63, dtype=np.uint64))
-            if (units != units[0]).any():
+            if units.size and (units != units[0]).any():
                 heads.append(np.broadcast_to(units[:1], units.size - 1))
                 others.append(units[1:])
         self.of_unit = components(count, np.concatenate(heads), np.concatenate(others))

@@ -290,3 +290,27 @@ def test_arguments_that_share_memory_are_told() -> None:
     same = [x.clone()]
     with torch.no_grad(), pytest.raises(autotp.AutoTPError, match="one list"):
         model(x, same, same)
+
+
+class Counts(nn.Module):
+    """Counts the tokens that it has seen, from none on, in a dict of the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor, state: dict[str, int]) -> torch.Tensor:
+        y = self.down(torch.relu(self.up(x)))
+        state["seen"] = state["seen"] + x.shape[1]
+        return y + state["seen"]  # type: ignore[no-any-return]
+
+
+def test_a_count_of_none_is_no_special_number() -> None:
+    torch.manual_seed(0)
+    model, x = Counts().double(), torch.randn(2, 4, 64, dtype=torch.float64)
+    parallel = autotp.simulate(model, 2, example_inputs=(x, {"seen": 0}))
+    states: list[dict[str, int]] = [{"seen": 0}, {"seen": 0}]
+    for _ in range(3):
+        assert relative_error(model(x, states[0]), parallel(x, states[1])) < 1e-12
+        assert states[0] == states[1]
+    assert states[0] == {"seen": 12}

@@ -191,11 +191,11 @@ class _Reader:
 
     def general(self, node: fx.Node, value: Any) -> int:
         key = (op_name(node), _named(self, node))
+        shape = shape_of(value) if isinstance(value, torch.Tensor) else ()
         if is_random(node):
-            drawn = self.terms.atom(("draw", next(self._fresh)), shape_of(value), self.grad(node, value))
+            drawn = self.terms.atom(("draw", next(self._fresh)), shape, self.grad(node, value))
             self.terms.draws[key].append(drawn)
             return drawn
-        shape = shape_of(value) if isinstance(value, torch.Tensor) else ()
         return self.terms.atom(key, shape, self.grad(node, value))
 
     def tensor(self, node: fx.Node, value: torch.Tensor) -> int:
