@@ -15,7 +15,7 @@ from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
 from autotp.errors import CaptureError, ChangedError, ProofError, UncapturedError, UnprovedWarning
-from autotp.held import Held, are_apart, held
+from autotp.held import Held, are_apart, are_distinct, held
 from autotp.inputs import device_of
 from autotp.meaning import meaning
 from autotp.recognition import Recognize, Recognized, dynamic_sizes, recognizer
@@ -31,22 +31,6 @@ _MANY = 16
 """How many captures of one module are no surprise."""
 _REMEMBERED = 16
 """How many structures are recognised at sight."""
-
-
-def _are_distinct(objects: Sequence[Any]) -> bool:
-    """Whether no list or dict among arguments that a call changes is in two places."""
-    seen: list[int] = []
-
-    def visit(x: Any) -> None:
-        if isinstance(x, (list, tuple, dict)):
-            seen.extend([] if isinstance(x, tuple) else [id(x)])
-            for each in x.values() if isinstance(x, dict) else x:
-                visit(each)
-
-    for x in objects:
-        if isinstance(x, Held):
-            visit(x.it)
-    return len(set(seen)) == len(seen)
 
 
 def _usable(x: torch.Tensor) -> torch.Tensor:
@@ -187,7 +171,7 @@ class Programs:
                     "torch.utils._pytree.register_pytree_node",
                     reason=f"called with {what}, into which pytree cannot see",
                 )
-        if self.changed and not (are_apart(of.tensors) and _are_distinct(of.objects)):
+        if self.changed and not (are_apart(of.tensors) and are_distinct(of.objects)):
             raise CaptureError(
                 "two arguments share memory, or are one list, and the call changes an argument: a graph would change "
                 "one of the two only. Pass copies",

@@ -153,7 +153,7 @@ def capture(
 
     Raises:
         CaptureError: the model's Python depends on the values of tensors, or changes a weight or buffer.
-        ChangedError: it changes arguments that are not opened yet (:func:`autotp.states.held`).
+        ChangedError: it changes arguments that are not opened yet (:mod:`autotp.held`).
     """
     of = Arguments(args, kwargs, counts)
     leaves, spec = of.leaves, of.spec

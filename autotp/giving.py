@@ -88,9 +88,11 @@ def _only_adds_fields(cls: type) -> bool:
     return True
 
 
-def _apart(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) -> list[Any]:
+def _apart(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) -> Sequence[Any]:
     """Results in memory of their own, if they lie in that of a tensor that is about to get another of them."""
     places = {old.untyped_storage().data_ptr(): i for old, i in written if results[i] is not old}
+    if not places:  # all were written where they are
+        return results
 
     def one(i: int, x: Any) -> Any:
         lies_in = places.get(x.untyped_storage().data_ptr(), i) if isinstance(x, torch.Tensor) and x.numel() else i
@@ -112,7 +114,7 @@ class _Writer:
         self._reached: dict[tuple[Any, ...], str] = {}
 
     def write(self) -> Give:
-        inside = [(n, c) for n, c in self.outputs.changes if c.inside and (*c.path, c.key)[0] == "it"]
+        inside = [(n, c) for n, c in self.outputs.changes if c.inside]
         if inside:
             held = "".join(f"({self.reached((n, *c.path))}[{c.key!r}], {c.form.index}), " for n, c in inside)  # type: ignore[union-attr]
             self.lines.append(f"results = apart(results, [{held}])")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Held", "are_apart", "held", "released"]
+__all__ = ["Held", "are_apart", "are_distinct", "held", "released"]
 
 
 class Held:
@@ -40,6 +40,22 @@ def released(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[An
     return tuple(x.it if type(x) is Held else x for x in args), {
         k: x.it if type(x) is Held else x for k, x in kwargs.items()
     }
+
+
+def are_distinct(objects: Sequence[Any]) -> bool:
+    """Whether no list or dict in what is held among some objects is in two places."""
+    seen: list[int] = []
+
+    def visit(x: Any) -> None:
+        if isinstance(x, (list, tuple, dict)):
+            seen.extend([] if isinstance(x, tuple) else [id(x)])
+            for each in x.values() if isinstance(x, dict) else x:
+                visit(each)
+
+    for x in objects:
+        if isinstance(x, Held):
+            visit(x.it)
+    return len(set(seen)) == len(seen)
 
 
 def are_apart(tensors: Sequence[torch.Tensor]) -> bool:

@@ -289,3 +289,37 @@ def test_a_snapshot_sees_and_undoes() -> None:
     for change in found.values():
         change.again()
     assert {c.name for c in snapshot.changes()} == set(found)
+
+
+class Configured(nn.Module):
+    """A model that reads a number in an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.config = nn.Linear(4, 4), SimpleNamespace(scale=2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.config.scale  # type: ignore[no-any-return]
+
+
+def test_a_config_that_is_replaced_is_seen() -> None:
+    x = torch.ones(1, 4)
+    model = autotp.parallelize(Configured(), 1, example_inputs=(x,))
+    first = model(x)
+    for scale in (3.0, 5.0):
+        assert relative_error(first, model(x)) < 1e-6
+        model.config = SimpleNamespace(scale=scale)
+        assert relative_error(first * scale / 2, model(x)) < 1e-6
+        model.config = SimpleNamespace(scale=2.0)
+
+
+def test_looking_for_parts_leaves_statistics_as_they_are() -> None:
+    """The kernel of batch norm writes them without counting it."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(WIDTH)
+    before = copy.deepcopy(norm.state_dict())
+    model = nn.Sequential(Outer("a counter").float(), nn.Flatten(0, 1), norm).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        autotp.plan(model, 2, example_inputs=(torch.randn(2, 16, WIDTH),))
+    assert all(torch.equal(before[n], t) for n, t in norm.state_dict().items())
