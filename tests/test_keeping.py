@@ -67,6 +67,10 @@ class Inner(nn.Module):
         self.count += 1
         return y * self.count
 
+    def a_counter_for_others(self, x: Any, y: Any, mean: Any) -> Any:
+        self.count += 1  # a user may read it afterwards
+        return y
+
     def tokens_seen(self, x: Any, y: Any, mean: Any) -> Any:
         self.count += x.shape[1]
         return y * self.count
@@ -202,7 +206,7 @@ class Inner(nn.Module):
 
 
 STATES = [
-    "a counter", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written", "the last state",
+    "a counter", "a counter for others", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written", "the last state",
     "for others", "of weights for others", "a list that grows", "a list of states", "a dict of states", "a set",
     "a queue", "the size before", "an object", "a state in an object", "another way the first time",
     "random numbers", "a number made at first", "another way when it is there", "a list of constants",
