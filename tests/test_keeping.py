@@ -206,7 +206,8 @@ class Inner(nn.Module):
 
 
 STATES = [
-    "a counter", "a counter for others", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written", "the last state",
+    "a counter", "a counter for others", "tokens seen", "a buffer replaced", "a buffer written", "a tensor written",
+    "the last state",
     "for others", "of weights for others", "a list that grows", "a list of states", "a dict of states", "a set",
     "a queue", "the size before", "an object", "a state in an object", "another way the first time",
     "random numbers", "a number made at first", "another way when it is there", "a list of constants",
