@@ -14,11 +14,13 @@ from torch.utils import _pytree as pytree
 from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
-from autotp.errors import CaptureError, ChangedError, ProofError, UncapturedError, UnprovedWarning
+from autotp.errors import CaptureError, ChangedError, KeptError, ProofError, UncapturedError, UnprovedWarning
 from autotp.held import Held, are_apart, are_distinct, held
 from autotp.inputs import device_of
+from autotp.keeping import is_alone
 from autotp.meaning import meaning
 from autotp.recognition import Recognize, Recognized, dynamic_sizes, recognizer
+from autotp.remembered import Memory
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.sharing import Call, take_inputs
 from autotp.text import inputs_text
@@ -60,6 +62,7 @@ class Programs:
         slots: the layouts of what ranks keep in parts between calls, by slot.
         counts: the attributes of objects among the arguments that calls were seen to count in.
         changed: the plain arguments, by number or keyword, that calls were seen to change.
+        memory: what calls were seen to keep on the module, and modules in it.
         outer: the programs of the module that this one is in, where it is called by itself.
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
             none is looked at.
@@ -79,6 +82,7 @@ class Programs:
         self.slots: dict[str, Layout] = {}
         self.counts: set[tuple[type, str]] = set()
         self.changed: set[int | str] = set()
+        self.memory = Memory(model, path)
         self.outer: Programs | None = None
         self.captures = 0
         self._captured: dict[Any, list[Captured]] = {}
@@ -86,7 +90,7 @@ class Programs:
         self._made_so_far: list[Rewritten] = []
         self._recognizers: list[tuple[Recognize, int, list[str]]] = []
         self._graphs: dict[tuple[int, int], RankGraph] = {}
-        self.watch = Watch(model, self.shape, path=path)
+        self.watch = Watch(model, self.shape, path=path, kept=lambda module: self.memory.keys(module))
         self.last: Rewritten | None = None
         self.rank: int | None = None
         self.comparison: Comparison | None = None
@@ -100,6 +104,7 @@ class Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
         copy.slots, copy.counts, copy.changed = dict(self.slots), set(self.counts), set(self.changed)
+        copy.memory = self.memory.copied(model)
         return self._set_up(copy)
 
     def _set_up(self, made: Programs) -> Programs:
@@ -126,6 +131,7 @@ class Programs:
         split = {n: layout for n, layout in stored.items() if layout is not None}
         made = self._made(module, self._root(), dense, split, dotted(self.path, name))
         made.slots, made.counts, made.outer = self.slots, self.counts, self
+        made.memory = self.memory.inside(module, made.path)
         return self._set_up(made)
 
     def _root(self) -> nn.Module:
@@ -150,7 +156,11 @@ class Programs:
         """A call's arguments, flat."""
         if self.changed:
             args, kwargs = held(args, kwargs, self.changed)
-        return Arguments(args, kwargs, self.counts, self.slots, self.rank)
+        return Arguments(args, self._with_state(kwargs), self.counts, self.slots, self.rank)
+
+    def _with_state(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Keyword arguments, and what the module keeps."""
+        return {**kwargs, **self.memory.arguments()} if self.memory.places else kwargs
 
     def structure(self, of: Arguments) -> Any:
         """The key of a call.
@@ -171,10 +181,11 @@ class Programs:
                     "torch.utils._pytree.register_pytree_node",
                     reason=f"called with {what}, into which pytree cannot see",
                 )
-        if self.changed and not (are_apart(of.tensors) and are_distinct(of.objects)):
+        changes = self.changed or self.memory.places
+        if changes and not (are_apart(of.tensors) and are_distinct(of.objects)):
             raise CaptureError(
                 "two arguments share memory, or are one list, and the call changes an argument: a graph would change "
-                "one of the two only. Pass copies",
+                "one of the two only (what the model keeps on its modules is an argument too). Pass copies",
                 reason="arguments that share memory, of which the call changes one",
             )
         around = self.outer.watch.look() if self.outer is not None else ""
@@ -199,10 +210,21 @@ class Programs:
                 if error.places <= self.changed:
                     raise
                 self.changed |= error.places
+            except KeptError as error:
+                self._keep(error)
             else:
                 if captured.outputs.counts <= self.counts:
                     return captured, of, key
                 self.counts |= captured.outputs.counts  # what was taken for constant is not
+
+    def _keep(self, error: KeptError) -> None:
+        """Take into account that the module keeps something."""
+        added = self.memory.add(error.places)
+        if not added or not self.memory.opens() or not is_alone(self.memory):
+            self.memory.places -= added
+            raise CaptureError(str(error), reason=error.reason) from error
+        for watch in self._watches():
+            watch.settle()
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Arguments | Recognized]:
         """The program for a call, made now if there is none, and the call's arguments.
@@ -259,14 +281,24 @@ class Programs:
             agreement.check("capture", meant, lambda: {"the graph": f"{meant:x}"})
         self.stored = program.stored
         self.slots.update(program.slots)
+        if self.rank is not None and self.cut_state():
+            of = self.arguments(args, kwargs)
         self._by_structure.setdefault(key, []).append(len(self._made_so_far))
         self._made_so_far.append(program)
         self.last = program
         self._recognize_next(len(self._made_so_far) - 1, of)
         return program, of
 
+    def cut_state(self) -> bool:
+        """Leave of what the module keeps, and ranks keep in parts, this rank's share; whether there was more."""
+        assert self.rank is not None
+        with torch.inference_mode(False):
+            return self.memory.cut(self.slots, self.rank)
+
     def _has_python(self) -> bool:
         """Whether the module's own Python may run where a call cannot be captured (:mod:`autotp.between`)."""
+        if self.memory.splits(self.slots):
+            return False  # it would find shares
         inside = (m for m in self.model.modules() if m is not self.model and "_autotp" in m.__dict__)
         return self.runs_python and not torch.is_grad_enabled() and next(inside, None) is not None
 
@@ -306,8 +338,9 @@ class Programs:
         """The program of a call that is recognised at sight, its arguments, and the program's number."""
         if self.comparison is not None and self.comparison.agreement.debug:
             return None
+        with_state = self._with_state(kwargs)
         for i, (recognize, number, texts) in enumerate(self._recognizers):
-            if (given := recognize(args, kwargs)) is None:  # type: ignore[arg-type]
+            if (given := recognize(args, with_state)) is None:  # type: ignore[arg-type]
                 continue
             for watch, text in zip(self._watches(), texts, strict=True):
                 if not watch.is_same() or watch.text != text:
@@ -340,8 +373,9 @@ class Programs:
             args, kwargs = of.dense()
             args, kwargs = pytree.tree_map_only(torch.Tensor, _usable, (args, kwargs))
             captured = capture(
-                self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts, layouts=self.slots
-            )
+                self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts, layouts=self.slots,
+                memory=self.memory,
+            )  # fmt: skip
         self.captures += 1
         self._check(captured)
         known.append(captured)

@@ -9,7 +9,7 @@ import linecache
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,9 +23,11 @@ from autotp.arguments import Arguments
 from autotp.errors import CaptureError, ChangedError
 from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
+from autotp.impure import more_than_a_function, refuse_statistics, refuse_written, traced_again
 from autotp.inputs import device_of
 from autotp.keeping import Snapshot
 from autotp.meaning import meaning
+from autotp.remembered import Memory
 from autotp.states import Counts, Slot
 from autotp.tracing import Outputs, trace
 from passes import Layout, canonicalize, differentiable, functionalize, inline, simplify
@@ -135,6 +137,7 @@ def capture(
     counts: Counts = (),
     sharded: bool = True,
     layouts: Mapping[str, Layout] | None = None,
+    memory: Memory | None = None,
 ) -> Captured:
     """Capture one call of a model as a functional fx graph.
 
@@ -150,11 +153,14 @@ def capture(
         sharded: whether ranks may keep their own shares of what is in such objects.
         layouts: those of the slots of which they do, as far as they are known: a dim that is split (heads) is as long
             as the weights make it, and so a constant.
+        memory: what the model is known to keep; it is in objects among the keyword arguments.
 
     Raises:
-        CaptureError: the model's Python depends on the values of tensors, or changes a weight or buffer.
+        CaptureError: the model's Python depends on the values of tensors, or changes a weight.
         ChangedError: it changes arguments that are not opened yet (:mod:`autotp.held`).
+        KeptError: it keeps something in other places.
     """
+    memory = memory or Memory(model)
     of = Arguments(args, kwargs, counts)
     leaves, spec = of.leaves, of.spec
     device = device_of(model)
@@ -174,9 +180,9 @@ def capture(
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             snapshot = Snapshot(model)
             try:
-                exported, outputs = trace(model, leaves, spec, tensors, fixed)
+                exported, outputs = trace(model, leaves, spec, tensors, memory, fixed)
                 snapshot.restore()  # torch leaves copies of lists and dicts
-                again = _traced_again(outputs, lambda: trace(model, leaves, spec, tensors, fixed))
+                again = traced_again(outputs, lambda: trace(model, leaves, spec, tensors, memory, fixed))
             finally:
                 snapshot.restore()
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
@@ -197,10 +203,11 @@ def capture(
         other = _flat_graph(again[0], again[1], tied, slots)
         _prepare(other)
         if meaning(other.graph, other.constants) != meaning(captured.graph, captured.constants):
-            raise _more_than_a_function(outputs.kept[0].name)
+            raise more_than_a_function(outputs.kept)
+    refuse_statistics(captured.graph)
     if left:
         keys = [key for key, x in zip(spec.keys(), leaves, strict=True) if isinstance(x, torch.Tensor)]
-        _refuse_written(captured, left, keys)
+        refuse_written(captured, left, keys, snapshot)
         if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
             raise CaptureError(
                 f"{where(unrecorded[0])} changes a value in place that gradients pass by (no_grad, detach), or that "
@@ -217,44 +224,6 @@ def capture(
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
     captured.inputs = names
     return captured
-
-
-def _traced_again(outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
-    """The trace of a call that finds what the first one has kept on the modules; None if that is nothing.
-
-    Raises:
-        CaptureError: it keeps tensors, or something else again.
-    """
-    if not outputs.kept:
-        return None
-    for kept in outputs.kept:
-        if kept.has_tensors:
-            raise _more_than_a_function(kept.name)
-        kept.again()
-    again = trace()
-    for kept in again[1].kept:
-        if kept.is_another:
-            raise _more_than_a_function(kept.name)
-    return again
-
-
-def _more_than_a_function(name: str) -> CaptureError:
-    return CaptureError(
-        f"forward keeps something on the model ({name}), from one call to the next or for others to read: a graph is a "
-        "function of weights and inputs, and would not. Return it, or pass it in",
-        reason=f"forward keeps something on the module ({name})",
-    )
-
-
-def _refuse_written(captured: Captured, left: list[fx.Node], keys: Sequence[int | str]) -> None:
-    """Raise if what changes arguments in place are plain tensors: a graph gives them back, if they are opened."""
-    inputs = {n: i for i, n in enumerate(captured.graph.find_nodes(op="placeholder"))}
-    written = {inputs[r]: n for n in left for r in n.meta.get("roots", ()) if r in inputs}
-    places = {keys[i] for i in written if i not in captured.slots}
-    if places:
-        first = next(n for i, n in written.items() if i not in captured.slots)
-        said = ", ".join(sorted(map(repr, places)))
-        raise ChangedError(f"{where(first)} changes arguments in place ({said})", places)
 
 
 def _is_of_functorch(node: fx.Node) -> bool:

@@ -182,10 +182,11 @@ class Comparison:
     def _given(self, of: Arguments) -> dict[str, str]:
         """The inputs of a call in words, for ranks that differ."""
         found = {"structure of the inputs": " ".join(str(of.spec).split())}
+        shapes = iter(of.shapes)
         for path, x in zip(of.spec.paths(), of.leaves, strict=True):
             grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
             text = repr(x) if is_constant(x) else f"a {type(x).__module__}.{type(x).__qualname__}"
-            found[path] = f"{tuple(x.shape)} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text
+            found[path] = f"{tuple(next(shapes))} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text
         return found | self._inputs(of)
 
     def _described(self) -> dict[str, str]:

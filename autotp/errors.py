@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autotp.remembered import Place
 
 __all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PartialCaptureWarning", "PlanError",
            "ProofError", "UncapturedError", "UnprovedWarning", "WeightsError", "WholeWeightWarning",
@@ -42,6 +45,18 @@ class ChangedError(CaptureError):
 
     def __init__(self, message: str, places: Collection[int | str], *, place: str = "") -> None:
         super().__init__(message, place=place)
+        self.places = frozenset(places)
+
+
+class KeptError(CaptureError):
+    """A forward keeps something on the model's modules from one call to the next.
+
+    Attributes:
+        places: where.
+    """
+
+    def __init__(self, message: str, places: Collection[Place], *, reason: str = "") -> None:
+        super().__init__(message, reason=reason)
         self.places = frozenset(places)
 
 

@@ -7,13 +7,14 @@ arguments these are shows when a call is captured.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["Held", "are_apart", "are_distinct", "held", "released"]
+__all__ = ["Held", "Remembered", "are_apart", "are_distinct", "held", "released"]
 
 
 class Held:
@@ -24,6 +25,10 @@ class Held:
 
     def __init__(self, it: Any) -> None:
         self.it = it
+
+
+class Remembered:
+    """What modules keep from one call to the next, by name (:mod:`autotp.remembered`)."""
 
 
 def held(
@@ -43,18 +48,20 @@ def released(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[An
 
 
 def are_distinct(objects: Sequence[Any]) -> bool:
-    """Whether no list or dict in what is held among some objects is in two places."""
+    """Whether nothing that may change in what is held, or kept, among some objects is in two places."""
     seen: list[int] = []
 
     def visit(x: Any) -> None:
-        if isinstance(x, (list, tuple, dict)):
-            seen.extend([] if isinstance(x, tuple) else [id(x)])
-            for each in x.values() if isinstance(x, dict) else x:
-                visit(each)
+        inside = x if isinstance(x, (list, tuple, dict)) else getattr(x, "__dict__", ())
+        if isinstance(x, (torch.Tensor, enum.Enum)) or callable(x):
+            return
+        seen.extend([] if isinstance(x, tuple) or inside == () else [id(x)])
+        for each in inside.values() if isinstance(inside, dict) else inside:
+            visit(each)
 
     for x in objects:
-        if isinstance(x, Held):
-            visit(x.it)
+        if isinstance(x, (Held, Remembered)):
+            visit(x)
     return len(set(seen)) == len(seen)
 
 

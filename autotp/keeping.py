@@ -5,13 +5,17 @@ state, a buffer that is another tensor from now on. Where that is so, a later ca
 model is not captured. What is allowed is a number, flag or size that comes out the same when the next call finds it,
 and changes nothing about that. Tensors that are kept are not, even if they only depend on sizes (a mask, a table of
 sines): whether a later call finds them, and what it then does, a graph of the first call does not show.
+
+What is kept then becomes an argument more (:mod:`autotp.remembered`), where it can be opened, and is not a list that
+gets longer, which would make another graph of each call. Else the model is captured in parts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +24,10 @@ import torch
 from torch import nn
 
 from autotp.hooks import HOOKS
+from autotp.remembered import Memory, Place
+from autotp.states import Opener, UnseenError
 
-__all__ = ["Kept", "Snapshot"]
+__all__ = ["Kept", "Snapshot", "is_alone", "left_as_it_was", "storage_of"]
 
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -42,6 +48,7 @@ class Kept:
         key: under which name or key; None: the container as a whole.
         old: what it was.
         new: what it is.
+        place: the attribute or buffer that it is, or is in; None if it is in none.
     """
 
     name: str
@@ -49,6 +56,7 @@ class Kept:
     key: Any
     old: Any
     new: Any
+    place: Place | None = None
 
     @property
     def has_tensors(self) -> bool:
@@ -59,6 +67,18 @@ class Kept:
     def is_another(self) -> bool:
         """Whether it is another value still where symbols of sizes are the numbers that they stand for."""
         return not _same(self.old, _numbers(self.new))
+
+    @property
+    def can_be_argument(self) -> bool:
+        """Whether it can be an argument of each call."""
+        grows = self.key is None and not (isinstance(self.old, list) and len(self.old) == len(self.new))
+        if self.place is None or grows:
+            return False
+        try:
+            Opener(None).open(None if self.new is _GONE else self.new)
+        except UnseenError:
+            return False
+        return True
 
     def again(self) -> None:
         """Make the change; sizes that were symbols are numbers."""
@@ -124,6 +144,17 @@ def _same(old: Any, new: Any) -> bool:
     return isinstance(old, (*_PLAIN, set)) and (bool(old == new) or old != old)
 
 
+_Where = tuple[str, str | None, bool] | None
+"""A module's name, its attribute (None: that is the key), and whether that is a buffer."""
+
+
+def _place(where: _Where, key: Any) -> Place | None:
+    if where is None:
+        return None
+    module, attribute, buffer = where
+    return Place(module, key if attribute is None else attribute, buffer, False)
+
+
 class Snapshot:
     """What a model's modules hold, and what is in the containers and objects that they hold.
 
@@ -132,7 +163,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: list[tuple[str, Any, Any]] = []
+        self._held: list[tuple[str, Any, Any, _Where]] = []
         self._slots: list[tuple[str, Any, dict[str, Any]]] = []
         self._arrays: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         seen: set[int] = set()
@@ -140,13 +171,14 @@ class Snapshot:
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             for kind in ("_buffers", "_parameters", "_modules"):
-                self._hold(name, module.__dict__[kind], seen, _DEEPEST)
-            self._held.append((name, module.__dict__, dict(module.__dict__)))
+                where = (name, None, True) if kind == "_buffers" else None
+                self._hold(name, module.__dict__[kind], seen, where, _DEEPEST)
+            self._held.append((name, module.__dict__, dict(module.__dict__), (name, None, False)))
             for key, value in module.__dict__.items():
                 if key not in HOOKS and key not in ("_buffers", "_parameters", "_modules"):
-                    self._hold(f"{name}.{key}" if name else key, value, seen)
+                    self._hold(f"{name}.{key}" if name else key, value, seen, (name, key, False))
 
-    def _hold(self, name: str, x: Any, seen: set[int], depth: int = 0) -> None:
+    def _hold(self, name: str, x: Any, seen: set[int], where: _Where, depth: int = 0) -> None:
         if isinstance(x, _PLAIN) or id(x) in seen:
             return
         seen.add(id(x))
@@ -155,28 +187,29 @@ class Snapshot:
             self._arrays.append((name, x, x.copy()))
         elif isinstance(x, (*_CONTAINERS, tuple)):
             if not isinstance(x, tuple):
-                self._held.append((name, x, x.copy()))
+                self._held.append((name, x, x.copy(), where))
             inside += [(str(k), v) for k, v in (x.items() if isinstance(x, dict) else enumerate(x))]
         if attributes := _attributes(x):
-            self._held.append((name, attributes, dict(attributes)))
+            self._held.append((name, attributes, dict(attributes), where))
             inside += attributes.items()
         if slots := _slots(x):
             self._slots.append((name, x, slots))
             inside += slots.items()
         for key, value in inside if depth < _DEEPEST else ():
-            self._hold(f"{name}.{key}", value, seen, depth + 1)
+            self._hold(f"{name}.{key}", value, seen, where, depth + 1)
 
     def changes(self) -> list[Kept]:
         """What is not as it was."""
         found = []
-        for name, now, before in self._held:
+        for name, now, before, where in self._held:
             if isinstance(now, dict):
                 for key in [*before, *(k for k in now if k not in before)]:
                     old, new = before.get(key, _GONE), now.get(key, _GONE)
                     if not _same(old, new):
-                        found.append(Kept(f"{name}.{key}" if name else str(key), now, key, old, new))
+                        place = _place(where, key)
+                        found.append(Kept(f"{name}.{key}" if name else str(key), now, key, old, new, place))
             elif not (now == before if isinstance(now, set) else _same(list(before), list(now))):
-                found.append(Kept(name, now, None, before, now.copy()))
+                found.append(Kept(name, now, None, before, now.copy(), _place(where, None)))
         for name, x, before in self._slots:
             if not _same(before, now := _slots(x)):
                 found.append(Kept(name, {}, "slots", before, [now, torch.empty(0)]))  # as good as a tensor
@@ -187,12 +220,26 @@ class Snapshot:
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that are held, each once."""
-        values = (x for _, _, held in self._held for x in (held.values() if isinstance(held, dict) else held))
+        values = (x for _, _, held, _ in self._held for x in (held.values() if isinstance(held, dict) else held))
         return list({id(x): x for x in values if isinstance(x, torch.Tensor)}.values())
+
+    def places(self, tensors: Sequence[torch.Tensor]) -> set[Place]:
+        """The places that some tensors are in, if they are in any."""
+        wanted, found = set(map(id, tensors)), set()
+        for _, _, held, where in self._held:
+            for key, x in held.items() if isinstance(held, dict) else enumerate(held):
+                if id(x) in wanted and (place := _place(where, key)) is not None:
+                    found.add(place)
+        return found
+
+    def memory(self) -> set[Any]:
+        """The containers and objects that are held, and the memory of tensors."""
+        of_tensors = {storage_of(t) for t in self.tensors() if t.numel() and not t.is_meta}
+        return {id(now) for _, now, _, _ in self._held} | {id(x) for _, x, _ in self._slots} | of_tensors
 
     def restore(self) -> None:
         """Make it what it was."""
-        for _, now, before in self._held:
+        for _, now, before, _ in self._held:
             _fill(now, before)
         for _, x, before in self._slots:
             for key, value in before.items():
@@ -200,3 +247,47 @@ class Snapshot:
         for _, array, was in self._arrays:
             if array.shape == was.shape:
                 array[...] = was
+
+
+def storage_of(tensor: torch.Tensor) -> Any:
+    """What is the same for tensors that may share memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and the like
+        return id(tensor)
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """The model with its buffers, and what its modules hold, as they were."""
+    snapshot = Snapshot(model)
+    tensors = [
+        (t, t.detach().clone(), t._version, t.requires_grad)
+        for t in snapshot.tensors()
+        if not isinstance(t, nn.Parameter)
+    ]
+    try:
+        yield
+    finally:
+        snapshot.restore()
+        with torch.no_grad():
+            for tensor, was, version, needed_grad in tensors:
+                if tensor.requires_grad and not needed_grad:  # written with what needs one
+                    tensor.detach_()
+                if tensor._version != version or not torch.equal(tensor, was):  # some kernels do not count
+                    tensor.copy_(was)
+
+
+def is_alone(memory: Memory) -> bool:
+    """Whether what a model keeps in known places shares no memory, container or object with what else it holds."""
+    places = [(place.holder(memory.model), place.key) for place in memory.own]
+    values = [(holder, key, holder[key]) for holder, key in places if key in holder]
+    by_itself = nn.Module()
+    by_itself.__dict__["kept"] = [x for _, _, x in values]
+    for holder, key, _ in values:
+        holder[key] = None
+    try:
+        return Snapshot(memory.model).memory().isdisjoint(Snapshot(by_itself).memory())
+    finally:
+        for holder, key, x in values:
+            holder[key] = x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from passes import Shards
 
 __all__ = ["accept_dense", "dense_shape"]
 
+Split = Callable[[str, torch.Tensor], Mapping[int, Shards]]
 
-def accept_dense(model: nn.Module, shards: Mapping[str, Mapping[int, Shards]], rank: int) -> None:
+
+def accept_dense(model: nn.Module, shards: Split, rank: int) -> None:
     """Let the model, or whatever it is a part of, load dense state dicts: each tensor is cut to the rank's share.
 
     A tensor of the dense shape is cut, one of the local shape is taken as it is, and any other is an error
@@ -22,7 +24,7 @@ def accept_dense(model: nn.Module, shards: Mapping[str, Mapping[int, Shards]], r
 
     Args:
         model: the parallelized model.
-        shards: the split dims of each split parameter, by any of its names.
+        shards: gives the split dims of a parameter or buffer by any of its names, and by what this rank holds of it.
         rank: this rank.
 
     Example:
@@ -31,25 +33,26 @@ def accept_dense(model: nn.Module, shards: Mapping[str, Mapping[int, Shards]], r
     """
     for name, module in model.named_modules(remove_duplicate=False):
         path = f"{name}." if name else ""
-        own = {n: shards[path + n] for n in module._parameters if shards.get(path + n)}
-        if own:
-            module.register_load_state_dict_pre_hook(_Cut(own, rank))
+        if any(p is not None and shards(path + n, p) for n, p in module._parameters.items()) or module._buffers:
+            module.register_load_state_dict_pre_hook(_Cut(path, shards, rank))
 
 
 class _Cut:
-    """The pre-hook of a module that holds shards."""
+    """The pre-hook of a module that holds shards, or may come to."""
 
-    def __init__(self, shards: Mapping[str, Mapping[int, Shards]], rank: int) -> None:
-        self.shards, self.rank = shards, rank
+    def __init__(self, path: str, shards: Split, rank: int) -> None:
+        self.path, self.shards, self.rank = path, shards, rank
 
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool,
         _missing: list[str], _unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        for name, shards in self.shards.items():
-            given, held = state.get(prefix + name), module._parameters[name]
+        for name, held in (*module._parameters.items(), *module._buffers.items()):
+            given = state.get(prefix + name)
             if not isinstance(given, torch.Tensor) or held is None or given.shape == held.shape:
                 continue  # what is no tensor is torch's to refuse
+            if not (shards := self.shards(self.path + name, held)):
+                continue
             dense = dense_shape(held.shape, shards)
             if tuple(given.shape) == dense:
                 state[prefix + name] = local_part(given.detach(), shards, self.rank).clone()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotp.arguments import Arguments
 from autotp.inputs import device_of
-from autotp.keeping import Snapshot
+from autotp.keeping import left_as_it_was, storage_of
 
 __all__ = ["Call", "Observed", "Touches", "observe"]
 
@@ -70,31 +69,14 @@ class _Dispatched(TorchDispatchMode):
         self._report = report
         self._watched: dict[Any, list[nn.Parameter]] = {}
         for p in parameters:
-            self._watched.setdefault(_storage(p), []).append(p)
+            self._watched.setdefault(storage_of(p), []).append(p)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, torch.Tensor):
-                for parameter in self._watched.get(_storage(value), ()):
+                for parameter in self._watched.get(storage_of(value), ()):
                     self._report(parameter, func)
         return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: torch.Tensor) -> Any:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and the like
-        return id(tensor)
-
-
-def _held(modules: Iterable[nn.Module]) -> Callable[[], Any]:
-    """A function that tells whether modules still hold the same objects."""
-    found = [d for m in modules for d in (m.__dict__, m._buffers)]
-
-    def held() -> Any:
-        return [(k, id(v), len(v) if isinstance(v, (list, dict, set)) else 0) for d in found for k, v in d.items()]
-
-    return held
 
 
 def _apart(value: Any) -> Any:
@@ -124,27 +106,10 @@ class Observed:
     Attributes:
         calls: the calls of each module, by its id.
         touched: for each parameter, by its id, the modules (ids) that were running when code read it.
-        unsteady: the modules (ids) whose forward changed what they, or modules inside, hold.
     """
 
     calls: dict[int, list[Call]] = field(default_factory=dict)
     touched: dict[int, set[frozenset[int]]] = field(default_factory=dict)
-    unsteady: set[int] = field(default_factory=set)
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """The model with its buffers, and what its modules hold, as they were."""
-    snapshot = Snapshot(model)
-    tensors = [(t, t.detach().clone(), t._version) for t in snapshot.tensors() if not isinstance(t, nn.Parameter)]
-    try:
-        yield
-    finally:
-        snapshot.restore()
-        with torch.no_grad():
-            for tensor, was, version in tensors:
-                if tensor._version != version or not torch.equal(tensor, was):  # some kernels do not count
-                    tensor.copy_(was)
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed:
@@ -162,21 +127,18 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         observed.touched.setdefault(id(parameter), set()).add(frozenset(stack))
 
     def watched(module: nn.Module) -> Callable[..., Any]:
-        own, held = module.forward, _held(list(module.modules()))
+        own = module.forward
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             of = Arguments(args, kwargs)  # containers may be refilled later
             own_args, own_kwargs = of.spec.close([_apart(x) for x in of.leaves])
             observed.calls.setdefault(id(module), []).append(Call(own_args, own_kwargs, frozenset(stack)))
-            before = held()
             stack.append(id(module))
             try:
                 return own(*args, **kwargs)
             finally:
                 stack.pop()
-                if held() != before:
-                    observed.unsteady.add(id(module))
 
         return forward
 
@@ -187,7 +149,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     device = device_of(model)
     parameters = list(model.parameters())
     modes = Touches(parameters, touch), _Dispatched(parameters, touch)
-    with _restored(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with left_as_it_was(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 module.__dict__["forward"] = watched(module)

@@ -341,8 +341,10 @@ def graph(model: nn.Module) -> RankGraph:
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The dense model's state dict, full tensors, on every rank. Collective: all ranks must call it."""
     runtime = _runtime(model)
-    runtime.agreement.check("full_state_dict", 0, dict)
-    return {name: runtime.whole(name, t) for name, t in model.state_dict().items()}
+    held = model.state_dict()
+    split = {f"shares of {name}": str(bool(runtime.shards_of(name, t))) for name, t in held.items()}
+    runtime.agreement.check("full_state_dict", digest(str(split)), lambda: split)
+    return {name: runtime.whole(name, t) for name, t in held.items()}
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:

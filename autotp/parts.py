@@ -275,8 +275,6 @@ class _Search:
 
     def _part(self, path: str, module: nn.Module, calls: list[Call]) -> Part:
         """A module as a part, captured for each structure that it was called with."""
-        if id(module) in self.observed.unsteady:
-            raise CaptureError("", reason="forward changes what the module holds")
         programs = _PartPrograms(module, self.tp, Dense.of(module), path=path)
         programs.root = self.model
         for call in calls:

@@ -70,7 +70,7 @@ class Runtime:
     def surround(self) -> None:
         """Let the model generate and load dense tensors, and what torch does to parameters know of this."""
         wrap_generate(self)
-        accept_dense(self.model, {n: self.shards(n) for n in self.tied}, self.mesh.rank)
+        accept_dense(self.model, self.shards_of, self.mesh.rank)
         count_once()
         check_steps()
         register(self)
@@ -78,6 +78,10 @@ class Runtime:
     def shards(self, name: str) -> dict[int, Shards]:
         """The split dims of a parameter, by any of its names."""
         return shards_of(self.stored, self.tied.get(name, name))
+
+    def shards_of(self, name: str, tensor: torch.Tensor) -> dict[int, Shards]:
+        """The split dims of a parameter, or of a tensor that the module keeps, of which this rank holds ``tensor``."""
+        return self.shards(name)
 
     def placed(self) -> Iterator[tuple[str, nn.Parameter, dict[int, Shards]]]:
         """Each parameter once: its name, itself, its split dims."""
@@ -90,7 +94,7 @@ class Runtime:
 
     def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The full tensor of which each rank holds ``local`` under this name. Collective."""
-        shards = self.shards(name)
+        shards = self.shards_of(name, local)
         if not shards:
             return local.detach().clone()
         shapes = [list(local.shape) for _ in range(self.mesh.tp)]
@@ -150,9 +154,15 @@ class Whole(Runtime):
         """Arguments, flat; what objects among them hold may be this rank's parts."""
         return self.programs.arguments(args, kwargs)
 
+    def shards_of(self, name: str, tensor: torch.Tensor) -> dict[int, Shards]:
+        """The split dims of a parameter, or of a tensor that the module keeps, of which this rank holds ``tensor``."""
+        programs = self.programs
+        return self.shards(name) or programs.memory.shards(name, programs.slots, tensor, self.mesh.rank)
+
     def attach(self) -> None:
         """Let the module run its programs, and its submodules that hold shards programs of their own."""
         super().attach()
+        self.programs.cut_state()
         for name, module in self.model.named_modules():
             held = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
             if "_autotp" not in module.__dict__ and any(self.shards(n) for n in held):

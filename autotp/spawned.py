@@ -46,6 +46,13 @@ def hidden_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return recorder.seen
 
 
+def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a parallelized model keeps from one call to the next, whole."""
+    runtime = model.__dict__["_autotp"]
+    of = [runtime] if hasattr(runtime, "programs") else runtime.parts
+    return {n: each.whole(n, x) for each in of for n, x in each.programs.memory.kept().items()}
+
+
 def settle(rank: int, tp: int, port: int) -> None:
     """Make this process one of ``tp``, as torchrun would: one thread, and a seed of its own."""
     os.environ.update(
@@ -66,7 +73,7 @@ def _work(
     try:
         with Float64() if double else contextlib.nullcontext(), torch.enable_grad():
             autotp.parallelize(model, tp, example_inputs=args or dict(kwargs))
-            found = measure(model, args, kwargs, lambda: autotp.full_gradients(model))
+            found = measure(model, args, kwargs, lambda: autotp.full_gradients(model), lambda: _kept(model))
             whole = {f"hidden value {n}": v for n, v in hidden_values(model, args, kwargs).items()}
             whole |= {f"output {n}": v for n, v in found.outputs.items()}
             whole |= {f"gradient {n}": v for n, v in found.gradients.items()}

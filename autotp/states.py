@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from autotp.held import Held
+from autotp.held import Held, Remembered
 from autotp.orders import Orders, reordered, sorted_by_key
 
 __all__ = ["Box", "Constant", "Count", "Counts", "Form", "Leaf", "Opened", "Opener", "Slot", "State", "UnseenError",
@@ -309,6 +309,8 @@ class Opened:
                 found.append(name)
             elif isinstance(state.form, Box) and state.form.cls is Held:
                 found += [name + slot.path.removeprefix("it") for slot in state.slots]
+            elif isinstance(state.form, Box) and issubclass(state.form.cls, Remembered):
+                found += [f"state.{slot.path}" for slot in state.slots]
             else:
                 found += [f"{name}.{slot.path}" for slot in state.slots]
         return found

@@ -21,9 +21,10 @@ from autotp.changes import Change, changes, reached
 from autotp.errors import CaptureError
 from autotp.forwards import capturing
 from autotp.functions import checked_functions
-from autotp.held import released
+from autotp.held import Remembered, released
 from autotp.keeping import Kept, Snapshot
 from autotp.orders import sorted_by_key
+from autotp.remembered import Memory
 from autotp.repeats import Repeats
 from autotp.states import (
     Form,
@@ -168,6 +169,23 @@ def _held_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, l
     return {key: plain_leaves(x)[0] for key, x in named}
 
 
+def _refuse_passed_on(objects: Sequence[Any], remembered: Sequence[Remembered], kept: Sequence[Kept]) -> None:
+    """Raise if forward puts an object that it is given where it keeps something: there would be two then."""
+    given, seen = set(map(id, objects)), set[int]()
+    pending = [*(x.__dict__ for x in remembered), *(k.new for k in kept)]
+    while given and pending:
+        x = pending.pop()
+        if id(x) in given:
+            raise CaptureError(
+                f"forward keeps a {type(x).__name__} that it is given on the model: a graph would keep a copy",
+                reason="forward keeps an argument on the model",
+            )
+        inside = x if isinstance(x, (list, tuple, dict)) else getattr(x, "__dict__", None)
+        if id(x) not in seen and inside and not isinstance(x, torch.Tensor) and not callable(x):
+            seen.add(id(x))
+            pending += inside.values() if isinstance(inside, dict) else inside
+
+
 class _Flat(nn.Module):
     """A model behind a signature of tensors only, so that nothing else has to be exportable."""
 
@@ -178,10 +196,12 @@ class _Flat(nn.Module):
         spec: Opened,
         outputs: Outputs,
         around: Sequence[contextlib.AbstractContextManager[Any]],
+        memory: Memory,
     ) -> None:
         super().__init__()
         self.model = model
         self._leaves, self._spec, self._outputs, self._around = leaves, spec, outputs, around
+        self._memory = memory
 
     def forward(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         given = iter(tensors)
@@ -196,15 +216,18 @@ class _Flat(nn.Module):
             for context in self._around:
                 stack.enter_context(context)
             own_args, own_kwargs = released(args, kwargs)
+            own_kwargs, remembered = self._memory.put(own_kwargs)
             try:
                 result = self.model.forward(*own_args, **own_kwargs)  # no call: the model's own hooks run around ours
             finally:
-                self._outputs.kept = snapshot.changes()
+                self._memory.take(remembered)
+                self._outputs.kept = [k for k in snapshot.changes() if not self._memory.knows(k.container, k.key)]
                 snapshot.restore()
         after = _held_by(args, kwargs)
         refills = {key for key, was in before.items() if list(map(id, was)) != list(map(id, after[key]))}
         every = [x for leaves in before.values() for x in leaves]
         objects = [(s, x) for s, x in zip(self._spec.states, every, strict=True) if s is not None]
+        _refuse_passed_on([x for _, x in objects if not isinstance(x, Remembered)], remembered, self._outputs.kept)
         numbers = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
         held = [(numbers[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
         written = {id(t) for _, t in held if t._version != versions[id(t)]}
@@ -240,9 +263,12 @@ def trace(
     leaves: list[Any],
     spec: Opened,
     tensors: list[torch.Tensor],
+    memory: Memory,
     fixed: Container[tuple[int, int]] = (),
 ) -> tuple[Any, Outputs]:
     """torch's export of a call, and how its outputs go together; dims of tensors that are ``fixed`` are constants.
+
+    What the model is known to keep is in the call's objects, and where the modules have it while forward runs.
 
     The model's Python goes as it does when the model runs; where that cannot be traced, as it does for an
     export. What repeats is copied; where that fails, or may mislead, torch does all of it alone.
@@ -270,7 +296,7 @@ def trace(
                 settings.patch(fake_tensor_cache_enabled=not repeating),  # what Repeats copies is never looked up there
                 mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _causal_as_told),
             ):
-                flat = _Flat(model, leaves, spec, outputs, around)
+                flat = _Flat(model, leaves, spec, outputs, around, memory)
                 exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise

@@ -19,6 +19,7 @@ from autotp.admission import admit
 from autotp.arguments import Arguments
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
+from autotp.keeping import left_as_it_was
 from autotp.parts import Seam, divide
 from autotp.planning import announce, plan_of
 from autotp.rounding import depth, longest_sum, rounding_error
@@ -181,6 +182,7 @@ class Measured:
 def measure(
     run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any],
     gradients: Callable[[], Mapping[str, torch.Tensor | None]],
+    kept: Callable[[], Mapping[str, torch.Tensor]] = dict,
 ) -> Measured:  # fmt: skip
     """Run a model forward, and backward from every output at once with fixed random weights.
 
@@ -189,12 +191,14 @@ def measure(
         args: positional inputs.
         kwargs: keyword inputs.
         gradients: gives the dense model's gradients by name afterwards.
+        kept: gives what the model keeps from one call to the next after the forward, whole.
     """
     of = Arguments(args, kwargs)
     fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in of.leaves]
     own_args, own_kwargs = of.spec.close(fresh)
     result = run(*own_args, **own_kwargs)
     outputs = _outputs(result) | _left(own_args, own_kwargs, fresh, of.leaves)
+    outputs |= {f"state.{n}": x for n, x in kept().items()}
     _backward(outputs)
     found = {n: g for n, g in gradients().items() if g is not None and g.numel()}
     inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
@@ -249,7 +253,11 @@ def compare(
 
     def run(it: nn.Module) -> Measured:
         model.zero_grad(set_to_none=True)
-        return measure(it, args, kwargs, lambda: {n: p.grad for n, p in model.named_parameters()})
+        with left_as_it_was(model):
+            return measure(it, args, kwargs, lambda: {n: p.grad for n, p in model.named_parameters()}, kept)
+
+    def kept() -> dict[str, torch.Tensor]:
+        return {n: x for part in parallel.division.parts for n, x in part.programs.memory.kept().items()}
 
     dense, found = run(model), run(parallel)
     model.zero_grad(set_to_none=True)
@@ -323,7 +331,11 @@ def verify(
             return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
         from autotp.spawned import measure_spawned
 
-        expected = measure(dense, args, kwargs, lambda: {n: p.grad for n, p in dense.named_parameters()})
+        with left_as_it_was(dense):
+            expected = measure(
+                dense, args, kwargs, lambda: {n: p.grad for n, p in dense.named_parameters()},
+                lambda: {n: x.detach() for part in division.parts for n, x in part.programs.memory.kept().items()},
+            )  # fmt: skip
         dense.zero_grad(set_to_none=True)
         found, diverging = measure_spawned(dense, tp, args, kwargs)
         return judge(dense, tp, expected, found, limit, math.inf if diverging else 0.0, diverging, division.seams)

@@ -9,6 +9,7 @@ with parts runs the Python around them, which may change as it likes, as long as
 from __future__ import annotations
 
 import enum
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -54,6 +55,7 @@ class Watch:
         parts: the parts that run as graphs, by path, each of which has a watch of its own; left out, the
             model is one graph.
         path: what to call the model in messages, if it is a part itself.
+        kept: the names of what a module keeps from call to call, which graphs take as arguments, by the module's name.
 
     Attributes:
         text: what the last look gave.
@@ -66,8 +68,9 @@ class Watch:
         shape: Callable[[str], Sequence[int]],
         parts: Mapping[str, nn.Module] | None = None,
         path: str = "",
+        kept: Callable[[str], frozenset[str]] = lambda module: frozenset(),
     ) -> None:
-        self.model, self._shape, self._parts, self.path = model, shape, parts, path
+        self.model, self._shape, self._parts, self.path, self._kept_on = model, shape, parts, path, kept
         self._attributes: dict[Place, Any] = {}
         self._first: dict[Place, Any] = {}
         self._last: Any = None
@@ -85,7 +88,8 @@ class Watch:
         before = self._attributes
         self._scan()
         self._settled, self._ties = self._facts(), self._tied()
-        self._first = {**self._first, **dict(self._attributes.items() - before.items())}
+        first = {**self._first, **dict(self._attributes.items() - before.items())}
+        self._first = {p: x for p, x in first.items() if p in self._attributes or not self._is_kept(*p)}
         self._changes, self.seen = self._differing(), None
 
     def follow(self) -> None:
@@ -165,7 +169,7 @@ class Watch:
         seen: set[int] = set()
         for name, module in modules:
             cls: Any = type(module)
-            skipped = of_generate(cls)
+            skipped = of_generate(cls) | self._kept_on(name)
             self._watch(name, module.__dict__, seen, skipped)
             for key, value in module.__dict__.items():
                 ours = key == "_autotp" or key in skipped
@@ -173,12 +177,21 @@ class Watch:
                     self._configs.append((module.__dict__, key, value.__dict__))
                     self._watch(dotted(name, key), value.__dict__, seen)
         for name, buffer in self.model.named_buffers():
-            self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
+            if not self._is_kept(name, ""):
+                self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
         of_modules = set(map(id, self._dicts))
         configs = [d for _, d in self._getters if id(d) not in of_modules]
         self._set = [*self._dicts, *filter(None, own), *configs]
         self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
         self._last = self._snapshot()
+
+    def _is_kept(self, name: str, key: str) -> bool:
+        """Whether an attribute of a module, or of an object on it, or a buffer, is kept from call to call."""
+        holders = itertools.accumulate(name.split("."), "{}.{}".format)
+        names = [("", name), *((h, name[len(h) + 1 :]) for h in holders)]
+        return any(
+            (rest.partition(".")[0] if rest else key) in self._kept_on(module) for module, rest in names if rest or key
+        )
 
     def _own(self) -> list[dict[str, Any]]:
         """Where modules keep submodules, parameters and buffers."""

@@ -82,8 +82,10 @@ def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], st
         groups[node] = None
     losses = [n for n in graph.nodes if op_name(n) == "aten.cross_entropy_loss" and split(n.args[0])]
     norms = [n for n in facts.exchanged if exchanges(n)]
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    gathered = [n for n in dict.fromkeys(output.all_input_nodes) if split(n)]
+    output = graph.output_node()
+    slots = output.meta.get("slots", {})  # what stays split between calls
+    given = [n for i, n in enumerate(output.args[0]) if isinstance(n, fx.Node) and i not in slots]
+    gathered = [n for n in dict.fromkeys(given) if split(n)]
 
     apart: set[fx.Node] = set()  # what each rank has for itself: shards and what is made of them alone
     weights: set[fx.Node] = set()  # weights and what is made of them alone: in a backward they ride along

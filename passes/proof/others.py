@@ -230,13 +230,15 @@ def placed(proof: Proof, step: Step) -> Claim:
     given = step.args.get("indices")
     used = [axis(step.args["dim"], len(operands[0].dims))] if given is None else []
     used = used or [d for d, n in enumerate(given or []) if n is not None]
-    if all(c.whole for c in operands) or len(used) != 1 or len(operands[0].dims) != len(operands[1].dims):
+    lacking = len(operands[0].dims) - len(operands[1].dims)
+    if all(c.whole for c in operands) or len(used) != 1 or not 0 <= lacking <= used[0]:
         return general(proof, step)
     indices = proof.claim(step.args["index"] if given is None else given[used[0]])
     if not indices.whole or len(indices.dims) > 1:
         raise Unproved("whole indices of one dim", str(indices), "other places would be written over")
     out = [f"d{i}" for i in range(len(operands[0].dims))]
     letters = [[name if i in used else x for i, x in enumerate(out)] for name in ("to", "from")]
+    letters[1] = letters[1][lacking:]  # an assignment leaves out leading dims of one
     return proof.combined(proof.called(step), operands, letters, letters[0], whole=("to", "from"))
 
 

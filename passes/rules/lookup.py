@@ -103,18 +103,23 @@ class Index(Move):
 
 @register("aten.index_copy", "aten.index_put")
 class Place(Pointwise):
-    """Something written over indices of one whole dim: ``x[:, :, indices] = y``; the other dims go index by index."""
+    """Something written over indices of one whole dim: ``x[:, :, indices] = y``; the other dims go index by index.
+
+    What is written may have fewer dims, the last ones: an assignment leaves out leading dims of one.
+    """
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         out = shape(node)
         found = written(node)
-        if found is None or len(shape(found[1])) != len(out):
+        lacking = len(out) - len(shape(found[1])) if found is not None else 0
+        if found is None or not 0 <= lacking <= found[0]:
             return Opaque().propagate(node, facts)
         dim, source, indices = found
-        operands = [node.args[0], source]
-        values = [without(node, facts.values[n], [dim], facts) for n in operands]
-        letters = [[f"d{i}" if i != dim else name for i in range(len(out))] for name in ("to", "from")]
-        aligned = align(values, letters, letters[0], facts.units)
+        operands, missing = [node.args[0], source], (0, lacking)
+        values = [without(node, facts.values[n], [dim - m], facts) for n, m in zip(operands, missing, strict=True)]
+        names = [[f"d{i}" if i != dim else name for i in range(len(out))] for name in ("to", "from")]
+        letters = [each[m:] for each, m in zip(names, missing, strict=True)]
+        aligned = align(values, letters, names[0], facts.units)
         facts.opaque(node, [indices])
         if aligned is None:
             facts.opaque(node, operands)

@@ -1,0 +1,228 @@
+"""remembered: what modules keep from one call to the next, as arguments more of each call.
+
+A graph is a function of weights and inputs. A model may be more than that: it writes keys and values into a buffer of
+its own, or puts its last state on a module. What it keeps in this way becomes an object among the arguments, which a
+call reads and changes as it does a cache that it is passed (:mod:`autotp.states`); what is put into the object is put
+where the modules have it. Which places these are shows when a call is captured (:mod:`autotp.keeping`).
+
+Of a tensor that the model writes in place each rank keeps its own share, as it does of a parameter. All else is whole:
+what a forward puts on a module may be there for others to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autotp.held import Remembered
+from autotp.shards import local_part
+from autotp.states import Opener, UnseenError, sharded_state
+from passes import Layout, Shards
+
+__all__ = ["Memory", "Place"]
+
+
+@sharded_state
+class Shares(Remembered):
+    """What ranks keep their own shares of."""
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where something is kept.
+
+    Attributes:
+        module: the module's name in the model; ``""``: the model itself.
+        key: the name of the attribute, or buffer.
+        buffer: whether it is a buffer.
+        sharded: whether each rank keeps its own share of it.
+    """
+
+    module: str
+    key: str
+    buffer: bool
+    sharded: bool
+
+    @property
+    def name(self) -> str:
+        """The fully qualified name."""
+        return f"{self.module}.{self.key}" if self.module else self.key
+
+    def holder(self, model: nn.Module) -> dict[str, Any]:
+        """What has it under its key."""
+        module = model.get_submodule(self.module)
+        return module._buffers if self.buffer else module.__dict__
+
+
+class _Live(dict[str, Any]):
+    """What is in some places, by name: what is set here is set there."""
+
+    def __init__(self, holders: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+        super().__init__({name: held[key] for name, (held, key) in holders.items() if key in held})
+        self._holders = holders
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        held, key = self._holders[name]
+        held[key] = value
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        held, key = self._holders[name]
+        del held[key]
+
+
+class Memory:
+    """The places in which a model keeps something from one call to the next, as far as they are known.
+
+    Args:
+        model: the model, or a module in it.
+        path: the module's name in the model.
+        places: the places in the model, which those who share them may add to.
+    """
+
+    def __init__(self, model: nn.Module, path: str = "", places: set[Place] | None = None) -> None:
+        self.model, self.path = model, path
+        self.places: set[Place] = set() if places is None else places
+        self._found: tuple[int, dict[Place, Place], dict[str, frozenset[str]]] = 0, {}, {}
+
+    def inside(self, module: nn.Module, path: str) -> Memory:
+        """The memory of a module in the model, of which both know the same."""
+        return Memory(module, path, self.places)
+
+    def copied(self, model: nn.Module) -> Memory:
+        """The memory of a copy of the model."""
+        return Memory(model, self.path, set(self.places))
+
+    def add(self, places: Iterable[Place]) -> set[Place]:
+        """Take some places of this module's into account; those that were not known."""
+        prefix = f"{self.path}." if self.path else ""
+        known = {p.name for p in self.places}
+        full = (Place((prefix + p.module).rstrip("."), p.key, p.buffer, p.sharded) for p in places)
+        added = {p for p in full if p.name not in known}
+        self.places |= added
+        return added
+
+    def opens(self) -> bool:
+        """Whether autotp can see into all that is kept."""
+        try:
+            for each in self.arguments().values():
+                Opener().open(each)
+        except UnseenError:
+            return False
+        return True
+
+    @property
+    def own(self) -> dict[Place, Place]:
+        """The places in this module, in order, as they are called in it and as they are called in the model."""
+        return self._looked_up()[0]
+
+    def _looked_up(self) -> tuple[dict[Place, Place], dict[str, frozenset[str]]]:
+        count, found, keys = self._found
+        if count != len(self.places):
+            found, keys = {}, {}
+            for place in sorted(self.places):
+                if not self.path or place.module == self.path or place.module.startswith(f"{self.path}."):
+                    local = place.module.removeprefix(self.path).removeprefix(".") if self.path else place.module
+                    found[Place(local, place.key, place.buffer, place.sharded)] = place
+                    keys[local] = keys.get(local, frozenset()) | {place.key}
+            self._found = len(self.places), found, keys
+        return found, keys
+
+    def keys(self, module: str) -> frozenset[str]:
+        """The names of what is kept on a module of these."""
+        return self._looked_up()[1].get(module, frozenset())
+
+    def knows(self, holder: Any, key: Any) -> bool:
+        """Whether what is under a key of this very dict is in a place that is known."""
+        return any(place.key == key and place.holder(self.model) is holder for place in self.own)
+
+    def arguments(self) -> dict[str, Remembered]:
+        """The objects that a call is given, by the keywords that it is given them by."""
+        found: dict[str, Remembered] = {}
+        for keyword, cls in _KEYWORDS.items():
+            holders = {f.name: (p.holder(self.model), p.key) for p, f in self.own.items() if _class_of(p) is cls}
+            if holders:
+                found[keyword] = cls()
+                found[keyword].__dict__ = _Live(holders)
+        return found
+
+    def put(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Remembered]]:
+        """Put what is in such objects on the modules; the other keyword arguments, and the objects."""
+        kept = [kwargs[k] for k in _KEYWORDS if k in kwargs]
+        values = {name: x for each in kept for name, x in each.__dict__.items()}
+        for place, full in self.own.items() if kept else ():
+            holder = place.holder(self.model)
+            if full.name in values:
+                holder[place.key] = values[full.name]
+            else:
+                holder.pop(place.key, None)
+        return {k: x for k, x in kwargs.items() if k not in _KEYWORDS}, kept
+
+    def take(self, kept: list[Remembered]) -> None:
+        """Put what is on the modules into such objects."""
+        for each in kept:
+            each.__dict__.clear()
+            for place, full in self.own.items():
+                holder = place.holder(self.model)
+                if _class_of(place) is type(each) and place.key in holder:
+                    each.__dict__[full.name] = holder[place.key]
+
+    def shards(self, name: str, layouts: Mapping[str, Layout], tensor: torch.Tensor, rank: int) -> dict[int, Shards]:
+        """The split dims of a tensor that is kept, of which a rank holds its share; none of one that it holds whole.
+
+        Args:
+            name: its place in this module.
+            layouts: those of slots.
+            tensor: what is there.
+            rank: the rank.
+        """
+        layout = layouts.get(f"{self.path}.{name}" if self.path else name)
+        starts = (name.startswith((f"{p.name}.", f"{p.name}[")) or name == p.name for p in self.own if p.sharded)
+        if layout is None or layout.whole or not any(starts):
+            return {}
+        held = all(d < tensor.dim() and tensor.shape[d] == s.counts[rank] for d, s in layout.shards)
+        return layout.dims if held else {}
+
+    def cut(self, layouts: Mapping[str, Layout], rank: int) -> bool:
+        """Leave of whole tensors that ranks keep in parts this rank's share; whether there were any."""
+        found = False
+        for place, full in self.own.items():
+            holder, layout = place.holder(self.model), layouts.get(full.name) if place.sharded else None
+            tensor = holder.get(place.key)
+            if layout is None or not isinstance(tensor, torch.Tensor):
+                continue
+            if any(d < tensor.dim() and tensor.shape[d] == s.size != s.counts[rank] for d, s in layout.shards):
+                holder[place.key] = local_part(tensor.detach(), layout.dims, rank).clone()
+                found = True
+        return found
+
+    def splits(self, layouts: Mapping[str, Layout]) -> bool:
+        """Whether ranks keep their own shares of anything."""
+        names = [full.name for place, full in self.own.items() if place.sharded]
+        return any(not x.whole and p.startswith(tuple(names)) for p, x in layouts.items())
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The tensors that are kept, by place in the model.
+
+        Raises:
+            UnseenError: something was put beside them since, into which autotp cannot see.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for each in self.arguments().values():
+            opener = Opener()
+            opener.open(each)
+            found |= {p: x for p, x in zip(opener.paths, opener.leaves, strict=True) if isinstance(x, torch.Tensor)}
+        return found
+
+
+_KEYWORDS: dict[str, type[Remembered]] = {"autotp's shares of what is kept": Shares, "autotp's own": Remembered}
+"""What no argument of a model's is called."""
+
+
+def _class_of(place: Place) -> type[Remembered]:
+    return Shares if place.sharded else Remembered
