@@ -177,6 +177,7 @@ class Snapshot:
             for key, value in module.__dict__.items():
                 if key not in HOOKS and key not in ("_buffers", "_parameters", "_modules"):
                     self._hold(f"{name}.{key}" if name else key, value, seen, (name, key, False))
+        self._without_grad = [t for t in self.tensors() if not t.requires_grad and not isinstance(t, nn.Parameter)]
 
     def _hold(self, name: str, x: Any, seen: set[int], where: _Where, depth: int = 0) -> None:
         if isinstance(x, _PLAIN) or id(x) in seen:
@@ -244,6 +245,9 @@ class Snapshot:
         for _, x, before in self._slots:
             for key, value in before.items():
                 object.__setattr__(x, key, value)
+        for tensor in self._without_grad:
+            if tensor.requires_grad and not tensor._is_view():  # it was written with what needs a gradient
+                tensor.detach_()
         for _, array, was in self._arrays:
             if array.shape == was.shape:
                 array[...] = was
@@ -261,19 +265,13 @@ def storage_of(tensor: torch.Tensor) -> Any:
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """The model with its buffers, and what its modules hold, as they were."""
     snapshot = Snapshot(model)
-    tensors = [
-        (t, t.detach().clone(), t._version, t.requires_grad)
-        for t in snapshot.tensors()
-        if not isinstance(t, nn.Parameter)
-    ]
+    tensors = [(t, t.detach().clone(), t._version) for t in snapshot.tensors() if not isinstance(t, nn.Parameter)]
     try:
         yield
     finally:
         snapshot.restore()
         with torch.no_grad():
-            for tensor, was, version, needed_grad in tensors:
-                if tensor.requires_grad and not needed_grad:  # written with what needs one
-                    tensor.detach_()
+            for tensor, was, version in tensors:
                 if tensor._version != version or not torch.equal(tensor, was):  # some kernels do not count
                     tensor.copy_(was)
 

@@ -17,7 +17,7 @@ import torch
 
 from autotp.arguments import Arguments
 from autotp.capture import Captured
-from autotp.held import Held, are_apart
+from autotp.held import Held, Remembered, are_apart
 from autotp.states import Box, Constant, Count, Form, Leaf, State, counted
 from autotp.written import written
 from passes import Layout
@@ -54,6 +54,21 @@ def dynamic_sizes(captured: Captured, shapes: Sequence[Sequence[int]]) -> tuple[
     """Those of the inputs' sizes that the graph does not take for constants."""
     static = {(i, d) for i, d, _ in captured.static}
     return tuple(n for i, shape in enumerate(shapes) for d, n in enumerate(shape) if (i, d) not in static)
+
+
+class _Apart:
+    """:func:`are_apart`, which need not look again at tensors that lie where the last ones did."""
+
+    def __init__(self) -> None:
+        self._last: list[Any] = []
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether no two of them share an element in memory."""
+        now = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+        if now != self._last and not are_apart(tensors):
+            return False
+        self._last = now
+        return True
 
 
 class _UnknownError(Exception):
@@ -93,8 +108,8 @@ class _Writer:
             self.refuse_unless(f"{self._numbers[i, d]} == {self._numbers[j, e]}")
         for check, places in self.captured.guards:
             self.refuse_unless(f"{self.known(check)}({', '.join(self._numbers[p] for p in places)})")
-        if Held in self.names.values():
-            self.refuse_unless(f"{self.known(are_apart)}(({''.join(f'{t}, ' for t in self.tensors)}))")
+        if any(isinstance(x, type) and issubclass(x, (Held, Remembered)) for x in self.names.values()):
+            self.refuse_unless(f"{self.known(_Apart())}(({''.join(f'{t}, ' for t in self.tensors)}))")
         results = ", ".join(
             f"({''.join(f'{n}, ' for n in names)})" for names in (self.tensors, self.objects, self.sizes)
         )

@@ -76,6 +76,32 @@ class _Live(dict[str, Any]):
         del held[key]
 
 
+_SHARED, _WHOLE = "what ranks keep shares of", "what ranks keep whole"
+_KEYWORDS: dict[str, type[Remembered]] = {_SHARED: Shares, _WHOLE: Remembered}
+"""What no argument of a model's is called."""
+
+
+def _class_of(place: Place) -> type[Remembered]:
+    return Shares if place.sharded else Remembered
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What follows from which places are known.
+
+    Attributes:
+        count: how many.
+        own: those in the module, as they are called in it and as they are called in the model.
+        keys: the names of what is kept, by module.
+        holders: what has it under which key, by its name in the model, and by the keyword of the object.
+    """
+
+    count: int
+    own: dict[Place, Place]
+    keys: dict[str, frozenset[str]]
+    holders: dict[str, dict[str, tuple[dict[str, Any], str]]]
+
+
 class Memory:
     """The places in which a model keeps something from one call to the next, as far as they are known.
 
@@ -88,7 +114,7 @@ class Memory:
     def __init__(self, model: nn.Module, path: str = "", places: set[Place] | None = None) -> None:
         self.model, self.path = model, path
         self.places: set[Place] = set() if places is None else places
-        self._found: tuple[int, dict[Place, Place], dict[str, frozenset[str]]] = 0, {}, {}
+        self._known: _Known | None = None
 
     def inside(self, module: nn.Module, path: str) -> Memory:
         """The memory of a module in the model, of which both know the same."""
@@ -119,23 +145,28 @@ class Memory:
     @property
     def own(self) -> dict[Place, Place]:
         """The places in this module, in order, as they are called in it and as they are called in the model."""
-        return self._looked_up()[0]
+        return self._look().own
 
-    def _looked_up(self) -> tuple[dict[Place, Place], dict[str, frozenset[str]]]:
-        count, found, keys = self._found
-        if count != len(self.places):
-            found, keys = {}, {}
+    def _look(self) -> _Known:
+        """What follows from which places are known."""
+        if self._known is None or self._known.count != len(self.places):
+            own: dict[Place, Place] = {}
             for place in sorted(self.places):
                 if not self.path or place.module == self.path or place.module.startswith(f"{self.path}."):
                     local = place.module.removeprefix(self.path).removeprefix(".") if self.path else place.module
-                    found[Place(local, place.key, place.buffer, place.sharded)] = place
-                    keys[local] = keys.get(local, frozenset()) | {place.key}
-            self._found = len(self.places), found, keys
-        return found, keys
+                    own[Place(local, place.key, place.buffer, place.sharded)] = place
+            keys: dict[str, frozenset[str]] = {}
+            holders: dict[str, dict[str, tuple[dict[str, Any], str]]] = {}
+            for place, full in own.items():
+                keys[place.module] = keys.get(place.module, frozenset()) | {place.key}
+                held = holders.setdefault(_SHARED if place.sharded else _WHOLE, {})
+                held[full.name] = place.holder(self.model), place.key
+            self._known = _Known(len(self.places), own, keys, holders)
+        return self._known
 
     def keys(self, module: str) -> frozenset[str]:
         """The names of what is kept on a module of these."""
-        return self._looked_up()[1].get(module, frozenset())
+        return self._look().keys.get(module, frozenset())
 
     def knows(self, holder: Any, key: Any) -> bool:
         """Whether what is under a key of this very dict is in a place that is known."""
@@ -144,11 +175,9 @@ class Memory:
     def arguments(self) -> dict[str, Remembered]:
         """The objects that a call is given, by the keywords that it is given them by."""
         found: dict[str, Remembered] = {}
-        for keyword, cls in _KEYWORDS.items():
-            holders = {f.name: (p.holder(self.model), p.key) for p, f in self.own.items() if _class_of(p) is cls}
-            if holders:
-                found[keyword] = cls()
-                found[keyword].__dict__ = _Live(holders)
+        for keyword, holders in self._look().holders.items():
+            made = found[keyword] = _KEYWORDS[keyword]()
+            made.__dict__ = _Live(holders)
         return found
 
     def put(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Remembered]]:
@@ -218,11 +247,3 @@ class Memory:
             opener.open(each)
             found |= {p: x for p, x in zip(opener.paths, opener.leaves, strict=True) if isinstance(x, torch.Tensor)}
         return found
-
-
-_KEYWORDS: dict[str, type[Remembered]] = {"autotp's shares of what is kept": Shares, "autotp's own": Remembered}
-"""What no argument of a model's is called."""
-
-
-def _class_of(place: Place) -> type[Remembered]:
-    return Shares if place.sharded else Remembered

@@ -198,7 +198,7 @@ def measure(
     own_args, own_kwargs = of.spec.close(fresh)
     result = run(*own_args, **own_kwargs)
     outputs = _outputs(result) | _left(own_args, own_kwargs, fresh, of.leaves)
-    outputs |= {f"state.{n}": x for n, x in kept().items()}
+    outputs |= {f"state.{n}": x.clone() for n, x in kept().items()}  # it may be made what it was
     _backward(outputs)
     found = {n: g for n, g in gradients().items() if g is not None and g.numel()}
     inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}

@@ -289,13 +289,14 @@ def test_a_cache_is_not_copied_for_each_token() -> None:
     assert moved == 2, "for the first of them, and after the crop"
 
 
+@pytest.mark.parametrize("how", ["index_copy", "index_put"])
 @pytest.mark.parametrize("read_again", [False, True])
-def test_a_cache_of_one_size_is_written_where_it_is(read_again: bool) -> None:
+def test_a_cache_of_one_size_is_written_where_it_is(read_again: bool, how: str) -> None:
     """Unless something reads what was there before."""
 
     class Rows(nn.Module):
         def forward(self, cache: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            new = cache.index_copy(0, rows, x)
+            new = cache.index_copy(0, rows, x) if how == "index_copy" else cache.index_put((rows,), x)
             return new, new.sum(0) + (cache.sum(0) if read_again else 0)
 
     cache, rows, x = torch.randn(6, 4), torch.tensor([2, 3]), torch.randn(2, 4)

@@ -133,7 +133,7 @@ def caches(rank: int, world: int) -> Result:
         result[f"{name}: graphs"] = autotp.graph(model).note
         where = model.attentions[1].cache if how == "buffers" else model.attentions[1]
         result[f"{name}: shape"] = tuple(where.keys.shape)
-        result[f"{name}: parts"] = type(model.__dict__["_autotp"]).__name__
+        result[f"{name}: runs as"] = type(model.__dict__["_autotp"]).__name__
         with autotp.Tally() as tally, torch.no_grad():
             model(prompt(batch, 1), torch.tensor([12]))
         result[f"{name}: collectives"] = sum(tally.calls.values())
@@ -232,3 +232,8 @@ def training(rank: int, world: int) -> Result:
         "last": relative_error(dense.last, model.last),
         "count": (dense.count, model.count),
     }
+
+
+def everything(rank: int, world: int) -> Result:
+    """All of it, in one start."""
+    return caches(rank, world) | use(rank, world) | training(rank, world)

@@ -83,13 +83,16 @@ def _grows(node: fx.Node, output: fx.Node) -> bool:
     return True
 
 
+_IN_PLACE = {aten.index_copy.default: aten.index_copy_.default, aten.index_put.default: aten.index_put_.default}
+
+
 def _overwrites(node: fx.Node, held: fx.Node) -> bool:
     """Let what goes back into an input, with some of its rows replaced, be written there at once."""
-    if node.target is not aten.index_copy.default or node.args[0] is not held or local(node) != local(held):
+    if node.target not in _IN_PLACE or node.args[0] is not held or local(node) != local(held):
         return False
     if any(user is not node and op_name(user) != "aten.sym_size" for user in held.users):
         return False
-    node.target = aten.index_copy_.default
+    node.target = _IN_PLACE[node.target]
     return True
 
 

@@ -225,16 +225,17 @@ def index(proof: Proof, step: Step) -> Claim:
 
 
 def placed(proof: Proof, step: Step) -> Claim:
-    """Something written over indices of one whole dim: ``x[:, :, indices] = y``, and ``index_copy``."""
-    operands = proof.claim(step.args["self"]), proof.claim(step.args.get("source", step.args.get("values")))
-    given = step.args.get("indices")
-    used = [axis(step.args["dim"], len(operands[0].dims))] if given is None else []
+    """Something written over indices of one whole dim: ``x[:, :, indices] = y``, ``index_copy``, ``slice_scatter``."""
+    source = next(step.args[name] for name in ("source", "values", "src") if name in step.args)
+    operands, given = (proof.claim(step.args["self"]), proof.claim(source)), step.args.get("indices")
+    used = [axis(step.args.get("dim", 0), len(operands[0].dims))] if given is None else []
     used = used or [d for d, n in enumerate(given or []) if n is not None]
     lacking = len(operands[0].dims) - len(operands[1].dims)
     if all(c.whole for c in operands) or len(used) != 1 or not 0 <= lacking <= used[0]:
         return general(proof, step)
-    indices = proof.claim(step.args["index"] if given is None else given[used[0]])
-    if not indices.whole or len(indices.dims) > 1:
+    at = step.args.get("index") if given is None else given[used[0]]
+    indices = proof.claim(at) if at is not None else None
+    if indices is not None and (not indices.whole or len(indices.dims) > 1):
         raise Unproved("whole indices of one dim", str(indices), "other places would be written over")
     out = [f"d{i}" for i in range(len(operands[0].dims))]
     letters = [[name if i in used else x for i, x in enumerate(out)] for name in ("to", "from")]

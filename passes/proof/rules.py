@@ -67,7 +67,7 @@ _RULES: Mapping[str, Rule] = (
     | dict.fromkeys(("aten.pad", "aten.constant_pad_nd", "aten.roll"), others.shifted)
     | dict.fromkeys(("aten.view_as_complex", "aten.view_as_real"), others.complex_pairs)
     | dict.fromkeys(("aten.index", "aten.index_select"), others.index)
-    | dict.fromkeys(("aten.index_copy", "aten.index_put"), others.placed)
+    | dict.fromkeys(("aten.index_copy", "aten.index_put", "aten.slice_scatter"), others.placed)
     | {
         "aten.cat": moves.join,
         "aten.embedding": others.embedding,

@@ -101,7 +101,7 @@ class Index(Move):
         return Value(axes, behind(kept, inside.stop, shift))
 
 
-@register("aten.index_copy", "aten.index_put")
+@register("aten.index_copy", "aten.index_put", "aten.slice_scatter")
 class Place(Pointwise):
     """Something written over indices of one whole dim: ``x[:, :, indices] = y``; the other dims go index by index.
 
@@ -120,7 +120,7 @@ class Place(Pointwise):
         names = [[f"d{i}" if i != dim else name for i in range(len(out))] for name in ("to", "from")]
         letters = [each[m:] for each, m in zip(names, missing, strict=True)]
         aligned = align(values, letters, names[0], facts.units)
-        facts.opaque(node, [indices])
+        facts.opaque(node, [indices] if indices is not None else [])
         if aligned is None:
             facts.opaque(node, operands)
             return facts.units.labelled(out)
@@ -130,8 +130,12 @@ class Place(Pointwise):
         return as_value(alignment, combine(factors, facts.units))
 
 
-def written(node: fx.Node) -> tuple[int, fx.Node, fx.Node] | None:
-    """The dim that a node writes over, what it writes, and at which indices; None where those are of several dims."""
+def written(node: fx.Node) -> tuple[int, fx.Node, fx.Node | None] | None:
+    """The dim that a node writes over, what it writes, and at which indices, if that is not a slice; None where those
+    are of several dims."""
+    if op_name(node) == "aten.slice_scatter":
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        return dim % len(shape(node)), node.args[1], None
     if op_name(node) == "aten.index_copy":
         _, dim, indices, source = node.args
         return dim % len(shape(node)), source, indices

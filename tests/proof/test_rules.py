@@ -415,6 +415,28 @@ def look_ups(tp: int) -> list[Case]:
     ]
 
 
+def writings(tp: int) -> list[Case]:
+    short: dict[str, Any] = {"tp": tp, "short": True}
+    rows = numbers(torch.tensor([2, 0]), tp, short=True)
+
+    def put(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        return graph.call_function(aten.index_put.default, (nodes[0], [None, nodes[1]], nodes[2]))
+
+    def copied(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        return graph.call_function(aten.index_copy.default, (nodes[0], 0, nodes[1], nodes[2]))
+
+    def sliced(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+        return graph.call_function(aten.slice_scatter.default, (nodes[0], nodes[1], 1, 1, 3))
+
+    return [
+        Case(put, (leaf(2, 3, 3, **short), rows, leaf(2, 2, 3, **short)), tp),
+        Case(put, (leaf(1, 3, 4, **short), rows, leaf(2, 4, **short)), tp),  # an assignment leaves out dims of one
+        Case(put, (leaf(2, 3, 3, **short), rows, leaf(2, 1, 3, **short)), tp),
+        Case(copied, (leaf(3, 4, tp=tp), rows, leaf(2, 4, tp=tp)), tp),
+        Case(sliced, (leaf(3, 3, 2, **short), leaf(3, 2, 2, **short)), tp),
+    ]
+
+
 def complex_numbers(tp: int) -> list[Case]:
     def turned(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
         left, right = (graph.call_function(aten.view_as_complex.default, (n,)) for n in nodes)
@@ -428,7 +450,7 @@ RULES: dict[str, Cases] = {
     for each in (
         pointwise, sums, matrices, parallel_products, attentions, flexible_attentions, grouped_products,
         convolutions, triangular, permutations, views, expands, parts, own_parts, joins, totals, mixings, norms,
-        look_ups, complex_numbers,
+        look_ups, writings, complex_numbers,
     )
 }  # fmt: skip
 

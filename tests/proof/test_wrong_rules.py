@@ -20,11 +20,14 @@ def _exactly(dim: Any, places: Any, what: Any) -> Any:
     return found and (True, found[1])
 
 
-moves_match = moves._match
+moves_match, combined = moves._match, steps.Proof.combined
 WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
     "indices that several ranks hold are summed": (test_rules.matrices, products, "counted_once", lambda splits: True),
     "no gradient is asked for": (test_rules.pointwise, steps.Proof, "_enter", staticmethod(lambda flowing, fine: None)),
     "operands need not agree": (test_rules.pointwise, steps, "agreed", lambda one, two: one),
+    "what is written over may be split": (
+        test_rules.writings, steps.Proof, "combined", lambda self, *given, **_: combined(self, *given)
+    ),
     "a softmax may mix parts": (test_rules.mixings, others, "is_whole", lambda dim: True),
     "a function may ask which head it is at": (
         test_rules.flexible_attentions, products, "_asks", lambda *_: False
