@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from autotp.errors import AutoTPError
-from autotp.shards import local_part
+from autotp.shards import own_part
 from autotp.states import Counts, Slot, opened
 from passes import Layout
 
@@ -102,7 +102,7 @@ class Arguments:
         tensors = list(self.tensors)
         for i, layout in inputs.items():
             if not self.is_part(tensors[i]):
-                tensors[i] = local_part(tensors[i], layout.dims, rank).clone()
+                tensors[i] = own_part(tensors[i], layout.dims, rank)
         return tensors
 
 

@@ -15,10 +15,11 @@ from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
 from autotp.errors import CaptureError, ChangedError, KeptError, ProofError, UncapturedError, UnprovedWarning
-from autotp.held import Held, are_apart, are_distinct, held
+from autotp.held import NUMBER, Held, are_apart, are_distinct, held
 from autotp.inputs import device_of
 from autotp.keeping import is_alone
 from autotp.meaning import meaning
+from autotp.numbers import Numbers
 from autotp.recognition import Recognize, Recognized, dynamic_sizes, recognizer
 from autotp.remembered import Memory
 from autotp.rewrite import RankGraph, Rewritten, rewrite
@@ -62,6 +63,7 @@ class Programs:
         slots: the layouts of what ranks keep in parts between calls, by slot.
         counts: the attributes of objects among the arguments that calls were seen to count in.
         changed: the plain arguments, by number or keyword, that calls were seen to change.
+        numbers: the plain arguments that are numbers, and were seen not to be always the same.
         memory: what calls were seen to keep on the module, and modules in it.
         outer: the programs of the module that this one is in, where it is called by itself.
         proof: what becomes of a program that is not proved: True, it is an error; ``"warn"``, a warning; False,
@@ -82,6 +84,7 @@ class Programs:
         self.slots: dict[str, Layout] = {}
         self.counts: set[tuple[type, str]] = set()
         self.changed: set[int | str] = set()
+        self.numbers = Numbers()
         self.memory = Memory(model, path)
         self.outer: Programs | None = None
         self.captures = 0
@@ -104,7 +107,7 @@ class Programs:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
         copy = self._made(model, root, self.dense, self.stored, "")
         copy.slots, copy.counts, copy.changed = dict(self.slots), set(self.counts), set(self.changed)
-        copy.memory = self.memory.copied(model)
+        copy.memory, copy.numbers = self.memory.copied(model), self.numbers.copied()
         return self._set_up(copy)
 
     def _set_up(self, made: Programs) -> Programs:
@@ -154,8 +157,8 @@ class Programs:
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """A call's arguments, flat."""
-        if self.changed:
-            args, kwargs = held(args, kwargs, self.changed)
+        if opened := self.changed | self.numbers.places:
+            args, kwargs = held(args, kwargs, opened)
         return Arguments(args, self._with_state(kwargs), self.counts, self.slots, self.rank)
 
     def _with_state(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -204,6 +207,9 @@ class Programs:
         while True:
             of = self.arguments(args, kwargs)
             key = self.structure(of)
+            if self.numbers.look(key, args, kwargs):
+                self.counts.add(NUMBER)
+                continue
             try:
                 captured = self._capture(of, key)
             except ChangedError as error:
@@ -212,8 +218,13 @@ class Programs:
                 self.changed |= error.places
             except KeptError as error:
                 self._keep(error)
+            except CaptureError:
+                if not self.numbers.forget():
+                    raise
             else:
-                if captured.outputs.counts <= self.counts:
+                if captured.outputs.counts <= self.counts and not (
+                    self.keeps_parts and self.memory.places and self.memory.share(of, captured.graph)
+                ):
                     return captured, of, key
                 self.counts |= captured.outputs.counts  # what was taken for constant is not
 
@@ -221,7 +232,7 @@ class Programs:
         """Take into account that the module keeps something."""
         added = self.memory.add(error.places)
         if not added or not self.memory.opens() or not is_alone(self.memory):
-            self.memory.places -= added
+            self.memory.forget(added)
             raise CaptureError(str(error), reason=error.reason) from error
         for watch in self._watches():
             watch.settle()

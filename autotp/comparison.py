@@ -182,11 +182,13 @@ class Comparison:
     def _given(self, of: Arguments) -> dict[str, str]:
         """The inputs of a call in words, for ranks that differ."""
         found = {"structure of the inputs": " ".join(str(of.spec).split())}
-        shapes = iter(of.shapes)
-        for path, x in zip(of.spec.paths(), of.leaves, strict=True):
+        shapes, slots = iter(of.shapes), of.spec.slots
+        for i, (path, x) in enumerate(zip(of.spec.paths(), of.leaves, strict=True)):
             grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
             text = repr(x) if is_constant(x) else f"a {type(x).__module__}.{type(x).__qualname__}"
             found[path] = f"{tuple(next(shapes))} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text
+            if i in slots and slots[i].count:
+                found[path] = str(x.shape[0])
         return found | self._inputs(of)
 
     def _described(self) -> dict[str, str]:

@@ -14,17 +14,22 @@ from typing import Any
 
 import torch
 
-__all__ = ["Held", "Remembered", "are_apart", "are_distinct", "held", "released"]
+__all__ = ["NUMBER", "Held", "Remembered", "are_apart", "are_distinct", "held", "released"]
 
 
 class Held:
-    """A plain argument that a call changes: a tensor that is written to, or a container that gets other tensors.
+    """A plain argument that a call changes: a tensor that is written to, or a container that gets other tensors; or a
+    number that calls take for a size (:mod:`autotp.numbers`).
 
     Such an argument is opened as an object is, as the one attribute of this.
     """
 
     def __init__(self, it: Any) -> None:
         self.it = it
+
+
+NUMBER = (Held, "it")
+"""The attribute that is a number, if it is one that counts (:data:`autotp.states.Counts`)."""
 
 
 class Remembered:

@@ -5,23 +5,26 @@ its own, or puts its last state on a module. What it keeps in this way becomes a
 call reads and changes as it does a cache that it is passed (:mod:`autotp.states`); what is put into the object is put
 where the modules have it. Which places these are shows when a call is captured (:mod:`autotp.keeping`).
 
-Of a tensor that the model writes in place each rank keeps its own share, as it does of a parameter. All else is whole:
-what a forward puts on a module may be there for others to read.
+Of tensors that the model itself reads again each rank keeps its own share, as of a parameter: what is written in
+place, and what a captured call was seen to read. What a forward only puts on a module is whole: it is for others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from autotp.held import Remembered
 from autotp.shards import local_part
-from autotp.states import Opener, UnseenError, sharded_state
+from autotp.states import Box, Opener, UnseenError, sharded_state
 from passes import Layout, Shards
+
+if TYPE_CHECKING:
+    from autotp.arguments import Arguments
 
 __all__ = ["Memory", "Place"]
 
@@ -76,6 +79,11 @@ class _Live(dict[str, Any]):
         del held[key]
 
 
+def _is_in(path: str, name: str) -> bool:
+    """Whether a slot is a place, or is in what is there."""
+    return path == name or path.startswith((f"{name}.", f"{name}["))
+
+
 _SHARED, _WHOLE = "what ranks keep shares of", "what ranks keep whole"
 _KEYWORDS: dict[str, type[Remembered]] = {_SHARED: Shares, _WHOLE: Remembered}
 """What no argument of a model's is called."""
@@ -90,13 +98,13 @@ class _Known:
     """What follows from which places are known.
 
     Attributes:
-        count: how many.
+        places: these.
         own: those in the module, as they are called in it and as they are called in the model.
         keys: the names of what is kept, by module.
         holders: what has it under which key, by its name in the model, and by the keyword of the object.
     """
 
-    count: int
+    places: dict[str, Place]
     own: dict[Place, Place]
     keys: dict[str, frozenset[str]]
     holders: dict[str, dict[str, tuple[dict[str, Any], str]]]
@@ -108,12 +116,12 @@ class Memory:
     Args:
         model: the model, or a module in it.
         path: the module's name in the model.
-        places: the places in the model, which those who share them may add to.
+        places: the places in the model, by name, which those who share them may add to.
     """
 
-    def __init__(self, model: nn.Module, path: str = "", places: set[Place] | None = None) -> None:
+    def __init__(self, model: nn.Module, path: str = "", places: dict[str, Place] | None = None) -> None:
         self.model, self.path = model, path
-        self.places: set[Place] = set() if places is None else places
+        self.places: dict[str, Place] = {} if places is None else places
         self._known: _Known | None = None
 
     def inside(self, module: nn.Module, path: str) -> Memory:
@@ -122,16 +130,42 @@ class Memory:
 
     def copied(self, model: nn.Module) -> Memory:
         """The memory of a copy of the model."""
-        return Memory(model, self.path, set(self.places))
+        return Memory(model, self.path, dict(self.places))
 
     def add(self, places: Iterable[Place]) -> set[Place]:
         """Take some places of this module's into account; those that were not known."""
         prefix = f"{self.path}." if self.path else ""
-        known = {p.name for p in self.places}
         full = (Place((prefix + p.module).rstrip("."), p.key, p.buffer, p.sharded) for p in places)
-        added = {p for p in full if p.name not in known}
-        self.places |= added
+        added = {p for p in full if p.name not in self.places}
+        self.places.update({p.name: p for p in added})
         return added
+
+    def forget(self, places: Iterable[Place]) -> None:
+        """Take some places out again."""
+        for place in places:
+            del self.places[place.name]
+
+    def share(self, of: Arguments, graph: fx.Graph) -> bool:
+        """Let ranks keep their own shares of what a call reads; whether it reads something that was whole.
+
+        Args:
+            of: the call's arguments.
+            graph: what was captured of it.
+        """
+        inputs, number, read = graph.find_nodes(op="placeholder"), 0, set[str]()
+        leaves = iter(of.leaves)
+        for state in of.spec.states:
+            if state is None:
+                number += isinstance(next(leaves), torch.Tensor)
+                continue
+            whole = isinstance(state.form, Box) and state.form.cls is Remembered
+            for slot in state.slots:
+                next(leaves)
+                if whole and not slot.count and any(user.op != "output" for user in inputs[number].users):
+                    read |= {name for name in self.places if _is_in(slot.path, name)}
+                number += 1
+        self.places.update({name: replace(self.places[name], sharded=True) for name in read})
+        return bool(read)
 
     def opens(self) -> bool:
         """Whether autotp can see into all that is kept."""
@@ -149,9 +183,9 @@ class Memory:
 
     def _look(self) -> _Known:
         """What follows from which places are known."""
-        if self._known is None or self._known.count != len(self.places):
+        if self._known is None or self._known.places != self.places:
             own: dict[Place, Place] = {}
-            for place in sorted(self.places):
+            for _, place in sorted(self.places.items()):
                 if not self.path or place.module == self.path or place.module.startswith(f"{self.path}."):
                     local = place.module.removeprefix(self.path).removeprefix(".") if self.path else place.module
                     own[Place(local, place.key, place.buffer, place.sharded)] = place
@@ -161,7 +195,7 @@ class Memory:
                 keys[place.module] = keys.get(place.module, frozenset()) | {place.key}
                 held = holders.setdefault(_SHARED if place.sharded else _WHOLE, {})
                 held[full.name] = place.holder(self.model), place.key
-            self._known = _Known(len(self.places), own, keys, holders)
+            self._known = _Known(dict(self.places), own, keys, holders)
         return self._known
 
     def keys(self, module: str) -> frozenset[str]:
@@ -211,8 +245,7 @@ class Memory:
             rank: the rank.
         """
         layout = layouts.get(f"{self.path}.{name}" if self.path else name)
-        starts = (name.startswith((f"{p.name}.", f"{p.name}[")) or name == p.name for p in self.own if p.sharded)
-        if layout is None or layout.whole or not any(starts):
+        if layout is None or layout.whole or not any(_is_in(name, p.name) for p in self.own if p.sharded):
             return {}
         held = all(d < tensor.dim() and tensor.shape[d] == s.counts[rank] for d, s in layout.shards)
         return layout.dims if held else {}
@@ -223,8 +256,8 @@ class Memory:
         for place, full in self.own.items():
             holder, layout = place.holder(self.model), layouts.get(full.name) if place.sharded else None
             tensor = holder.get(place.key)
-            if layout is None or not isinstance(tensor, torch.Tensor):
-                continue
+            if layout is None or not isinstance(tensor, torch.Tensor) or tensor.requires_grad:
+                continue  # where gradients flow, calls take their shares of it
             if any(d < tensor.dim() and tensor.shape[d] == s.size != s.counts[rank] for d, s in layout.shards):
                 holder[place.key] = local_part(tensor.detach(), layout.dims, rank).clone()
                 found = True
@@ -233,7 +266,7 @@ class Memory:
     def splits(self, layouts: Mapping[str, Layout]) -> bool:
         """Whether ranks keep their own shares of anything."""
         names = [full.name for place, full in self.own.items() if place.sharded]
-        return any(not x.whole and p.startswith(tuple(names)) for p, x in layouts.items())
+        return any(not x.whole and any(_is_in(path, n) for n in names) for path, x in layouts.items())
 
     def kept(self) -> dict[str, torch.Tensor]:
         """The tensors that are kept, by place in the model.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from passes import Layout, Shards, ops
+from passes import Layout, Shards, fabric, ops
 
-__all__ = ["joined", "local_part", "shards_of"]
+__all__ = ["joined", "local_part", "own_part", "shards_of"]
 
 
 def shards_of(stored: Mapping[str, Layout], name: str) -> dict[int, Shards]:
@@ -22,6 +23,27 @@ def local_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> 
     for dim, s in shards.items():
         whole = ops.narrow(whole, dim, s.ranks[rank].runs)
     return whole
+
+
+class _OwnPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
+        ctx.shards, ctx.shape, ctx.group = shards, list(whole.shape), fabric.current().group("tp")
+        return local_part(whole, shards, rank).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        shapes = [list(ctx.shape) for _ in range(ctx.group.size)]
+        for dim, s in ctx.shards.items():
+            for rank, count in enumerate(s.counts):
+                shapes[rank][dim] = count
+        return joined(ctx.group.all_gather(gradient.contiguous(), shapes), ctx.shards), None, None
+
+
+def own_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
+    """A copy of the part of a whole tensor that ``rank`` holds; in a backward all get the gradient of the whole."""
+    made: torch.Tensor = _OwnPart.apply(whole, shards, rank)
+    return made
 
 
 def joined(parts: Sequence[torch.Tensor], shards: Mapping[int, Shards]) -> torch.Tensor:

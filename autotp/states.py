@@ -161,7 +161,8 @@ class Opener:
             return Leaf(self._add(id(x), x, path))
         if isinstance(x, torch.SymInt) or kind is int:
             self.numbers[path] = (owner, name), x
-            if kind is not int or (self._counts is not None and (x in (0, 1) or (owner, name) in self._counts)):
+            counts = self._counts is not None and x >= 0 and (x in (0, 1) or (owner, name) in self._counts)
+            if kind is not int or counts:
                 return Count(self._add((owner, name, str(x)), x, path))
         if isinstance(x, (int, *_CONSTANTS)):
             return Constant(kind, repr(x), x)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -100,8 +101,9 @@ class Count(TorchDispatchMode):
 
 
 def distance(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """The largest difference over the largest expected magnitude."""
-    return float((expected - found).abs().max() / expected.abs().max())
+    """The largest difference over the largest expected magnitude; infinite where that is no number."""
+    apart = float((expected - found).abs().max() / expected.abs().max())
+    return apart if math.isfinite(apart) else math.inf  # max() passes over NaN
 
 
 class Competitor:

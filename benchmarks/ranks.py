@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import statistics
 import subprocess
@@ -98,7 +99,8 @@ def compared() -> None:
 
 
 def _distance(expected: Any, found: Any) -> float:
-    return float((expected - found.detach()).abs().max() / expected.abs().max())
+    difference = float((expected - found.detach()).abs().max() / expected.abs().max())
+    return difference if math.isfinite(difference) else math.inf
 
 
 def alone(rank: int, tp: int) -> Any:

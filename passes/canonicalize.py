@@ -345,9 +345,9 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
     vector as slices and selects, ``stack`` and writing to a slice as ``cat``, ``repeat`` and
     ``repeat_interleave`` as expands, ``copy`` as what is copied, ``view_as`` and ``expand_as`` by sizes,
     ``new_zeros`` as ``zeros``, a constant that is only written into as one number expanded, empty memory as zeros,
-    each result of ``max`` along a dim by itself, ``multiply`` and its like as ``mul``, ``nll_loss`` of
-    ``log_softmax`` as cross entropy, and that over rows of classes, and ``view`` as ``reshape`` (a rank's part need
-    not be contiguous where the whole was).
+    each result of ``max`` along a dim by itself, ``type_as`` as a cast, ``multiply`` and its like as ``mul``,
+    ``nll_loss`` of ``log_softmax`` as cross entropy, and that over rows of classes, and ``view`` as ``reshape`` (a
+    rank's part need not be contiguous where the whole was).
 
     Args:
         graph: a functional captured graph; changed in place.
@@ -383,6 +383,9 @@ def canonicalize(graph: fx.Graph, constants: Mapping[str, torch.Tensor] | None =
             count += _as_values(node)
         elif op_name(node) in ("aten.nll_loss_nd", "aten.nll_loss") and is_tensor(node.args[0]):
             count += _as_cross_entropy(node)
+        elif op_name(node) == "aten.type_as" or node.target is aten.to.other:
+            node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.meta["val"].dtype), {}
+            count += 1
         elif op_name(node) in ("aten.view_as", "aten.reshape_as", "aten.expand_as"):
             count += _with_sizes(node)
         elif op_name(node) in ("aten.view", "aten._unsafe_view") and node.target is not aten.view.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -160,6 +161,22 @@ def test_regions_compute_the_same(name: str) -> None:
         with torch.no_grad():
             compare(dense, model, lambda m: m(**kwargs), grad=False)
     assert [list(calls.values()) for calls in backend.regions] == [[2], [2]]  # with a backward, and without
+
+
+def test_gradients_of_one_key_value_head_with_code() -> None:
+    """Inductor mistakes where a part of a value that is one head lies, when a region saves it for its backward."""
+    torch._dynamo.reset()
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    with Float64():
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=3, num_key_value_heads=1)
+        dense = transformers.LlamaForCausalLM(config).double()
+        ids = torch.randint(3, 97, (2, 9))
+        kwargs = {"input_ids": ids, "labels": ids}
+        model = autotp.parallelize(copy.deepcopy(dense), 1, compile=True, example_inputs=kwargs)
+        compare(dense, model, lambda m: m(**kwargs))
+    (made,) = {g for g, _ in autotp.graph(model)._bound.values()}
+    assert made.repeated, "the layers are a region"
 
 
 def test_decoding_repeats_too() -> None:

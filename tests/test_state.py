@@ -24,7 +24,7 @@ CACHES = {  # what rank 0 and rank 1 hold of a layer's keys
     "3 buffers 1": [(1, 2, LENGTH, SIZE), (1, 1, LENGTH, SIZE)],
     "1 buffers 1": [(1, 1, LENGTH, SIZE)] * 2,
     "2 tensors 2": [(2, LENGTH, 1, SIZE)] * 2,
-    "6 grows 1": [(1, 11, 6, SIZE)] * 2,
+    "6 grows 1": [(1, 11, 3, SIZE)] * 2,
 }
 
 
@@ -45,7 +45,7 @@ class TestOnProcesses:
             assert result[f"{name}: runs as"] == "Whole"
             assert result[f"{name}: shape"] == CACHES[name][rank]
 
-    @pytest.mark.parametrize("name", [n for n in CACHES if "grows" not in n])
+    @pytest.mark.parametrize("name", CACHES)
     def test_no_collective_is_for_the_cache(self, ran: Ran, name: str) -> None:
         """Two a layer, one for the embedding where it is split, one for the logits."""
         assert all(result[f"{name}: collectives"] <= 6 for result in ran)
@@ -93,7 +93,8 @@ class TestOnProcesses:
             assert all(e < 1e-12 for e in result["gradients"].values()), result["gradients"]
             assert result["mean"] < 1e-12
             assert result["mean here"] == (160,)
-            assert result["last"] < 1e-12, "what is put on a module is whole"
+            assert result["last"] < 1e-12, "each rank's share"
+            assert result["seen"] < 1e-12, "what is put on a module for others is whole"
             assert result["count"] == (3, 3)
 
 

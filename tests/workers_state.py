@@ -195,6 +195,7 @@ class Averaging(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 320), nn.Linear(320, WIDTH)
         self.register_buffer("mean", torch.zeros(320))
         self.last: torch.Tensor | None = None
+        self.seen: torch.Tensor | None = None
         self.count = 0
         self.double()
 
@@ -205,6 +206,7 @@ class Averaging(nn.Module):
         if self.last is not None:
             y = y + 0.1 * self.last
         self.last, self.count = y.mean((0, 1)), self.count + 1
+        self.seen = y.detach().amax((0, 1))
         return self.down(y) / self.count  # type: ignore[no-any-return]
 
 
@@ -229,7 +231,8 @@ def training(rank: int, world: int) -> Result:
         "gradients": {n: relative_error(p.grad, full[n]) for n, p in dense.named_parameters()},
         "mean": relative_error(dense.mean, state["mean"]),
         "mean here": tuple(model.mean.shape),
-        "last": relative_error(dense.last, model.last),
+        "last": relative_error(dense.last[160 * rank : 160 * (rank + 1)], model.last),
+        "seen": relative_error(dense.seen, model.seen),
         "count": (dense.count, model.count),
     }
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from passes import ops
 from passes.lowering.merge import apart, joined
-from passes.lowering.values import MEETING
+from passes.lowering.values import MEETING, call, local
 
 __all__ = ["repeat"]
 
@@ -200,6 +200,18 @@ def _runs(nodes: Sequence[fx.Node], tokens: dict[fx.Node, int], start: int, stop
     return best
 
 
+def _own_heads(attention: fx.Node) -> None:
+    """Let what attention has of one head be no part of a larger value.
+
+    Of such a part Inductor (torch 2.13) saves another place in memory for a region's backward, and its gradients are
+    whatever lies there.
+    """
+    for operand in attention.args[:3]:
+        if _base(operand) is not operand and local(operand).shape[-3] == 1:
+            own = call(attention, aten.clone.default, (operand,), like=operand, shape=local(operand).shape)
+            attention.replace_input_with(operand, own)
+
+
 def _region(run: _Run, made: Sequence[int]) -> fx.Graph:
     """A run as a graph by itself: its inputs are what it reads from outside, its results its nodes ``made``."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -208,6 +220,8 @@ def _region(run: _Run, made: Sequence[int]) -> fx.Graph:
         copies[node].meta = {k: v for k, v in node.meta.items() if k != "weights"}
     for node in run:
         copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.target is aten.scaled_dot_product_attention.default:
+            _own_heads(copies[node])
     graph.output(tuple(copies[run[i]] for i in made)).meta["local"] = None
     return graph
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from passes import minimum
+from autotp.rewrite import rewrite
+from passes import minimum, ops
 from passes.assign import assign
 from passes.propagate import propagate
 from tests.passes.harness import called, captured_of, check, randn, scrambled
@@ -214,3 +215,24 @@ class Mixed(Form):
 
 def test_weights_of_which_single_entries_are_read_are_not_split() -> None:
     check(Mixed(), randn(2, 5, HIDDEN), split=ALL, collectives={"all_reduce": 1})
+
+
+class CastLike(nn.Module):
+    """An MLP whose activation is computed in float32, and cast to the dtype of another value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        return self.down(nn.functional.silu(h.float()).type_as(h))
+
+
+def test_the_dtype_of_a_split_value_is_read_without_a_gather() -> None:
+    """In narrow dtypes: in float64 there is nothing to cast."""
+    program = rewrite(captured_of(CastLike().bfloat16(), randn(2, 5, HIDDEN).bfloat16()), 2)
+    targets = [n.target for n in program.graph.nodes]
+    assert ops.all_gather not in targets
+    assert targets.count(ops.all_reduce) == 1
+    assert program.verdict.proved
