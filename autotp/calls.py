@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
-from autotp.errors import CaptureError, ChangedError, KeptError, ProofError, UncapturedError, UnprovedWarning
+from autotp.errors import CaptureError, ChangedError, KeptError, UncapturedError
 from autotp.held import NUMBER, Held, are_apart, are_distinct, held
 from autotp.inputs import device_of
 from autotp.keeping import is_alone
 from autotp.meaning import meaning
 from autotp.numbers import Numbers
-from autotp.recognition import Recognize, Recognized, dynamic_sizes, recognizer
+from autotp.proving import prove
+from autotp.recognition import Recognized, Recognizers, dynamic_sizes
 from autotp.remembered import Memory
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.sharing import Call, take_inputs
@@ -32,8 +33,6 @@ __all__ = ["Programs"]
 
 _MANY = 16
 """How many captures of one module are no surprise."""
-_REMEMBERED = 16
-"""How many structures are recognised at sight."""
 
 
 def _usable(x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +90,7 @@ class Programs:
         self._captured: dict[Any, list[Captured]] = {}
         self._by_structure: dict[Any, list[int]] = {}
         self._made_so_far: list[Rewritten] = []
-        self._recognizers: list[tuple[Recognize, int, list[str]]] = []
+        self._recognizers = Recognizers()
         self._graphs: dict[tuple[int, int], RankGraph] = {}
         self.watch = Watch(model, self.shape, path=path, kept=lambda module: self.memory.keys(module))
         self.last: Rewritten | None = None
@@ -247,8 +246,9 @@ class Programs:
         """
         taken = False
         if (known := self._recognized(args, kwargs)) is not None:
-            program, given, number = known
-            if self.comparison is None or self.comparison.again(number, given, lambda: self.arguments(args, kwargs)):
+            (number, given), program = known, self._made_so_far[known[0]]
+            again = self.comparison.again if self.comparison is not None else None
+            if again is None or again(number, given, program.inputs, lambda: self.arguments(args, kwargs)):
                 self.last = program
                 return program, given
             args, kwargs, taken = *self._taken(args, kwargs), True
@@ -335,31 +335,15 @@ class Programs:
 
     def _recognize_next(self, number: int, of: Arguments) -> None:
         """Recognise the next call of this structure by code made for it."""
-        if self.rank is None:
-            return
-        texts = [w.text for w in self._watches()]
-        if any(n == number and t == texts for _, n, t in self._recognizers):  # a form that it is written for, or none
-            return
-        program = self._made_so_far[number]
-        if (made := recognizer(of, program.captured, program.inputs, self.rank)) is not None:
-            self._recognizers.insert(0, (made, number, texts))
-            del self._recognizers[_REMEMBERED:]
+        if self.rank is not None:
+            program = self._made_so_far[number]
+            self._recognizers.add(number, self._watches(), of, program.captured, program.inputs, self.rank)
 
-    def _recognized(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Recognized, int] | None:
-        """The program of a call that is recognised at sight, its arguments, and the program's number."""
+    def _recognized(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, Recognized] | None:
+        """The number of the program of a call that is recognised at sight, and its arguments."""
         if self.comparison is not None and self.comparison.agreement.debug:
             return None
-        with_state = self._with_state(kwargs)
-        for i, (recognize, number, texts) in enumerate(self._recognizers):
-            if (given := recognize(args, with_state)) is None:  # type: ignore[arg-type]
-                continue
-            for watch, text in zip(self._watches(), texts, strict=True):
-                if not watch.is_same() or watch.text != text:
-                    return None
-            if i:
-                self._recognizers.insert(0, self._recognizers.pop(i))
-            return self._made_so_far[number], given, number
-        return None
+        return self._recognizers.find(args, self._with_state(kwargs), self._watches())
 
     def _keyed(self, of: Arguments) -> tuple[Any, Exception | None]:
         """The key of a call, or the error that there is none."""
@@ -409,22 +393,8 @@ class Programs:
             self._prove(program)
 
     def _prove(self, program: Rewritten) -> None:
-        if not self.proof:
-            return
-        verdict = program.verdict
-        if verdict.proved:
-            return
-        where = f"the graph of {type(self.model).__name__}" + (f" ({self.path})" if self.path else "")
-        said = (
-            f"{where} for {self.tp} ranks is not proved to be the dense model's: {verdict}. That is a mistake of "
-            "autotp's: please report it"
-        )
-        if self.proof == "warn":
-            warnings.warn(said, UnprovedWarning, stacklevel=2)
-        else:
-            raise ProofError(
-                f'{said}. check="warn" or check=False runs it all the same; autotp.verify compares numbers'
-            )
+        if self.proof:
+            prove(program, f"{type(self.model).__name__}" + (f" ({self.path})" if self.path else ""), self.proof)
 
     def graph(self, program: Rewritten, rank: int) -> RankGraph:
         """One rank's graph of a program."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,22 +97,23 @@ class Comparison:
         if self.agreement.debug:
             values: tuple[int, ...] = (digest(str(self._values(of))),)
         else:
-            values = tuple(n for x in of.tensors if (n := whole_numbers(x)) is not None)
+            values = tuple(n for x in of.tensors if not of.is_split(x) and (n := whole_numbers(x)) is not None)
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in of.tensors)
         return self._check(of_call, values, grad, lambda: of, error, last)
 
-    def again(self, number: int, given: Recognized, of: Callable[[], Arguments]) -> bool:
+    def again(self, number: int, given: Recognized, held: Container[int], of: Callable[[], Arguments]) -> bool:
         """:meth:`call` for one that was recognised.
 
         Args:
             number: its program's.
             given: its arguments.
+            held: the positions of those of which ranks hold different parts.
             of: opens them, if ranks differ.
         """
         if self.agreement.is_alone:
             return True
         if (places := self._integers.get(number)) is None:  # calls that were recognised are alike in dtypes and devices
-            whole = [whole_numbers(x) is not None for x in given.tensors]
+            whole = [i not in held and whole_numbers(x) is not None for i, x in enumerate(given.tensors)]
             places = self._integers[number] = [i for i, is_whole in enumerate(whole) if is_whole]
         values = tuple([whole_numbers(given.tensors[i]) or 0 for i in places])
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in given.tensors)

@@ -19,13 +19,16 @@ from autotp.arguments import Arguments
 from autotp.capture import Captured
 from autotp.held import Held, Remembered, are_apart
 from autotp.states import Box, Constant, Count, Form, Leaf, State, counted
+from autotp.watch import Watch
 from autotp.written import written
 from passes import Layout
 
-__all__ = ["Recognized", "dynamic_sizes", "recognizer"]
+__all__ = ["Recognized", "Recognizers", "dynamic_sizes", "recognizer"]
 
 Recognize = Callable[[tuple[Any, ...], dict[str, Any]], "Recognized | None"]
 
+_REMEMBERED = 16
+"""How many structures are recognised at sight."""
 _ALONE = (type(None), bool, type(...), torch.dtype, torch.memory_format, torch.layout, enum.Enum, type)
 """Constants of which there is one object only."""
 _BY_VALUE = (int, str, bytes, torch.device, torch.Size)
@@ -278,6 +281,53 @@ class _Writer:
         else:
             self.refuse_unless(f"{at} > 1")
             self.sizes.append(name)
+
+
+class Recognizers:
+    """The functions that recognise calls at sight, the last used first; of so many structures as they are fast for."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Recognize, int, list[str]]] = []
+
+    def clear(self) -> None:
+        """Recognise nothing."""
+        self._known.clear()
+
+    def add(
+        self, number: int, watches: Sequence[Watch], of: Arguments, captured: Captured, held: Mapping[int, Layout],
+        rank: int,
+    ) -> None:  # fmt: skip
+        """Recognise calls like one, by code made for it, if there can be such code.
+
+        Args:
+            number: its program's.
+            watches: what has looked at the modules.
+            of: its arguments.
+            captured: its graph.
+            held: the layouts of the inputs that ranks hold in parts, by position.
+            rank: the rank.
+        """
+        texts = [w.text for w in watches]
+        if any(n == number and t == texts for _, n, t in self._known):  # a form that it is written for, or none
+            return
+        if (made := recognizer(of, captured, held, rank)) is not None:
+            self._known.insert(0, (made, number, texts))
+            del self._known[_REMEMBERED:]
+
+    def find(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watches: Sequence[Watch]
+    ) -> tuple[int, Recognized] | None:
+        """The number of the program of a call that is recognised, and its arguments."""
+        for i, (recognize, number, texts) in enumerate(self._known):
+            if (given := recognize(args, kwargs)) is None:  # type: ignore[arg-type]
+                continue
+            for watch, text in zip(watches, texts, strict=True):
+                if not watch.is_same() or watch.text != text:
+                    return None
+            if i:
+                self._known.insert(0, self._known.pop(i))
+            return number, given
+        return None
 
 
 def _children(spec: Any) -> list[Any]:

@@ -243,10 +243,19 @@ class Board:
         if times % 256 == 0:
             for other in late:
                 process = self._words[self._line(other) + 3]  # 0: it has not said yet which it is
-                if process and not os.path.exists(f"/proc/{process}"):
+                if process and _has_ended(process):
                     raise AbsentError(f"the process of rank {other} has ended")
         if time.monotonic() > self._deadline:
             raise AbsentError(f"timed out after {self.timeout.total_seconds():g} s waiting for {late} in memory")
+
+
+def _has_ended(process: int) -> bool:
+    """Whether a process of this host is gone, or only waits for its parent to notice that it has ended."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in ("Z", "X")
 
 
 class SharedMemory:

@@ -6,6 +6,9 @@ A step reads, or writes, all that it does at once; the protocol stands still bet
 from __future__ import annotations
 
 import mmap
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from autotp.shared_memory import LINE, AbsentError, Board, exchange
+from autotp.shared_memory import LINE, AbsentError, Board, _has_ended, exchange
 from tests import workers, workers_memory
 
 Store = tuple[str, int, int, int]
@@ -263,3 +266,18 @@ def test_a_process_that_has_ended_is_named_at_once(tmp_path: Path) -> None:
     results = workers.run(2, workers_memory.ends, out=tmp_path)
     assert results[0]["said"] == "the process of rank 1 has ended"
     assert results[0]["seconds"] < 20
+
+
+def test_a_process_that_nobody_has_buried_has_ended() -> None:
+    """A launcher that looks after its processes in turn may be a while in noticing."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not _has_ended(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 30
+    while not _has_ended(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.path.exists(f"/proc/{process.pid}"), "it is not reaped yet"
+    assert _has_ended(process.pid)
+    process.communicate()
+    assert not os.path.exists(f"/proc/{process.pid}")
+    assert _has_ended(process.pid)
