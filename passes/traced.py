@@ -60,12 +60,12 @@ _ALL_GATHER = _op(
 
 
 def _all_reduce(x: torch.Tensor, key: str) -> torch.Tensor:
-    result: torch.Tensor = _ALL_REDUCE[key.startswith(_BY_HOST)](x, key.removeprefix(_BY_HOST))
+    result: torch.Tensor = _ALL_REDUCE[int(key.startswith(_BY_HOST))](x, key.removeprefix(_BY_HOST))
     return result
 
 
 def _all_gather(x: torch.Tensor, dim: int, counts: Sequence[int], key: str) -> torch.Tensor:
-    result: torch.Tensor = _ALL_GATHER[key.startswith(_BY_HOST)](x, dim, counts, key.removeprefix(_BY_HOST))
+    result: torch.Tensor = _ALL_GATHER[int(key.startswith(_BY_HOST))](x, dim, counts, key.removeprefix(_BY_HOST))
     return result
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.models import Block, make
 from tests.workers import backward, outputs, run
 from tests.workers_compile import compiled
 
+OLD = torch.__version__ < (2, 12)
 HOP = torch.ops.higher_order.invoke_subgraph
 
 
@@ -160,9 +162,11 @@ def test_regions_compute_the_same(name: str) -> None:
         compare(dense, model, lambda m: m(**kwargs))
         with torch.no_grad():
             compare(dense, model, lambda m: m(**kwargs), grad=False)
-    assert [list(calls.values()) for calls in backend.regions] == [[2], [2]]  # with a backward, and without
+    regions = [list(calls.values()) for calls in backend.regions]
+    assert regions == [[2], [2]] or (OLD and regions == [[2], [1, 1]])  # with a backward, and without
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.11 does not compile causal attention in float64")
 def test_gradients_of_one_key_value_head_with_code() -> None:
     """Inductor mistakes where a part of a value that is one head lies, when a region saves it for its backward."""
     torch._dynamo.reset()
@@ -195,9 +199,11 @@ def test_decoding_repeats_too() -> None:
                 m(tokens, past_key_values=c, use_cache=True) for m, c in zip((dense, model), caches, strict=True)
             )
             assert relative_error(expected.logits, found.logits) < 1e-10
-    assert [list(calls.values()) for calls in backend.regions] == [[2], [2]]  # of the prompt, and of all tokens
+    regions = [list(calls.values()) for calls in backend.regions]
+    assert regions == [[2], [2]] or (OLD and regions == [[1, 1], [1, 1]])  # of the prompt, and of all tokens
 
 
+@pytest.mark.skipif(OLD, reason="torch 2.11 does not compile causal attention in float64")
 def test_numbers_of_torchs_own_compiler() -> None:
     """Code that Inductor makes, by a mode that asks for CUDA graphs, of which a CPU has none."""
     torch._dynamo.reset()
@@ -223,9 +229,9 @@ def test_what_is_refused_as_a_region_is_compiled_flat(monkeypatch: pytest.Monkey
         model = autotp.parallelize(copy.deepcopy(dense), 1, compile={"backend": backend}, example_inputs=(inputs(),))
         x = inputs()
         with monkeypatch.context() as patched:
-            patched.setattr(
-                "torch._dynamo.variables.invoke_subgraph.InvokeSubgraphHigherOrderVariable._call_function", refuse
-            )
+            home = "invoke_subgraph" if find_spec("torch._dynamo.variables.invoke_subgraph") else "higher_order_ops"
+            refused = f"torch._dynamo.variables.{home}.InvokeSubgraphHigherOrderVariable._call_function"
+            patched.setattr(refused, refuse)
             with pytest.warns(UserWarning, match="compiled each"):
                 compare(dense, model, lambda m: m(x))
     assert backend.regions == [{}]

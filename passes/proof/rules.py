@@ -83,7 +83,7 @@ _POINTWISE = {"aten.to", "aten._to_copy", "aten.__and__", "aten.__or__", "aten._
               "aten.full_like", "aten.float_power", "aten.square", "aten.rsub", "aten.lift_fresh_copy", "aten.relu6",
               "aten.selu", "aten.gelu", "aten.log_sigmoid", "aten.softplus", "aten.hardswish", "aten.mish",
               "aten.logical_and", "aten.logical_not", "aten.where", "aten.nan_to_num", "aten.clamp",
-              "aten.clip"}  # fmt: skip
+              "aten.clip", "aten.leaky_relu"}  # fmt: skip
 
 
 def follow(proof: Proof, node: fx.Node) -> Any:

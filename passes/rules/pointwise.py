@@ -31,7 +31,7 @@ def broadcast_letters(ranks: list[int], out_rank: int) -> list[list[str]]:
           "aten.full_like", "aten.empty_like", "aten.float_power", "aten.square", "aten.rsub", "aten.lift_fresh_copy",
           "aten.relu6", "aten.selu", "aten.gelu", "aten.log_sigmoid", "aten.softplus", "aten.hardswish", "aten.mish",
           "aten.logical_and", "aten.logical_not", "aten.where", "aten.nan_to_num", "aten.clamp",
-          "aten.clip")  # fmt: skip
+          "aten.clip", "aten.leaky_relu")  # fmt: skip
 class Pointwise(Rule):
     """Equal indices are united; an input that broadcasts serves all it is broadcast to."""
 

@@ -151,6 +151,7 @@ def function(graph: fx.Graph, name: str, of: Callable[..., Any]) -> fx.Node:
     return node
 
 
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 HERE, REST = object(), object()
 """Where the next operand, or a list of the others, stands among a call's arguments."""
 
@@ -178,7 +179,10 @@ def _runs(value: Any, found: dict[fx.Node, Any], rank: int) -> Any:
     if "region" in value.meta:
         return value.meta["region"]
     if value not in found:
-        found[value] = value.target(*_runs(value.args, found, rank), **_runs(value.kwargs, found, rank))
+        args, kwargs = _runs(value.args, found, rank), _runs(value.kwargs, found, rank)
+        if value.target is _ATTENTION and any(x.shape[1] == 0 for x in args[:3]):
+            raise ValueError("an attention of no heads")  # torch 2.11 divides by them, which ends the process
+        found[value] = value.target(*args, **kwargs)
     return found[value]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.zoo.architectures import architectures
 from tests.zoo.measure import TPS, measure
@@ -14,7 +16,10 @@ SAMPLE = ["causal/falcon", "causal/olmo2", "causal/gptj", "causal/qwen3", "maske
 
 
 def test_every_architecture_has_a_row() -> None:
-    assert {str(a) for a in architectures()} == set(load())
+    found, pinned = {str(a) for a in architectures()}, Path(__file__, "../../../constraints.txt").resolve().read_text()
+    assert found <= set(load())
+    if f"transformers=={transformers.__version__}\n" in pinned:  # another version has others
+        assert found == set(load())
 
 
 def test_the_table_is_that_of_the_rows() -> None:
