@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autotp.backward import OwnBackward, refuse_function, refuse_own_backward
@@ -237,19 +238,44 @@ class _Flat(nn.Module):
         return tuple(results)
 
 
+_CASTS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half,
+          torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda}  # fmt: skip
+
+
+class _ItselfIfNothingChanges(TorchFunctionMode):
+    """A mode in which a cast to what a tensor is already gives that tensor."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function's result, or its operand."""
+        found = func(*args, **(kwargs or {}))
+        if (
+            func in _CASTS
+            and not (kwargs or {}).keys() & {"copy", "memory_format"}
+            and all(x is not True for x in args)
+        ):
+            of = args[0]
+            same = type(found) is type(of) and (found.dtype, found.device) == (of.dtype, of.device)
+            return of if same else found
+        return found
+
+
 class _Eagerly(contextlib.AbstractContextManager[None]):
     """Lets a model's Python take the ways that it takes when it just runs.
 
     ``torch.compiler.is_compiling()`` and ``is_exporting()`` are true while torch.export traces, and models
     then leave out what they think cannot be traced: a mask that is not needed is made all the same, so that
-    no flash kernel takes the attention; a triangular system is solved in a loop of as many steps as rows.
+    no flash kernel takes the attention; a triangular system is solved in a loop of as many steps as rows. And a cast
+    to what a tensor is already gives another tensor there, not itself, and so what is written into it is lost to it.
     """
 
     def __enter__(self) -> None:
         self._flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
         torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
+        self._itself = _ItselfIfNothingChanges()
+        self._itself.__enter__()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._itself.__exit__(*error)
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = self._flags
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import operator
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +290,39 @@ def test_a_cache_is_not_copied_for_each_token() -> None:
     assert moved == 2, "for the first of them, and after the crop"
 
 
-@pytest.mark.parametrize("how", ["index_copy", "index_put"])
+WRITES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "index_copy": lambda cache, rows, x: cache.index_copy(0, rows, x),
+    "index_put": lambda cache, rows, x: cache.index_put((rows,), x),
+    "a slice": lambda cache, rows, x: cache.slice_scatter(x, 0, 3, 5),
+    "a slice from behind": lambda cache, rows, x: cache.slice_scatter(x, 0, -3, -1),
+    "a slice of a slice": lambda cache, rows, x: cache.slice_scatter(
+        cache[:, 1:3].slice_scatter(x[:, 1:3], 0, 1, 3), 1, 1, 3
+    ),
+    "rows of a slice": lambda cache, rows, x: cache.slice_scatter(cache[:, :3].index_put((rows,), x[:, :3]), 1, 0, 3),
+    "every other row": lambda cache, rows, x: cache.slice_scatter(x, 0, 1, 5, 2),
+}
+READS_BEFORE: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "moved": lambda cache, rows, x: cache.slice_scatter(cache[1:], 0, 0, 5),
+    "doubled": lambda cache, rows, x: cache.slice_scatter(cache[2:4] * 2, 0, 2, 4),
+    "of another slice": lambda cache, rows, x: cache.slice_scatter(cache[:, 1:3].index_put((rows,), x[:, :2]), 1, 0, 2),
+    "what is there": lambda cache, rows, x: cache.slice_scatter(
+        cache[:, :2].index_put((rows,), cache[2:4, 2:]), 1, 0, 2
+    ),
+    "of the slice itself": lambda cache, rows, x: cache.slice_scatter(
+        (part := cache[:, :2]).index_put((rows,), part[:2] + 1), 1, 0, 2
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [*WRITES, *READS_BEFORE])
 @pytest.mark.parametrize("read_again", [False, True])
 def test_a_cache_of_one_size_is_written_where_it_is(read_again: bool, how: str) -> None:
     """Unless something reads what was there before."""
+    write = (WRITES | READS_BEFORE)[how]
 
     class Rows(nn.Module):
         def forward(self, cache: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            new = cache.index_copy(0, rows, x) if how == "index_copy" else cache.index_put((rows,), x)
+            new = write(cache, rows, x)
             return new, new.sum(0) + (cache.sum(0) if read_again else 0)
 
     cache, rows, x = torch.randn(6, 4), torch.tensor([2, 3]), torch.randn(2, 4)
@@ -308,8 +334,9 @@ def test_a_cache_of_one_size_is_written_where_it_is(read_again: bool, how: str) 
         expected = Rows()(before, rows, x)
         found = lowered.run(cache, rows, x)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert (found[0] is cache) is not read_again
-    assert torch.equal(cache, before) is read_again
+    in_place = how in WRITES and not read_again
+    assert (found[0] is cache) is in_place
+    assert torch.equal(cache, before) is not in_place
 
 
 def test_a_static_cache_is_written_where_it_is() -> None:

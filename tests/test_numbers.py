@@ -141,3 +141,20 @@ def test_numbers_below_zero_and_others_stay_what_they_are() -> None:
     parallel = autotp.parallelize(copy.deepcopy(dense), 1, example_inputs=(x, 2))
     for n in (2, 3, -4, -5, 2.5, True, 3, 4):
         assert relative_error(dense(x, n), parallel(x, n)) < 1e-12, n
+
+
+def test_a_cache_is_written_where_it_is() -> None:
+    """A cast to what it is already gives the cache itself; and no step copies it."""
+    model = autotp.parallelize(Reference().eval(), 1, example_inputs=(_ids(5), 0))
+    start = 5
+    model(_ids(5), 0)  # which casts them
+    caches = [layer.cache_k for layer in model.layers]
+    places = [c.data_ptr() for c in caches]
+    for count in (1, 1, 1):
+        model(_ids(count), start)
+        start += count
+    assert all(layer.cache_k is c for layer, c in zip(model.layers, caches, strict=True))
+    assert [c.data_ptr() for c in caches] == places
+    text = str(autotp.graph(model).lowered(autotp.Lowering(), grad=False))
+    assert text.count("overwritten(") == 4
+    assert "slice_scatter(" not in text

@@ -3,7 +3,9 @@ behind them, and those of one size where it belongs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,7 +13,7 @@ from torch import fx
 from passes.graphs import op_name
 from passes.lowering.values import is_tensor, local
 
-__all__ = ["grow", "grown"]
+__all__ = ["grow", "grown", "overwritten"]
 
 aten = torch.ops.aten
 
@@ -96,6 +98,55 @@ def _overwrites(node: fx.Node, held: fx.Node) -> bool:
     return True
 
 
+def overwritten(held: torch.Tensor, places: Sequence[tuple[Any, ...]], put: Any, *what: Any) -> torch.Tensor:
+    """A tensor, of which a part is written over, without a gradient.
+
+    Args:
+        held: the tensor.
+        places: the slices, one of the other, that the part is: dim, start, stop and step of each.
+        put: ``aten.copy_`` or the like, which writes into the part.
+        what: what else that is called with.
+    """
+    part = held
+    for place in places:
+        part = aten.slice.Tensor(part, *place)
+    put(part, *what)
+    return held
+
+
+def _slice_of(node: Any, skip: int = 1) -> tuple[Any, ...]:
+    """The dim, start, stop and step of a slice."""
+    given = list(node.args[skip:])
+    dim, start, stop, step = given + [0, None, None, 1][len(given) :]
+    return dim, start or 0, None if stop is None or stop == sys.maxsize else stop, step
+
+
+def _overwrites_part(node: fx.Node, held: fx.Node) -> bool:
+    """Let what goes back into an input, with a slice of it replaced, or a slice of that, be written there at once."""
+    if local(node) != local(held) or held.op != "placeholder":
+        return False
+    places, written, base = [], node, held
+    while op_name(written) == "aten.slice_scatter" and written.args[0] is base and not written.kwargs:
+        place, source = _slice_of(written, 2), written.args[1]
+        parts = [u for u in base.users if u is not written and op_name(u) != "aten.sym_size"]
+        places.append(place)
+        if not parts:
+            return _put(node, held, places, aten.copy_.default, source)
+        if len(parts) > 1 or op_name(parts[0]) != "aten.slice" or _slice_of(parts[0]) != place:
+            return False
+        written, base = source, parts[0]
+        if not is_tensor(written) or set(base.users) - {written} or len(written.users) > 1:
+            return False
+    if not places or written.target not in _IN_PLACE or written.args[0] is not base or written.kwargs:
+        return False
+    return _put(node, held, places, _IN_PLACE[written.target], *written.args[1:])
+
+
+def _put(node: fx.Node, held: fx.Node, places: Sequence[tuple[Any, ...]], put: Any, *what: Any) -> bool:
+    node.target, node.args = overwritten, (held, tuple(places), put, *what)
+    return True
+
+
 def grow(graph: fx.Graph, written: Mapping[int, int]) -> int:
     """Let caches take new tokens without a copy of what they hold: those that grow, and those of one size.
 
@@ -112,5 +163,13 @@ def grow(graph: fx.Graph, written: Mapping[int, int]) -> int:
     count = 0
     for i, node in enumerate(output.args[0]):
         if is_tensor(node):
-            count += _grows(node, output) or (i in written and _overwrites(node, inputs[written[i]]))
+            held = inputs[written[i]] if i in written else None
+            count += _grows(node, output) or (
+                held is not None and (_overwrites(node, held) or _overwrites_part(node, held))
+            )
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _is_in_place(n))
     return count
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return node.target in (overwritten, *_IN_PLACE.values())

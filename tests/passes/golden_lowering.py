@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from passes import Lowering, localize, lower
 from tests.passes.golden_cases import Small, case, x
 
 
-def lowered(model: nn.Module, *inputs: Tensor, without: str, then: str = "", tp: int = 1, grad: bool = True) -> str:
+def lowered(
+    model: nn.Module, *inputs: Tensor, without: str, then: str = "", tp: int = 1, grad: bool = True,
+    written: Mapping[int, int] | None = None,
+) -> str:  # fmt: skip
     """A rank's graph as the passes named in ``then`` leave it, and what the pass named in ``without`` makes of that."""
     captured = capture(model, inputs, {})
     graph = localize(rewrite(captured, tp).graph, 0)
     before = dataclasses.replace(Lowering.none(), **dict.fromkeys(then.split(), True))
     texts = []
     for title, lowering in (("Before", before), ("After", dataclasses.replace(before, **{without: True}))):
-        made = lower(graph, 0, captured.constants, captured.regions, lowering, grad=grad)
+        made = lower(graph, 0, captured.constants, captured.regions, lowering, grad=grad, written=written)
         texts.append(f"{title}:\n\n{lowered_text(made.graph, f'rank 0 of {tp}', made.repeated)}")
     return "\n\n".join(texts)
 
@@ -174,6 +178,20 @@ def grow() -> str:
             return (x @ keys.transpose(1, 2)).softmax(-1), keys
 
     return lowered(Keys(), x(2, 1, 8), x(2, 5, 8), without="grow", grad=False)
+
+
+@case("lowering/grow_in_place")
+def grow_in_place() -> str:
+    """What goes back into the memory that it came from is written there, also into a slice of it."""
+
+    class Keys(nn.Module):
+        def forward(self, x: Tensor, at: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            keys = keys.index_copy(1, at, x)
+            values = values.slice_scatter(values[: x.shape[0]].slice_scatter(x * 2, 1, 3, 5), 0, 0, x.shape[0])
+            return (x @ keys[: x.shape[0]].transpose(1, 2)).softmax(-1), keys, values
+
+    given = x(2, 2, 8), torch.tensor([4, 1]), x(2, 9, 8), x(4, 9, 8)
+    return lowered(Keys(), *given, without="grow", grad=False, written={1: 2, 2: 3})
 
 
 @case("lowering/overlap")
