@@ -367,10 +367,9 @@ class Programs:
         with torch.inference_mode(False):  # the graph, and its constants, will serve in training too
             args, kwargs = of.dense()
             args, kwargs = pytree.tree_map_only(torch.Tensor, _usable, (args, kwargs))
-            captured = capture(
-                self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts, layouts=self.slots,
-                memory=self.memory,
-            )  # fmt: skip
+            captured = self._traced(args, kwargs)
+            if (plain := self.numbers.plain(args, kwargs)) is not None and self._traced(*plain).steps != captured.steps:
+                raise CaptureError("forward asks what kind of number an argument is")
         self.captures += 1
         self._check(captured)
         known.append(captured)
@@ -378,6 +377,12 @@ class Programs:
             if programs is not None:
                 programs.watch.settle()
         return captured
+
+    def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        return capture(
+            self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts, layouts=self.slots,
+            memory=self.memory,
+        )  # fmt: skip
 
     def _check(self, captured: Captured) -> None:
         """Refuse a graph that would not do what the module does."""

@@ -71,6 +71,7 @@ class Captured:
             ``(input, dim)`` of each of its arguments.
         static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
         equal: ``(input, dim, input, dim)`` for the input dims that must be equal.
+        steps: what was called, and the sizes of what it made in the call that was traced.
     """
 
     graph: fx.Graph
@@ -83,6 +84,7 @@ class Captured:
     guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)
     static: list[tuple[int, int, int]] = field(default_factory=list)
     equal: list[tuple[int, int, int, int]] = field(default_factory=list)
+    steps: tuple[Any, ...] = ()
 
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Whether inputs have the sizes that the graph takes for constants, for equal, or branched on."""
@@ -198,6 +200,7 @@ def capture(
         said = ", ".join(sorted(map(repr, outputs.refills)))
         raise ChangedError(f"forward puts other tensors into arguments that it is given ({said})", outputs.refills)
     captured = _flat_graph(exported, outputs, tied, slots)
+    steps = _steps(captured.graph)
     left = _prepare(captured)
     if again is not None:
         other = _flat_graph(again[0], again[1], tied, slots)
@@ -222,8 +225,16 @@ def capture(
             raise CaptureError(f"{where(left[0])} changes a tensor in place: {said}", reason=said) from error
         if left := _prepare(captured):
             raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
-    captured.inputs = names
+    captured.inputs, captured.steps = names, steps
     return captured
+
+
+def _steps(graph: fx.Graph) -> tuple[Any, ...]:
+    """What a traced graph calls that gives tensors, and their sizes in the call that was traced."""
+    made = [n for n in graph.nodes if n.op == "call_function" and is_tensor(n)]
+    return tuple(
+        (op_name(n), tuple(s if isinstance(s, int) else s.node.hint for s in n.meta["val"].shape)) for n in made
+    )
 
 
 def _is_of_functorch(node: fx.Node) -> bool:

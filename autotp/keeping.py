@@ -27,7 +27,7 @@ from autotp.hooks import HOOKS
 from autotp.remembered import Memory, Place
 from autotp.states import Opener, UnseenError
 
-__all__ = ["Kept", "Snapshot", "is_alone", "left_as_it_was", "storage_of"]
+__all__ = ["Kept", "Snapshot", "is_alone", "kept_as_it_was", "left_as_it_was", "storage_of"]
 
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -276,12 +276,32 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(was)
 
 
-def is_alone(memory: Memory) -> bool:
-    """Whether what a model keeps in known places shares no memory, container or object with what else it holds."""
+def _held_in(memory: Memory) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
+    """What is in known places, with what has it under which key; and a module that holds all of it, and no more."""
     places = [(place.holder(memory.model), place.key) for place in memory.own]
     values = [(holder, key, holder[key]) for holder, key in places if key in holder]
     by_itself = nn.Module()
     by_itself.__dict__["kept"] = [x for _, _, x in values]
+    return values, by_itself
+
+
+@contextlib.contextmanager
+def kept_as_it_was(memory: Memory) -> Iterator[None]:
+    """The model with what it keeps in known places as it was."""
+    values, by_itself = _held_in(memory)
+    with left_as_it_was(by_itself):
+        try:
+            yield
+        finally:
+            for place in memory.own:
+                place.holder(memory.model).pop(place.key, None)
+            for holder, key, x in values:
+                holder[key] = x
+
+
+def is_alone(memory: Memory) -> bool:
+    """Whether what a model keeps in known places shares no memory, container or object with what else it holds."""
+    values, by_itself = _held_in(memory)
     for holder, key, _ in values:
         holder[key] = None
     try:

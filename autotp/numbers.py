@@ -2,6 +2,8 @@
 
 A graph holds for one value of a number. One that is another in a call that is otherwise alike is taken for a size from
 then on, as the counts in objects are (:mod:`autotp.states`), and a graph holds for all that its Python treats alike.
+While it is traced such a size is no ``int``, and Python may ask: so what was called must be what a trace with the
+number itself calls.
 """
 
 from __future__ import annotations
@@ -9,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from autotp.held import Held
+
 __all__ = ["Numbers"]
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) is Held and type(x.it) is int
 
 
 class Numbers:
@@ -46,6 +54,15 @@ class Numbers:
         found = {k for k, x in now.items() if before.get(k, x) != x} - self.places - self._constant
         self.places |= found
         return bool(found)
+
+    def plain(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Arguments with such numbers as they are; None if there are none."""
+        taken = [x for x in (*args, *kwargs.values()) if _is_number(x)]
+        if not taken:
+            return None
+        return tuple(x.it if _is_number(x) else x for x in args), {
+            k: x.it if _is_number(x) else x for k, x in kwargs.items()
+        }
 
     def forget(self) -> bool:
         """Take all numbers for constants from now on: calls cannot be captured otherwise; whether any was not."""

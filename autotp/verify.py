@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -19,7 +20,7 @@ from autotp.admission import admit
 from autotp.arguments import Arguments
 from autotp.errors import AutoTPError, check_tp
 from autotp.inputs import ExampleInputs, example_call
-from autotp.keeping import left_as_it_was
+from autotp.keeping import kept_as_it_was
 from autotp.parts import Seam, divide
 from autotp.planning import announce, plan_of
 from autotp.rounding import depth, longest_sum, rounding_error
@@ -253,7 +254,9 @@ def compare(
 
     def run(it: nn.Module) -> Measured:
         model.zero_grad(set_to_none=True)
-        with left_as_it_was(model):
+        with contextlib.ExitStack() as around:
+            for part in parallel.division.parts:
+                around.enter_context(kept_as_it_was(part.programs.memory))
             return measure(it, args, kwargs, lambda: {n: p.grad for n, p in model.named_parameters()}, kept)
 
     def kept() -> dict[str, torch.Tensor]:
@@ -331,7 +334,9 @@ def verify(
             return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
         from autotp.spawned import measure_spawned
 
-        with left_as_it_was(dense):
+        with contextlib.ExitStack() as around:
+            for part in division.parts:
+                around.enter_context(kept_as_it_was(part.programs.memory))
             expected = measure(
                 dense, args, kwargs, lambda: {n: p.grad for n, p in dense.named_parameters()},
                 lambda: {n: x.detach() for part in division.parts for n, x in part.programs.memory.kept().items()},

@@ -158,3 +158,23 @@ def test_a_cache_is_written_where_it_is() -> None:
     text = str(autotp.graph(model).lowered(autotp.Lowering(), grad=False))
     assert text.count("overwritten(") == 4
     assert "slice_scatter(" not in text
+
+
+class Asking(nn.Module):
+    """Asks whether an argument is a number, as transformers' models ask of ``logits_to_keep``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 320), nn.Linear(320, WIDTH)
+        self.double()
+
+    def forward(self, x: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+        y = self.down(torch.relu(self.up(x)))
+        return y[:, slice(-keep, None) if isinstance(keep, int) else keep]
+
+
+def test_python_that_asks_for_a_number_gets_one() -> None:
+    dense, x = Asking(), torch.randn(2, 9, WIDTH, dtype=torch.float64)
+    parallel = autotp.parallelize(copy.deepcopy(dense), 1, example_inputs=(x, 2))
+    for keep in (2, 3, 4, 1, 3, torch.tensor([1, 2])):
+        assert relative_error(dense(x, keep), parallel(x, keep)) < 1e-12

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture
+from autotp.remembered import Memory
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.simulate import Simulation
 from passes import Layout, Lowering, Shards
@@ -35,6 +36,7 @@ class OneProgram:
     def __init__(self, model: nn.Module, program: Rewritten) -> None:
         self.model, self.last, self._graphs = model, program, {}
         self.dense = Dense.of(model)
+        self.memory = Memory(model)
 
     def find(self, args: Any, kwargs: Any) -> tuple[Rewritten, Arguments]:
         return self.last, Arguments(args, kwargs)
