@@ -23,9 +23,9 @@ from autotp.arguments import Arguments
 from autotp.errors import CaptureError, ChangedError
 from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
-from autotp.impure import more_than_a_function, refuse_statistics, refuse_written, traced_again
+from autotp.impure import more_than_a_function, refuse_computed, refuse_statistics, refuse_written, traced_again
 from autotp.inputs import device_of
-from autotp.keeping import Snapshot
+from autotp.keeping import Snapshot, Values
 from autotp.meaning import meaning
 from autotp.remembered import Memory
 from autotp.states import Counts, Slot
@@ -181,12 +181,16 @@ def capture(
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             snapshot = Snapshot(model)
+            known = {id(x) for x in memory.kept().values()}
+            values = Values([t for t in snapshot.plain() if id(t) not in known])  # what meets no input is not traced
             try:
                 exported, outputs = trace(model, leaves, spec, tensors, memory, fixed)
                 snapshot.restore()  # torch leaves copies of lists and dicts
+                refuse_computed(values.written(), snapshot)
                 again = traced_again(outputs, lambda: trace(model, leaves, spec, tensors, memory, fixed))
             finally:
                 snapshot.restore()
+                values.restore()
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})

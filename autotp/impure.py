@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from autotp.errors import CaptureError, ChangedError, KeptError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from autotp.capture import Captured
     from autotp.tracing import Outputs
 
-__all__ = ["more_than_a_function", "refuse_statistics", "refuse_written", "traced_again"]
+__all__ = ["more_than_a_function", "refuse_computed", "refuse_statistics", "refuse_written", "traced_again"]
 
 
 def traced_again(outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
@@ -55,6 +56,15 @@ def more_than_a_function(kept: Sequence[Kept]) -> CaptureError:
     if cannot is not None:
         return CaptureError(said, reason=reason)
     return KeptError(said, {k.place for k in kept if k.place is not None}, reason=reason)
+
+
+def refuse_computed(written: Sequence[torch.Tensor], snapshot: Snapshot) -> None:
+    """Raise if a forward has written into tensors on the model, of tensors on the model alone: no graph shows it."""
+    if not written:
+        return
+    places = {replace(place, sharded=True) for place in snapshot.places(written)}
+    said = f"forward changes tensors in place that are no arguments ({', '.join(sorted(p.name for p in places))})"
+    raise KeptError(said, places) if places else CaptureError(said)
 
 
 def refuse_statistics(graph: fx.Graph) -> None:

@@ -27,7 +27,7 @@ from autotp.hooks import HOOKS
 from autotp.remembered import Memory, Place
 from autotp.states import Opener, UnseenError
 
-__all__ = ["Kept", "Snapshot", "is_alone", "kept_as_it_was", "left_as_it_was", "storage_of"]
+__all__ = ["Kept", "Snapshot", "Values", "is_alone", "kept_as_it_was", "left_as_it_was", "storage_of"]
 
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -233,6 +233,13 @@ class Snapshot:
                     found.add(place)
         return found
 
+    def plain(self) -> list[torch.Tensor]:
+        """The tensors that are neither parameters nor buffers."""
+        holders = [held for _, _, held, where in self._held if where is not None and not where[2]]
+        values = (x for held in holders for x in (held.values() if isinstance(held, dict) else held))
+        found = {id(x): x for x in values if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)}
+        return list(found.values())
+
     def memory(self) -> set[Any]:
         """The containers and objects that are held, and the memory of tensors."""
         of_tensors = {storage_of(t) for t in self.tensors() if t.numel() and not t.is_meta}
@@ -261,19 +268,38 @@ def storage_of(tensor: torch.Tensor) -> Any:
         return id(tensor)
 
 
+class Values:
+    """The values of some tensors.
+
+    Args:
+        tensors: the tensors.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._were = [(t, t.detach().clone(), t._version) for t in tensors]
+
+    def written(self) -> list[torch.Tensor]:
+        """Those that were written into, as far as torch counts that."""
+        return [t for t, _, version in self._were if t._version != version]
+
+    def restore(self) -> None:
+        """Make them what they were."""
+        with torch.no_grad():
+            for tensor, was, version in self._were:
+                if tensor._version != version or not torch.equal(tensor, was):  # some kernels do not count
+                    tensor.copy_(was)
+
+
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """The model with its buffers, and what its modules hold, as they were."""
     snapshot = Snapshot(model)
-    tensors = [(t, t.detach().clone(), t._version) for t in snapshot.tensors() if not isinstance(t, nn.Parameter)]
+    values = Values([t for t in snapshot.tensors() if not isinstance(t, nn.Parameter)])
     try:
         yield
     finally:
         snapshot.restore()
-        with torch.no_grad():
-            for tensor, was, version in tensors:
-                if tensor._version != version or not torch.equal(tensor, was):  # some kernels do not count
-                    tensor.copy_(was)
+        values.restore()
 
 
 def _held_in(memory: Memory) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
@@ -293,8 +319,10 @@ def kept_as_it_was(memory: Memory) -> Iterator[None]:
         try:
             yield
         finally:
+            there = {(id(holder), key) for holder, key, _ in values}
             for place in memory.own:
-                place.holder(memory.model).pop(place.key, None)
+                if (id(holder := place.holder(memory.model)), place.key) not in there:
+                    holder.pop(place.key, None)
             for holder, key, x in values:
                 holder[key] = x
 

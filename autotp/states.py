@@ -80,6 +80,8 @@ _CONSTANTS = (bool, float, complex, str, bytes, type(None), type(...), enum.Enum
               torch.layout, torch.memory_format, torch.Size, slice, range, type)  # fmt: skip
 _CONTAINERS = (list, tuple, dict)
 _MARKED: set[type] = set()
+_LARGEST = 1 << 31
+"""Numbers from here on are no counts: a tensor of so many elements, though it takes no memory, is none to torch."""
 
 C = TypeVar("C", bound=type)
 
@@ -161,8 +163,8 @@ class Opener:
             return Leaf(self._add(id(x), x, path))
         if isinstance(x, torch.SymInt) or kind is int:
             self.numbers[path] = (owner, name), x
-            counts = self._counts is not None and x >= 0 and (x in (0, 1) or (owner, name) in self._counts)
-            if kind is not int or counts:
+            size = kind is int and 0 <= x < _LARGEST and self._counts is not None
+            if kind is not int or (size and (x in (0, 1) or (owner, name) in self._counts)):  # type: ignore[operator]
                 return Count(self._add((owner, name, str(x)), x, path))
         if isinstance(x, (int, *_CONSTANTS)):
             return Constant(kind, repr(x), x)

@@ -125,7 +125,8 @@ class Outputs:
             stays = {c.form.index: (*c.path, c.key) for c in found if c.inside and isinstance(c.form, FormLeaf)}
             if any(id(t) in written and tensors.get(id(t)) not in stays for _, t in own):
                 raise CaptureError("forward writes into a tensor that it is given, and puts it elsewhere")
-            inside |= {id(t): (i, stays[tensors[id(t)]]) for _, t in own if tensors.get(id(t)) in stays}
+            if not is_sharded(type(x)):  # where ranks keep shares, what is returned is made whole
+                inside |= {id(t): (i, stays[tensors[id(t)]]) for _, t in own if tensors.get(id(t)) in stays}
             self.written |= {tensors[id(t)]: number for number, t in own if id(t) in tensors}
             self.counts |= opener.counted(dict(state.numbers))
         for n, leaf in enumerate(outputs):  # what is returned and stays in an object is one tensor
