@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from autotp.errors import AutoTPError
+from autotp.held import Remembered
 from autotp.shards import own_part
-from autotp.states import Counts, Slot, opened
+from autotp.states import Box, Counts, Slot, opened
 from passes import Layout
 
 __all__ = ["Arguments"]
@@ -66,9 +67,12 @@ class Arguments:
     def _widen(self, i: int, path: str, layout: Layout, rank: int) -> None:
         ((dim, shards),) = layout.shards
         shape = self.shapes[i]
-        self._split.add(id(self.tensors[i]))
         held, whole = shards.counts[rank], shards.size
-        if dim >= len(shape) or shape[dim] not in (held, whole):
+        fits = dim < len(shape) and shape[dim] in (held, whole)
+        if not fits and self._is_kept(i):  # another than was there, and whole
+            return
+        self._split.add(id(self.tensors[i]))
+        if not fits:
             size = shape[dim] if dim < len(shape) else "nothing"
             self.error = AutoTPError(
                 f"{path} has {size} along dim {dim}: it should be {held}, which this rank holds of it, or all {whole}"
@@ -76,6 +80,16 @@ class Arguments:
         elif held != whole and shape[dim] == held:
             self.shapes[i] = (*shape[:dim], whole, *shape[dim + 1 :])
             self._parts.add(id(self.tensors[i]))
+
+    def _is_kept(self, i: int) -> bool:
+        """Whether a tensor is one that the model keeps on its modules."""
+        number, leaves = 0, iter(self.leaves)
+        for state in self.spec.states:
+            mine = [isinstance(next(leaves), torch.Tensor) for _ in (state.slots if state is not None else (None,))]
+            if number <= i < number + sum(mine):
+                return state is not None and isinstance(state.form, Box) and issubclass(state.form.cls, Remembered)
+            number += sum(mine)
+        return False
 
     def is_part(self, x: Any) -> bool:
         """Whether a leaf is this rank's part of a value."""

@@ -15,9 +15,9 @@ from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
 from autotp.comparison import Comparison, is_constant, kinds
 from autotp.errors import CaptureError, ChangedError, KeptError, UncapturedError
-from autotp.held import NUMBER, Held, are_apart, are_distinct, held
+from autotp.held import NUMBER, Held, are_distinct, held, overlapping
 from autotp.inputs import device_of
-from autotp.keeping import is_alone
+from autotp.keeping import is_alone, shares_memory
 from autotp.meaning import meaning
 from autotp.numbers import Numbers
 from autotp.proving import prove
@@ -183,12 +183,11 @@ class Programs:
                     "torch.utils._pytree.register_pytree_node",
                     reason=f"called with {what}, into which pytree cannot see",
                 )
-        changes = self.changed or self.memory.places
-        if changes and not (are_apart(of.tensors) and are_distinct(of.objects)):
+        if (self.changed or self.memory.places) and not are_distinct(of.objects):
             raise CaptureError(
-                "two arguments share memory, or are one list, and the call changes an argument: a graph would change "
-                "one of the two only (what the model keeps on its modules is an argument too). Pass copies",
-                reason="arguments that share memory, of which the call changes one",
+                "two arguments are, or hold, one list or object, and the call changes an argument: a graph would "
+                "change one of the two only (what the model keeps on its modules is an argument too). Pass copies",
+                reason="arguments that are one object, of which the call changes one",
             )
         around = self.outer.watch.look() if self.outer is not None else ""
         return kinds(of.leaves, of.shapes), of.spec, around, self.watch.look(), torch.is_autocast_enabled()
@@ -224,8 +223,30 @@ class Programs:
                 if captured.outputs.counts <= self.counts and not (
                     self.keeps_parts and self.memory.places and self.memory.share(of, captured.graph)
                 ):
+                    self._refuse_overlap(captured, of)
                     return captured, of, key
                 self.counts |= captured.outputs.counts  # what was taken for constant is not
+
+    def _refuse_overlap(self, captured: Captured, of: Arguments) -> None:
+        """Raise if a call would write into a tensor that shares memory with another that it, or the module, has."""
+        written = captured.outputs.overwritten if self.changed or self.memory.places else ()
+        if not written:
+            return
+        named = zip(of.spec.paths(), of.leaves, strict=True)
+        paths = [path for path, x in named if isinstance(x, torch.Tensor)]
+        said, names = "", ", ".join(paths[i] for i in sorted(written))
+        if (pair := overlapping(of.tensors, written)) is not None:
+            said = f"{paths[pair[0]]} and {paths[pair[1]]} share memory"
+        elif not self._is_alone([of.tensors[i] for i in written]):
+            said = f"one of {names} shares memory with another tensor on the model"
+        if said:
+            raise CaptureError(
+                f"{said}, and the call writes into one of them: a graph would change that one only. Give each its own",
+                reason="tensors that share memory, of which the call changes one",
+            )
+
+    def _is_alone(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return not self.memory.places or not shares_memory(self.memory, tensors)
 
     def _keep(self, error: KeptError) -> None:
         """Take into account that the module keeps something."""
@@ -327,6 +348,10 @@ class Programs:
         for number in self._by_structure.get(key, ()) if error is None else ():
             captured = self._made_so_far[number].captured
             if captured.fits(of.shapes):
+                try:
+                    self._refuse_overlap(captured, of)
+                except CaptureError as overlap:
+                    return of, key, overlap, None
                 return of, key, error, (number, dynamic_sizes(captured, of.shapes))
         return of, key, error, None
 
@@ -337,7 +362,8 @@ class Programs:
         """Recognise the next call of this structure by code made for it."""
         if self.rank is not None:
             program = self._made_so_far[number]
-            self._recognizers.add(number, self._watches(), of, program.captured, program.inputs, self.rank)
+            captured, held = program.captured, program.inputs
+            self._recognizers.add(number, self._watches(), of, captured, held, self.rank, self._is_alone)
 
     def _recognized(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, Recognized] | None:
         """The number of the program of a call that is recognised at sight, and its arguments."""
@@ -357,11 +383,12 @@ class Programs:
         for captured in known:
             if captured.fits(of.shapes):
                 return captured
-        if (changes := self.watch.changes()) and self.captures >= _MANY:
-            names = ", ".join(dotted(*place) for place in changes)
+        changed = [*(dotted(*place) for place in self.watch.changes()), *self.memory.places]
+        if changed and self.captures >= _MANY:
+            names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
             warnings.warn(
                 f"the model is captured for the {self.captures + 1}th time, because these attributes changed: {names}. "
-                "A graph holds for their values; do not keep counters on modules",
+                "A graph holds for their values: keep no floats, texts, or lists that grow, on modules",
                 stacklevel=2,
             )
         with torch.inference_mode(False):  # the graph, and its constants, will serve in training too

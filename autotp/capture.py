@@ -23,7 +23,14 @@ from autotp.arguments import Arguments
 from autotp.errors import CaptureError, ChangedError
 from autotp.forwards import as_dense
 from autotp.hooks import refuse_hooks
-from autotp.impure import more_than_a_function, refuse_computed, refuse_statistics, refuse_written, traced_again
+from autotp.impure import (
+    more_than_a_function,
+    refuse_computed,
+    refuse_statistics,
+    refuse_views,
+    refuse_written,
+    traced_again,
+)
 from autotp.inputs import device_of
 from autotp.keeping import Snapshot, Values
 from autotp.meaning import meaning
@@ -212,6 +219,7 @@ def capture(
         if meaning(other.graph, other.constants) != meaning(captured.graph, captured.constants):
             raise more_than_a_function(outputs.kept)
     refuse_statistics(captured.graph)
+    refuse_views(captured)
     if left:
         keys = [key for key, x in zip(spec.keys(), leaves, strict=True) if isinstance(x, torch.Tensor)]
         refuse_written(captured, left, keys, snapshot)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["NUMBER", "Held", "Remembered", "are_apart", "are_distinct", "held", "released"]
+__all__ = ["NUMBER", "Held", "Remembered", "are_distinct", "held", "overlapping", "released"]
 
 
 class Held:
@@ -70,17 +71,20 @@ def are_distinct(objects: Sequence[Any]) -> bool:
     return len(set(seen)) == len(seen)
 
 
-def are_apart(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no two tensors share an element in memory: a graph that changes one would not change the other."""
-    found: dict[int, list[torch.Tensor]] = {}
-    for x in tensors:
+def overlapping(tensors: Sequence[torch.Tensor], written: Collection[int]) -> tuple[int, int] | None:
+    """The numbers of two tensors that share an element in memory, one of which is written to; None if all are apart.
+
+    A graph that changes one would not change the other.
+    """
+    found: dict[int, list[int]] = {}
+    for i, x in enumerate(tensors):
         if x.numel() and x.device.type != "meta" and 0 not in x.stride():
-            found.setdefault(x.untyped_storage().data_ptr(), []).append(x)
+            found.setdefault(x.untyped_storage().data_ptr(), []).append(i)
     for several in found.values():
-        for i, x in enumerate(several):
-            if any(_overlap(_place(x), _place(y)) for y in several[:i]):
-                return False
-    return True
+        for i, j in itertools.combinations(several, 2):
+            if (i in written or j in written) and _overlap(_place(tensors[i]), _place(tensors[j])):
+                return i, j
+    return None
 
 
 def _place(x: torch.Tensor) -> Any:

@@ -17,13 +17,15 @@ from torch import fx
 from autotp.errors import CaptureError, ChangedError, KeptError
 from autotp.keeping import Kept, Snapshot
 from autotp.remembered import Place
-from passes.graphs import op_name, where
+from passes.aliases import sources
+from passes.graphs import is_tensor, op_name, where
 
 if TYPE_CHECKING:
     from autotp.capture import Captured
     from autotp.tracing import Outputs
 
-__all__ = ["more_than_a_function", "refuse_computed", "refuse_statistics", "refuse_written", "traced_again"]
+__all__ = ["more_than_a_function", "refuse_computed", "refuse_statistics", "refuse_views", "refuse_written",
+           "traced_again"]  # fmt: skip
 
 
 def traced_again(outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
@@ -65,6 +67,22 @@ def refuse_computed(written: Sequence[torch.Tensor], snapshot: Snapshot) -> None
     places = {replace(place, sharded=True) for place in snapshot.places(written)}
     said = f"forward changes tensors in place that are no arguments ({', '.join(sorted(p.name for p in places))})"
     raise KeptError(said, places) if places else CaptureError(said)
+
+
+def refuse_views(captured: Captured) -> None:
+    """Raise if what a forward keeps is a parameter, or shares memory with one, or with something else that it keeps:
+    each would be a tensor of its own, and what happens to one later would not happen to the other."""
+    results = captured.graph.output_node().args[0]
+    kept = {results[i] for i in captured.outputs.own if isinstance(results[i], fx.Node) and is_tensor(results[i])}
+    for node in kept:
+        for source in sources(node):
+            parameter = source.op == "get_attr" and source.target in captured.parameters
+            if parameter or (source is not node and source in kept and source.op == "call_function"):
+                what = f"the parameter {source.target}" if parameter else "a view of something else that it keeps"
+                raise CaptureError(
+                    f"forward keeps {what} on the model, or a part of it: a graph would keep a copy",
+                    reason="forward keeps tensors on the module that share memory",
+                )
 
 
 def refuse_statistics(graph: fx.Graph) -> None:

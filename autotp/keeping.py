@@ -27,7 +27,8 @@ from autotp.hooks import HOOKS
 from autotp.remembered import Memory, Place
 from autotp.states import Opener, UnseenError
 
-__all__ = ["Kept", "Snapshot", "Values", "is_alone", "kept_as_it_was", "left_as_it_was", "storage_of"]
+__all__ = ["Kept", "Snapshot", "Values", "is_alone", "kept_as_it_was", "left_as_it_was", "shares_memory",
+           "storage_of"]  # fmt: skip
 
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -325,6 +326,21 @@ def kept_as_it_was(memory: Memory) -> Iterator[None]:
                     holder.pop(place.key, None)
             for holder, key, x in values:
                 holder[key] = x
+
+
+def shares_memory(memory: Memory, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether some tensors share memory with something that a model holds elsewhere than in known places."""
+    if not tensors:
+        return False
+    values, _ = _held_in(memory)
+    for holder, key, _ in values:
+        holder[key] = None
+    try:
+        others = Snapshot(memory.model).tensors()
+    finally:
+        for holder, key, x in values:
+            holder[key] = x
+    return not {storage_of(t) for t in others if t.numel() and not t.is_meta}.isdisjoint(map(storage_of, tensors))
 
 
 def is_alone(memory: Memory) -> bool:

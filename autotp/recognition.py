@@ -17,7 +17,7 @@ import torch
 
 from autotp.arguments import Arguments
 from autotp.capture import Captured
-from autotp.held import Held, Remembered, are_apart
+from autotp.held import Held, Remembered, overlapping
 from autotp.states import Box, Constant, Count, Form, Leaf, State, counted
 from autotp.watch import Watch
 from autotp.written import written
@@ -25,6 +25,7 @@ from passes import Layout
 
 __all__ = ["Recognized", "Recognizers", "dynamic_sizes", "recognizer"]
 
+Alone = Callable[[Sequence[torch.Tensor]], bool]
 Recognize = Callable[[tuple[Any, ...], dict[str, Any]], "Recognized | None"]
 
 _REMEMBERED = 16
@@ -60,17 +61,25 @@ def dynamic_sizes(captured: Captured, shapes: Sequence[Sequence[int]]) -> tuple[
 
 
 class _Apart:
-    """:func:`are_apart`, which need not look again at tensors that lie where the last ones did."""
+    """Looks whether what is written to shares no memory with anything else; not again at tensors that lie where the
+    last ones did.
 
-    def __init__(self) -> None:
+    Args:
+        written: the numbers of the tensors that are written to.
+        alone: whether tensors share no memory with what else a module holds.
+    """
+
+    def __init__(self, written: frozenset[int], alone: Callable[[Sequence[torch.Tensor]], bool]) -> None:
+        self._written, self._alone = written, alone
         self._last: list[Any] = []
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether no two of them share an element in memory."""
+        """Whether that is so."""
         now = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
-        if now != self._last and not are_apart(tensors):
-            return False
-        self._last = now
+        if now != self._last:
+            if overlapping(tensors, self._written) or not self._alone([tensors[i] for i in self._written]):
+                return False
+            self._last = now
         return True
 
 
@@ -86,10 +95,11 @@ class _Writer:
         captured: their graph.
         held: the layouts of the inputs that ranks hold in parts, by position.
         rank: the rank.
+        alone: whether tensors share no memory with what else the module holds.
     """
 
-    def __init__(self, of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int) -> None:
-        self.of, self.captured, self.held, self.rank = of, captured, held, rank
+    def __init__(self, of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int, alone: Alone) -> None:
+        self.of, self.captured, self.held, self.rank, self.alone = of, captured, held, rank, alone
         self.lines: list[str] = []
         self.names: dict[str, Any] = {"counted": counted, "autocast": torch.is_autocast_enabled}
         self.static = {(i, d): n for i, d, n in captured.static}
@@ -111,8 +121,10 @@ class _Writer:
             self.refuse_unless(f"{self._numbers[i, d]} == {self._numbers[j, e]}")
         for check, places in self.captured.guards:
             self.refuse_unless(f"{self.known(check)}({', '.join(self._numbers[p] for p in places)})")
-        if any(isinstance(x, type) and issubclass(x, (Held, Remembered)) for x in self.names.values()):
-            self.refuse_unless(f"{self.known(_Apart())}(({''.join(f'{t}, ' for t in self.tensors)}))")
+        opened = any(isinstance(x, type) and issubclass(x, (Held, Remembered)) for x in self.names.values())
+        if opened and (changed := self.captured.outputs.overwritten):
+            apart = self.known(_Apart(changed, self.alone))
+            self.refuse_unless(f"{apart}(({''.join(f'{t}, ' for t in self.tensors)}))")
         results = ", ".join(
             f"({''.join(f'{n}, ' for n in names)})" for names in (self.tensors, self.objects, self.sizes)
         )
@@ -295,7 +307,7 @@ class Recognizers:
 
     def add(
         self, number: int, watches: Sequence[Watch], of: Arguments, captured: Captured, held: Mapping[int, Layout],
-        rank: int,
+        rank: int, alone: Alone,
     ) -> None:  # fmt: skip
         """Recognise calls like one, by code made for it, if there can be such code.
 
@@ -306,11 +318,12 @@ class Recognizers:
             captured: its graph.
             held: the layouts of the inputs that ranks hold in parts, by position.
             rank: the rank.
+            alone: whether tensors share no memory with what else the module holds.
         """
         texts = [w.text for w in watches]
         if any(n == number and t == texts for _, n, t in self._known):  # a form that it is written for, or none
             return
-        if (made := recognizer(of, captured, held, rank)) is not None:
+        if (made := recognizer(of, captured, held, rank, alone)) is not None:
             self._known.insert(0, (made, number, texts))
             del self._known[_REMEMBERED:]
 
@@ -335,7 +348,9 @@ def _children(spec: Any) -> list[Any]:
     return found
 
 
-def recognizer(of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int) -> Recognize | None:
+def recognizer(
+    of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int, alone: Alone = lambda tensors: True
+) -> Recognize | None:
     """A function that recognises calls of one structure.
 
     Args:
@@ -343,6 +358,7 @@ def recognizer(of: Arguments, captured: Captured, held: Mapping[int, Layout], ra
         captured: its graph.
         held: the layouts of the inputs that ranks hold in parts, by position.
         rank: the rank.
+        alone: whether tensors share no memory with what else the module holds.
 
     Returns:
         None where there is none for this structure: something among the arguments is of a kind that only pytree
@@ -352,6 +368,6 @@ def recognizer(of: Arguments, captured: Captured, held: Mapping[int, Layout], ra
         if any(s.counts[rank] != s.size for _, s in layout.shards) and not of.is_part(of.tensors[i]):
             return None
     try:
-        return _Writer(of, captured, held, rank).write()
+        return _Writer(of, captured, held, rank, alone).write()
     except _UnknownError:
         return None

@@ -59,6 +59,7 @@ class Outputs:
         slots: for each result that is in an object its place there, and whether ranks keep their own shares of it.
         written: the results that go back into the memory of a tensor that an object held, by its number among the
             input tensors.
+        own: the results that the modules keep from now on.
         counts: the attributes of objects that count.
         refills: the arguments, by number or keyword, that are containers into which forward puts other tensors.
         agreeing: classes whose backward agrees with the derivative of their forward.
@@ -70,10 +71,17 @@ class Outputs:
     changes: list[tuple[int, Change]] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
     counts: set[tuple[type, str]] = field(default_factory=set)
     refills: set[int | str] = field(default_factory=set)
     agreeing: Container[type] = ()
     kept: list[Kept] = field(default_factory=list)
+
+    @property
+    def overwritten(self) -> frozenset[int]:
+        """The input tensors, by number, that the call writes into."""
+        inside = [c.form.index for _, c in self.changes if c.inside and isinstance(c.form, FormLeaf)]
+        return frozenset(self.written[i] for i in inside)
 
     def take(
         self,
@@ -94,7 +102,7 @@ class Outputs:
         """
         outputs, self.spec = plain_leaves(result)
         self.leaves, self.changes, self.slots, self.counts, self.refills = [], [], {}, set(), refills
-        self.written = {}
+        self.written, self.own = {}, set()
         results: list[Any] = []
         given = {id(x): i for i, (_, x) in enumerate(objects)}
         for leaf in outputs:
@@ -118,6 +126,7 @@ class Outputs:
             own, held = held[: len(state.slots)], held[len(state.slots) :]
             first = len(results)
             form, opener = self._left(x, results)
+            self.own |= set(range(first, len(results))) if isinstance(x, Remembered) else set()
             tensors = {id(t): first + n for n, t in enumerate(opener.leaves)}
             same = {(n, tensors[id(t)]) for n, (_, t) in enumerate(own) if id(t) in tensors}
             found = list(changes(state.form, form, same))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from passes.aliases import aliases, is_undeclared, sources
 from passes.graphs import is_tensor, op_name
 
 __all__ = ["functionalize"]
@@ -31,32 +31,8 @@ _WRITTEN: dict[str, Callable[..., tuple[Any, ...]]] = {
 _VIEWS = {*_WRITTEN, "aten.view", "aten.expand", "aten.squeeze", "aten.split", "aten.split_with_sizes", "aten.chunk",
           "aten.unbind", "aten.unflatten", "aten.t", "aten.alias", "aten.detach", "getitem"}  # fmt: skip
 """What shares memory with what it is made of whatever the strides are."""
-_UNDECLARED = {"aten.einsum", "aten.meshgrid", "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes",
-               "aten.broadcast_tensors", "aten.cartesian_prod"}  # fmt: skip
-"""What may share memory though its schema does not say so; einsum where it multiplies nothing."""
-_DROPS = {"aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.feature_alpha_dropout"}
-"""What returns its argument itself where nothing is dropped, as torch's own functionalization knows."""
 _OVERLAPPING = {"aten.unfold", "aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.as_strided"}
 """Views that may show one element more than once."""
-
-
-def _is_undeclared(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with its input though the schema does not say so."""
-    if op_name(node) == "aten.einsum" and len(node.args[1]) > 1:  # a product, in memory of its own
-        return False
-    return op_name(node) in _UNDECLARED
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with another's: by its op's schema, or as a part of one that does."""
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    if node.target is operator.getitem:
-        return _may_alias(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    returned = [r.alias_info for r in node.target._schema.returns]
-    return _is_undeclared(node) or op_name(node) in _DROPS or any(a is not None and not a.is_write for a in returned)
 
 
 def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -72,24 +48,6 @@ def _promotes(functional: torch._ops.OpOverload, node: fx.Node) -> bool:
     """Whether the function's result is of another dtype than the tensor that the in-place op changes."""
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     return functional(*args, **kwargs).dtype != node.meta["val"].dtype
-
-
-def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """A node and those that its value may share memory with because it is made of them."""
-    yield node
-    if node.op == "call_function" and _may_alias(node):
-        for source in node.all_input_nodes:
-            yield from _sources(source)
-
-
-def _aliases(node: fx.Node) -> dict[fx.Node, None]:
-    """A node and those whose values may share memory with its own because they are made of it, in order."""
-    found, pending = {node: None}, [node]
-    while pending:
-        made = [u for u in pending.pop().users if u.op == "call_function" and u not in found and _may_alias(u)]
-        found.update(dict.fromkeys(made))
-        pending += made
-    return found
 
 
 def _made_anew(node: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -113,18 +71,18 @@ def _made_anew(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     while op_name(base) in _WRITTEN:
         views.insert(0, base)
         base = base.args[0]
-    seen = sorted((n for n in _aliases(base) if n is not base and order[n] < order[node]), key=order.__getitem__)
+    seen = sorted((n for n in aliases(base) if n is not base and order[n] < order[node]), key=order.__getitem__)
     needed = {n for n in seen if later(n)} | {changed}
     for n in reversed(seen):
         if n in needed:
             needed.update(n.all_input_nodes)
     again = [n for n in seen if n in needed]
-    sources = list(_sources(base))
-    inside = all(n.meta.get("no_grad") for n in sources)  # made where gradients are not followed either
+    made_of = list(sources(base))
+    inside = all(n.meta.get("no_grad") for n in made_of)  # made where gradients are not followed either
     passed_by = node.meta.get("no_grad") and base.meta["val"].is_floating_point() and not inside
-    around = {n for source in sources for n in _aliases(source) if order[n] < order[node]} - {base, *seen}
+    around = {n for source in made_of for n in aliases(source) if order[n] < order[node]} - {base, *seen}
     if (
-        any(n.op != "call_function" or op_name(n) in _OVERLAPPING for n in sources)  # an input, a parameter
+        any(n.op != "call_function" or op_name(n) in _OVERLAPPING for n in made_of)  # an input, a parameter
         or any(later(n) for n in around)
         or any(op_name(n) not in _VIEWS for n in again)
         or passed_by
@@ -175,9 +133,9 @@ def functionalize(graph: fx.Graph) -> list[fx.Node]:
         elif not _made_anew(node, order):
             left.append(node)
             changed = node.args[0]
-            node.meta["roots"] = [n for n in _sources(changed) if n.op != "call_function"] if is_tensor(changed) else []
+            node.meta["roots"] = [n for n in sources(changed) if n.op != "call_function"] if is_tensor(changed) else []
             if is_tensor(changed):  # torch's own functionalization would lose where the region ends, and these views
-                around = {n for source in _sources(changed) for n in _aliases(source)}
+                around = {n for source in sources(changed) for n in aliases(source)}
                 stopped = node.meta.get("no_grad") and changed.meta["val"].is_floating_point()
-                node.meta["unrecorded"] = bool(stopped) or any(_is_undeclared(n) for n in around)
+                node.meta["unrecorded"] = bool(stopped) or any(is_undeclared(n) for n in around)
     return left

@@ -198,6 +198,8 @@ class Sharder(Conversion):
         if "slot" not in node.meta:
             return WHOLE
         layout = kept(node, self.slots)
+        if layout is None and node.meta["slot"] in self.slots:  # another shape than it had
+            layout = WHOLE
         if layout is None:
             layout = self._on_one_dim(self.value(node), self.layout(node))
             self.slots.setdefault(node.meta["slot"], layout)
@@ -217,6 +219,8 @@ class Sharder(Conversion):
         """A result as ranks keep it in a slot: their parts, each index with its gradient on one rank only."""
         value = self.value(node)
         layout = kept(node, self.slots, name)
+        if layout is None and name in self.slots:
+            layout = WHOLE
         if layout is None:
             state = self.states[node]
             layout = WHOLE if state.pending else self._on_one_dim(value, state.layout)

@@ -86,6 +86,12 @@ class TestOnProcesses:
             assert "cache" not in result["different inputs"], "each holds its own share of that"
             assert result["same on all ranks"]
 
+    def test_whatever_is_kept_steps_are_the_dense_models(self, ran: Ran) -> None:
+        for result in ran:
+            for how in VARIOUS:
+                assert result[how] < 1e-10, how
+                assert result[f"{how}: state"] < 1e-10, how
+
     def test_gradients_pass_from_one_call_to_the_next(self, ran: Ran) -> None:
         for result in ran:
             assert result["losses"] < 1e-12
@@ -171,6 +177,93 @@ def test_what_is_shared_on_the_model_is_captured_in_parts_and_right(how: str) ->
         parallel = autotp.simulate(model, 2, example_inputs=(x,))
     for _ in range(3):
         assert relative_error(dense(x), parallel(x)) < 1e-12
+
+
+class Various(nn.Module):
+    """Ways to keep something that are easily got wrong."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.up, self.down = how, nn.Linear(WIDTH, 320), nn.Linear(320, WIDTH)
+        self.register_buffer("mean", torch.zeros(320))
+        self.double()
+        self.plain, self.last, self.other = torch.zeros((), dtype=torch.float64), None, None
+        self.inside = {"count": [torch.zeros((), dtype=torch.float64)]}
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = torch.tanh(self.up(x))
+        if self.how == "a tensor that counts":
+            self.plain += 1  # of nothing that comes in
+            self.inside["count"][0].add_(self.plain)
+            y = y * self.plain + self.inside["count"][0]
+        elif self.how == "the input":
+            before, self.last = self.last, x
+            y = y if before is None else y + before.mean()
+        elif self.how == "returned":
+            self.mean.add_(y.detach().mean((0, 1)))
+            return self.down(y), self.mean
+        elif self.how == "a parameter's values":
+            if self.last is None:
+                self.last = self.up.weight.detach()
+            y = y + self.last.mean(1)
+        elif self.how == "a part of a parameter":
+            self.last = self.up.weight[0]
+            y = y + self.last.sum()
+        elif self.how == "a view of another":
+            self.last = y.detach().mean(0)
+            self.other = self.last[0]
+        elif self.how == "another shape":
+            self.last = y.mean((0, 1)) if x.shape[1] < 4 else y.mean(0)
+            self.other = self.last if self.other is None else self.other + self.last.sum()
+        return self.down(y)
+
+
+VARIOUS = ["a tensor that counts", "the input", "returned", "a parameter's values", "a part of a parameter",
+           "a view of another", "another shape"]  # fmt: skip
+
+
+def _stepped(model: nn.Module, parameters: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """A call, a backward and an optimizer's step, twice on one input."""
+    found, optimizer = [], torch.optim.SGD(parameters, lr=0.1)
+    for given in (x, x, x[:, :3], x[:, :3], x):
+        result = model(given)
+        found += [r.detach().clone() for r in (result if isinstance(result, tuple) else (result,))]
+        optimizer.zero_grad()
+        (result[0] if isinstance(result, tuple) else result).square().mean().backward()
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("how", VARIOUS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whatever_is_kept_calls_are_the_dense_models(how: str, ranks: int) -> None:
+    dense, x = Various(how), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    model = Various(how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        autotp.plan(model, 2, example_inputs=(x,))
+        assert float(model.plain) == 0 == float(model.inside["count"][0]), "planning leaves the model as it was"
+        parallel = (
+            autotp.parallelize(model, 1, example_inputs=(x,))
+            if ranks == 1
+            else autotp.simulate(model, ranks, example_inputs=(x,))
+        )
+    expected, found = _stepped(dense, dense.parameters(), x), _stepped(parallel, model.parameters(), x)
+    assert all(relative_error(a, b) < 1e-10 for a, b in zip(expected, found, strict=True))
+    assert float(dense.plain) == float(model.plain)
+    assert relative_error(dense.mean, model.mean) < 1e-10
+
+
+def test_a_buffer_that_becomes_another_name_of_one_is_told() -> None:
+    model = Various("returned")
+    model.register_buffer("spare", torch.zeros(320, dtype=torch.float64))
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    autotp.parallelize(model, 1, example_inputs=(x,))
+    model(x)
+    model.mean = model.spare
+    with pytest.raises(autotp.AutoTPError, match="shares memory with another tensor on the model"):
+        model(x)
 
 
 class Keeping(nn.Module):

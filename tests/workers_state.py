@@ -237,6 +237,24 @@ def training(rank: int, world: int) -> Result:
     }
 
 
+def various(rank: int, world: int) -> Result:
+    """Training with whatever is kept, optimizer's steps between the calls."""
+    from tests.test_state import VARIOUS, Various, _stepped
+
+    result: Result = {}
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for how in VARIOUS:
+        dense, model = Various(how), Various(how)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            autotp.parallelize(model, world, example_inputs=(x,))
+        expected, found = _stepped(dense, dense.parameters(), x), _stepped(model, model.parameters(), x)
+        state = autotp.full_state_dict(model)
+        result[how] = max(relative_error(a, b) for a, b in zip(expected, found, strict=True))
+        result[f"{how}: state"] = max(relative_error(t, state[n]) for n, t in dense.state_dict().items())
+    return result
+
+
 def everything(rank: int, world: int) -> Result:
     """All of it, in one start."""
-    return caches(rank, world) | use(rank, world) | training(rank, world)
+    return caches(rank, world) | use(rank, world) | training(rank, world) | various(rank, world)
