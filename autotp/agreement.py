@@ -15,6 +15,7 @@ from torch.distributed import all_reduce as _all_reduce
 
 from autotp.digests import combined, digest
 from autotp.errors import AutoTPError, MismatchError
+from autotp.groups import new_group
 from autotp.process import Mesh
 from autotp.shared_memory import LINE, Board, join_board
 
@@ -56,7 +57,7 @@ class Agreement:
         self._board: Board | None = None
         if mesh.group is not None:
             ranks = dist.get_process_group_ranks(mesh.group)
-            self._group = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+            self._group = new_group(ranks, timeout, "gloo")
             if shared_memory:
                 self._board = join_board(self._group, mesh.rank, mesh.tp, timeout, slot=LINE)
 

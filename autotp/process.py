@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.errors import AutoTPError, LaunchError, MismatchError, check_tp
+from autotp.groups import new_group
 from autotp.shared_memory import SharedMemory, join_board
 from autotp.symmetric_memory import join_symmetric_memory
 from passes import fabric
@@ -264,7 +265,7 @@ class ProcessFabric:
         group = mesh.group
         if len(members) < mesh.tp:
             ranks = [dist.get_global_rank(mesh.group, m) for m in members]
-            group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+            group = new_group(ranks, self.timeout)
         return self._nearest(ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing))
 
     def _nearest(self, far: ProcessCommunicator) -> fabric.Communicator:

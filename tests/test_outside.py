@@ -223,3 +223,13 @@ class TestTraining:
 
     def test_whole_values_drop_the_same_and_shards_their_own(self, training: Ran) -> None:
         assert all(result["shared"] and not result["own"] for result in training)
+
+
+def test_models_one_after_another_of_which_some_ranks_hold_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Ranks that have made different numbers of groups still find each other."""
+    results = _run(3, workers_outside.replicas, tmp_path_factory)
+    for result in results:
+        for number in range(3):
+            assert result[f"{number}: outputs"] < 1e-12
+            assert result[f"{number}: gradients"] < 1e-9
+    assert sorted(result["0: groups"] for result in results) == [[1, 3], [2, 3], [2, 3]]

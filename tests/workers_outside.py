@@ -444,3 +444,17 @@ def training(rank: int, world: int) -> Result:
         shared = ops.random_same(torch.nn.functional.dropout, torch.ones(1000), 0.5)
     found["own"], found["shared"] = same(own), same(shared)
     return found
+
+
+def replicas(rank: int, world: int) -> Result:
+    """Models one after another of which two of three ranks hold one head: a group that the third is not in."""
+    result: Result = {}
+    for number in range(3):
+        dense, model = Grouped(2).double(), Grouped(2).double()
+        autotp.parallelize(model, world, example_inputs=(IDS,), timeout=timedelta(seconds=30))
+        result[f"{number}: outputs"] = apart(dense, model, ids=IDS)
+        backward(outputs(dense(IDS)))
+        backward(outputs(model(IDS)))
+        result[f"{number}: gradients"] = gradients_apart(dense, model)
+        result[f"{number}: groups"] = sorted(g.size for g in model.__dict__["_autotp"].fabric._groups.values())
+    return result
