@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from autotp.arguments import Arguments
 from autotp.capture import Captured, Dense, capture, tied_names
-from autotp.comparison import Comparison, is_constant, kinds
+from autotp.comparison import Comparison, kinds
 from autotp.errors import CaptureError, ChangedError, KeptError, UncapturedError
-from autotp.held import NUMBER, Held, are_distinct, held, overlapping
+from autotp.held import NUMBER, held
 from autotp.inputs import device_of
 from autotp.keeping import is_alone, shares_memory
 from autotp.meaning import meaning
@@ -26,6 +26,7 @@ from autotp.remembered import Memory
 from autotp.rewrite import RankGraph, Rewritten, rewrite
 from autotp.sharing import Call, take_inputs
 from autotp.text import inputs_text
+from autotp.unfit import refuse_overlap, refuse_shared, refuse_unseen
 from autotp.watch import Watch, dotted
 from passes import Layout, Lowering
 
@@ -173,22 +174,9 @@ class Programs:
         """
         if of.error is not None:
             raise of.error
-        for x in of.leaves:
-            if not isinstance(x, torch.Tensor) and not is_constant(x):
-                x = x.it if isinstance(x, Held) else x
-                what = f"a {type(x).__module__}.{type(x).__qualname__}"
-                raise CaptureError(
-                    f"an argument is, or holds, {what}, whose content autotp cannot see: pass tensors, numbers and "
-                    "strings, in tuples, lists and dicts, or register the class with "
-                    "torch.utils._pytree.register_pytree_node",
-                    reason=f"called with {what}, into which pytree cannot see",
-                )
-        if (self.changed or self.memory.places) and not are_distinct(of.objects):
-            raise CaptureError(
-                "two arguments are, or hold, one list or object, and the call changes an argument: a graph would "
-                "change one of the two only (what the model keeps on its modules is an argument too). Pass copies",
-                reason="arguments that are one object, of which the call changes one",
-            )
+        refuse_unseen(of.leaves)
+        if self.changed or self.memory.places:
+            refuse_shared(of.objects)
         around = self.outer.watch.look() if self.outer is not None else ""
         return kinds(of.leaves, of.shapes), of.spec, around, self.watch.look(), torch.is_autocast_enabled()
 
@@ -229,21 +217,8 @@ class Programs:
 
     def _refuse_overlap(self, captured: Captured, of: Arguments) -> None:
         """Raise if a call would write into a tensor that shares memory with another that it, or the module, has."""
-        written = captured.outputs.overwritten if self.changed or self.memory.places else ()
-        if not written:
-            return
-        named = zip(of.spec.paths(), of.leaves, strict=True)
-        paths = [path for path, x in named if isinstance(x, torch.Tensor)]
-        said, names = "", ", ".join(paths[i] for i in sorted(written))
-        if (pair := overlapping(of.tensors, written)) is not None:
-            said = f"{paths[pair[0]]} and {paths[pair[1]]} share memory"
-        elif not self._is_alone([of.tensors[i] for i in written]):
-            said = f"one of {names} shares memory with another tensor on the model"
-        if said:
-            raise CaptureError(
-                f"{said}, and the call writes into one of them: a graph would change that one only. Give each its own",
-                reason="tensors that share memory, of which the call changes one",
-            )
+        if self.changed or self.memory.places:
+            refuse_overlap(of, captured.outputs.overwritten, self._is_alone)
 
     def _is_alone(self, tensors: Sequence[torch.Tensor]) -> bool:
         return not self.memory.places or not shares_memory(self.memory, tensors)
