@@ -325,7 +325,9 @@ class Simulation(nn.Module):
                 self.world.restart(int(torch.empty((), dtype=torch.int64).random_(1 << 62)))
             weights = dict(part.module.named_parameters(remove_duplicate=False))
             flat = [weights[n] for n in part.names]
-            results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *of.tensors)
+            inputs = rewritten.graph.find_nodes(op="placeholder")  # what is not read may have a graph that is gone
+            given = [x if node.users else x.detach() for x, node in zip(of.tensors, inputs, strict=True)]
+            results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *given)
             return rewritten.unflatten(results, of.objects)
         finally:
             self.touches.suspended = suspended

@@ -197,9 +197,12 @@ def measure(
     of = Arguments(args, kwargs)
     fresh = [_fresh(x) if isinstance(x, torch.Tensor) else x for x in of.leaves]
     own_args, own_kwargs = of.spec.close(fresh)
+    kept_before = {n: (x, x._version) for n, x in kept().items()}
     result = run(*own_args, **own_kwargs)
     outputs = _outputs(result) | _left(own_args, own_kwargs, fresh, of.leaves)
-    outputs |= {f"state.{n}": x.clone() for n, x in kept().items()}  # it may be made what it was
+    for n, x in kept().items():  # clones, for it may be made what it was; with gradients where it is of this call
+        was, version = kept_before.get(n, (None, -1))
+        outputs[f"state.{n}"] = x.detach().clone() if x is was and x._version == version else x.clone()
     _backward(outputs)
     found = {n: g for n, g in gradients().items() if g is not None and g.numel()}
     inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
