@@ -21,8 +21,10 @@ def overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
     if new.shape != (old := held[key]).shape:  # a whole one, of which this rank keeps its part from now on
         held[key] = new
     elif new is not old:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and new.requires_grad):
-            old.copy_(new)
+        follows = torch.is_grad_enabled() and new.requires_grad
+        with torch.set_grad_enabled(follows):
+            plain = old._is_view() and not (follows or old.requires_grad)
+            (old.detach() if plain else old).copy_(new)  # of some views, as of compiled code's results, torch says no
 
 
 def reached(of: Any, path: Sequence[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -184,7 +185,8 @@ class Whole(Runtime):
             return self._between(*why.call, why)
         run = self.programs.graph(program, self.mesh.rank)
         self.before(program.random)
-        with fabric.use(self.fabric):
+        inference = program.captured.outputs.inference
+        with fabric.use(self.fabric), torch.no_grad() if inference else contextlib.nullcontext():
             tensors, seen = of.local(program.inputs, self.mesh.rank), self.programs.watch.seen
             compiled = self.programs.compiled if asked.options is None else asked.options
             results = run.execute(self.programs.lowering, tensors, seen, compiled)

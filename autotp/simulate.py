@@ -327,8 +327,10 @@ class Simulation(nn.Module):
             flat = [weights[n] for n in part.names]
             inputs = rewritten.graph.find_nodes(op="placeholder")  # what is not read may have a graph that is gone
             given = [x if node.users else x.detach() for x, node in zip(of.tensors, inputs, strict=True)]
-            results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *given)
-            return rewritten.unflatten(results, of.objects)
+            inference = rewritten.captured.outputs.inference
+            with torch.no_grad() if inference else contextlib.nullcontext():
+                results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *given)
+                return rewritten.unflatten(results, of.objects)
         finally:
             self.touches.suspended = suspended
 

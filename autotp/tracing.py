@@ -64,6 +64,7 @@ class Outputs:
         refills: the arguments, by number or keyword, that are containers into which forward puts other tensors.
         agreeing: classes whose backward agrees with the derivative of their forward.
         kept: what forward has changed of what the model's modules hold.
+        inference: whether all of forward runs in inference mode, which a graph does not show.
     """
 
     spec: Any = None
@@ -76,6 +77,7 @@ class Outputs:
     refills: set[int | str] = field(default_factory=set)
     agreeing: Container[type] = ()
     kept: list[Kept] = field(default_factory=list)
+    inference: bool = False
 
     @property
     def overwritten(self) -> frozenset[int]:
@@ -230,6 +232,8 @@ class _Flat(nn.Module):
             own_kwargs, remembered = self._memory.put(own_kwargs)
             try:
                 result = self.model.forward(*own_args, **own_kwargs)  # no call: the model's own hooks run around ours
+                modes = [c.mode.modes for c in self._around if isinstance(c, _Eagerly)]
+                self._outputs.inference = modes == [{True}]
             finally:
                 self._memory.take(remembered)
                 self._outputs.kept = [k for k in snapshot.changes() if not self._memory.knows(k.container, k.key)]
@@ -253,10 +257,19 @@ _CASTS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tenso
 
 
 class _ItselfIfNothingChanges(TorchFunctionMode):
-    """A mode in which a cast to what a tensor is already gives that tensor."""
+    """A mode in which a cast to what a tensor is already gives that tensor; it notes what inference mode does.
+
+    Attributes:
+        modes: whether what was called was called in inference mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: set[bool] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The function's result, or its operand."""
+        self.modes.add(torch.is_inference_mode_enabled())
         found = func(*args, **(kwargs or {}))
         if (
             func in _CASTS
@@ -281,11 +294,11 @@ class _Eagerly(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
         torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
-        self._itself = _ItselfIfNothingChanges()
-        self._itself.__enter__()
+        self.mode = _ItselfIfNothingChanges()
+        self.mode.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self._itself.__exit__(*error)
+        self.mode.__exit__(*error)
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = self._flags
 
 
