@@ -10,7 +10,7 @@ import torch
 from autotp.errors import AutoTPError
 from autotp.held import Remembered
 from autotp.shards import own_part
-from autotp.states import Box, Counts, Slot, opened
+from autotp.states import Counts, Slot, opened
 from passes import Layout
 
 __all__ = ["Arguments"]
@@ -61,15 +61,24 @@ class Arguments:
 
     def slots(self) -> dict[int, Slot]:
         """For each tensor that is in an object its place there."""
-        numbers = {i: n for n, i in enumerate(i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor))}
+        numbers = self._numbers()
         return {numbers[i]: slot for i, slot in self.spec.slots.items()}
+
+    def owners(self) -> dict[int, type]:
+        """For each tensor that is in an object the class of that."""
+        numbers = self._numbers()
+        return {numbers[i]: cls for i, cls in self.spec.owners.items()}
+
+    def _numbers(self) -> dict[int, int]:
+        """The numbers of the tensors among the leaves."""
+        return {i: n for n, i in enumerate(i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor))}
 
     def _widen(self, i: int, path: str, layout: Layout, rank: int) -> None:
         ((dim, shards),) = layout.shards
         shape = self.shapes[i]
         held, whole = shards.counts[rank], shards.size
         fits = dim < len(shape) and shape[dim] in (held, whole)
-        if not fits and self._is_kept(i):  # another than was there, and whole
+        if not fits and issubclass(self.owners().get(i, object), Remembered):  # another than was there, and whole
             return
         self._split.add(id(self.tensors[i]))
         if not fits:
@@ -80,16 +89,6 @@ class Arguments:
         elif held != whole and shape[dim] == held:
             self.shapes[i] = (*shape[:dim], whole, *shape[dim + 1 :])
             self._parts.add(id(self.tensors[i]))
-
-    def _is_kept(self, i: int) -> bool:
-        """Whether a tensor is one that the model keeps on its modules."""
-        number, leaves = 0, iter(self.leaves)
-        for state in self.spec.states:
-            mine = [isinstance(next(leaves), torch.Tensor) for _ in (state.slots if state is not None else (None,))]
-            if number <= i < number + sum(mine):
-                return state is not None and isinstance(state.form, Box) and issubclass(state.form.cls, Remembered)
-            number += sum(mine)
-        return False
 
     def is_part(self, x: Any) -> bool:
         """Whether a leaf is this rank's part of a value."""

@@ -242,7 +242,8 @@ class Programs:
         """
         taken = False
         if (known := self._recognized(args, kwargs)) is not None:
-            (number, given), program = known, self._made_so_far[known[0]]
+            number, given = known
+            program = self._made_so_far[number]
             again = self.comparison.again if self.comparison is not None else None
             if again is None or again(number, given, program.inputs, lambda: self.arguments(args, kwargs)):
                 self.last = program

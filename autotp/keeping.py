@@ -328,28 +328,24 @@ def kept_as_it_was(memory: Memory) -> Iterator[None]:
                 holder[key] = x
 
 
-def shares_memory(memory: Memory, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether some tensors share memory with something that a model holds elsewhere than in known places."""
-    if not tensors:
-        return False
+def _without(memory: Memory) -> Snapshot:
+    """What a model holds elsewhere than in known places."""
     values, _ = _held_in(memory)
     for holder, key, _ in values:
         holder[key] = None
     try:
-        others = Snapshot(memory.model).tensors()
+        return Snapshot(memory.model)
     finally:
         for holder, key, x in values:
             holder[key] = x
-    return not {storage_of(t) for t in others if t.numel() and not t.is_meta}.isdisjoint(map(storage_of, tensors))
+
+
+def shares_memory(memory: Memory, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether some tensors share memory with something that a model holds elsewhere than in known places."""
+    return bool(tensors) and not _without(memory).memory().isdisjoint(map(storage_of, tensors))
 
 
 def is_alone(memory: Memory) -> bool:
     """Whether what a model keeps in known places shares no memory, container or object with what else it holds."""
-    values, by_itself = _held_in(memory)
-    for holder, key, _ in values:
-        holder[key] = None
-    try:
-        return Snapshot(memory.model).memory().isdisjoint(Snapshot(by_itself).memory())
-    finally:
-        for holder, key, x in values:
-            holder[key] = x
+    _, by_itself = _held_in(memory)
+    return _without(memory).memory().isdisjoint(Snapshot(by_itself).memory())

@@ -69,7 +69,7 @@ class _Apart:
         alone: whether tensors share no memory with what else a module holds.
     """
 
-    def __init__(self, written: frozenset[int], alone: Callable[[Sequence[torch.Tensor]], bool]) -> None:
+    def __init__(self, written: frozenset[int], alone: Alone) -> None:
         self._written, self._alone = written, alone
         self._last: list[Any] = []
 

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from autotp.held import Remembered
 from autotp.shards import local_part
-from autotp.states import Box, Opener, UnseenError, sharded_state
+from autotp.states import Opener, UnseenError, sharded_state
 from passes import Layout, Shards
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Shares(Remembered):
     """What ranks keep their own shares of."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Place:
     """Where something is kept.
 
@@ -152,18 +152,10 @@ class Memory:
             of: the call's arguments.
             graph: what was captured of it.
         """
-        inputs, number, read = graph.find_nodes(op="placeholder"), 0, set[str]()
-        leaves = iter(of.leaves)
-        for state in of.spec.states:
-            if state is None:
-                number += isinstance(next(leaves), torch.Tensor)
-                continue
-            whole = isinstance(state.form, Box) and state.form.cls is Remembered
-            for slot in state.slots:
-                next(leaves)
-                if whole and not slot.count and any(user.op != "output" for user in inputs[number].users):
-                    read |= {name for name in self.places if _is_in(slot.path, name)}
-                number += 1
+        inputs, owners, read = graph.find_nodes(op="placeholder"), of.owners(), set[str]()
+        for i, slot in of.slots().items():
+            if owners[i] is Remembered and not slot.count and any(user.op != "output" for user in inputs[i].users):
+                read |= {name for name in self.places if _is_in(slot.path, name)}
         self.places.update({name: replace(self.places[name], sharded=True) for name in read})
         return bool(read)
 

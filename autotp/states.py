@@ -295,6 +295,17 @@ class Opened:
             at += 1 if state is None else len(state.slots)
         return found
 
+    @functools.cached_property
+    def owners(self) -> dict[int, type]:
+        """The classes of the objects that leaves are in."""
+        found: dict[int, type] = {}
+        at = 0
+        for state in self.states:
+            if state is not None and isinstance(state.form, Box):
+                found |= dict.fromkeys(range(at, at + len(state.slots)), state.form.cls)
+            at += 1 if state is None else len(state.slots)
+        return found
+
     def places(self) -> list[str]:
         """``args[0]``, ``kwargs['cache']``: what the caller calls each leaf of pytree's."""
         args, kwargs = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
