@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.values import is_tensor, local
+from passes.lowering.values import is_tensor, local, tidy
 
 __all__ = ["grow", "grown", "overwritten"]
 
@@ -167,9 +167,5 @@ def grow(graph: fx.Graph, written: Mapping[int, int]) -> int:
             count += _grows(node, output) or (
                 held is not None and (_overwrites(node, held) or _overwrites_part(node, held))
             )
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or _is_in_place(n))
+    tidy(graph)
     return count
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    return node.target in (overwritten, *_IN_PLACE.values())
