@@ -3,7 +3,8 @@
 >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
 """
 
-from autotp.empty import empty_weights
+from autotp.arguments.object_tree import sharded_state
+from autotp.distributed.tally import Tally
 from autotp.errors import (
     AutoTPError,
     CaptureError,
@@ -16,13 +17,14 @@ from autotp.errors import (
     WeightsError,
     WholeWeightWarning,
 )
-from autotp.parallel import full_gradients, full_state_dict, graph, parallelize
-from autotp.plan import Plan
-from autotp.planning import make_plan as plan
-from autotp.simulate import Simulation, simulate
-from autotp.states import sharded_state
-from autotp.tally import Tally
-from autotp.verify import Report, verify
+from autotp.inspection import full_gradients, full_state_dict, graph
+from autotp.parallel import parallelize
+from autotp.plans.make_plan import make_plan as plan
+from autotp.plans.plan import Plan
+from autotp.verification.report import Report
+from autotp.verification.simulation import Simulation, simulate
+from autotp.verification.verify import verify
+from autotp.weights.empty_weights import empty_weights
 from passes import Lowering
 
 __all__ = [

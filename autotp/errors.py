@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from autotp.remembered import Place
-
-__all__ = ["AutoTPError", "CaptureError", "LaunchError", "MismatchError", "PartialCaptureWarning", "PlanError",
-           "ProofError", "UncapturedError", "UnprovedWarning", "WeightsError", "WholeWeightWarning",
-           "check_tp"]  # fmt: skip
+__all__ = [
+    "AutoTPError",
+    "CaptureError",
+    "LaunchError",
+    "MismatchError",
+    "PartialCaptureWarning",
+    "PlanError",
+    "ProofError",
+    "UncapturedError",
+    "UnprovedWarning",
+    "WeightsError",
+    "WholeWeightWarning",
+    "check_tp",
+]
 
 
 def check_tp(tp: int) -> None:
@@ -34,30 +42,6 @@ class CaptureError(AutoTPError):
     def __init__(self, message: str, *, place: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.place, self.reason = place, reason or message.splitlines()[0]
-
-
-class ChangedError(CaptureError):
-    """A call changes plain arguments: it writes into tensors, or puts others into containers.
-
-    Attributes:
-        places: the arguments, by number or keyword.
-    """
-
-    def __init__(self, message: str, places: Collection[int | str], *, place: str = "") -> None:
-        super().__init__(message, place=place)
-        self.places = frozenset(places)
-
-
-class KeptError(CaptureError):
-    """A forward keeps something on the model's modules from one call to the next.
-
-    Attributes:
-        places: where.
-    """
-
-    def __init__(self, message: str, places: Collection[Place], *, reason: str = "") -> None:
-        super().__init__(message, reason=reason)
-        self.places = frozenset(places)
 
 
 class UncapturedError(CaptureError):

@@ -110,7 +110,7 @@ class Bench:
         return [64, 8, 2 * max(2, self.tp), max(2, self.tp), 176, 1000]
 
     def show(self, *parts: Any) -> None:
-        from autotp.report import render
+        from autotp.utils.tables import render
 
         if self.rank == 0:
             print(render(*parts, width=180), flush=True)
@@ -273,7 +273,7 @@ def main() -> int:
             record = json.load(file)
     record["options"].pop("record")
     if options.memory:
-        from autotp.report import render
+        from autotp.utils.tables import render
         from benchmarks.report import show_memory
 
         batch, sequence = map(int, options.train.split("x"))

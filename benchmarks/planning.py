@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from autotp.capture import capture
-from autotp.inputs import example_call
-from autotp.rewrite import RankGraph, Rewritten
+from autotp.capture.capture import capture
+from autotp.capture.example_inputs import example_call
+from autotp.program.rank_graph import RankGraph
+from autotp.program.sharded_program import Rewritten
 from passes import assign, decide, enter, minimum, propagate, shard
 
 STEPS = ("capture", "plan", "rewrite")

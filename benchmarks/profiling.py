@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autotp.shared_memory import SharedMemory
+from autotp.distributed.shared_memory import SharedMemory
 from benchmarks.cases import Work
 from benchmarks.models import Competitor
 from benchmarks.report import table

@@ -108,8 +108,10 @@ def alone(rank: int, tp: int) -> Any:
     import torch
     import torch.distributed as dist
 
-    from autotp.process import Mesh, ProcessCommunicator, ProcessFabric
-    from passes import fabric
+    from autotp.distributed.communicators import ProcessCommunicator
+    from autotp.distributed.mesh import Mesh
+    from autotp.distributed.process_context import ProcessFabric
+    from passes.ops import context
 
     class OfOne(ProcessCommunicator):
         def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -119,7 +121,7 @@ def alone(rank: int, tp: int) -> Any:
 
     class Alone(ProcessFabric):
         def _make(self, name: str) -> Any:
-            _, parts = fabric.parse_group(name)
+            _, parts = context.parse_group(name)
             members = next((p for p in parts if rank in p), list(range(tp)))
             assert dist.group.WORLD is not None
             return OfOne(dist.group.WORLD, members.index(rank), len(members), self.missing)
@@ -131,11 +133,11 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
     """The model as each rank has it, one after another; they are one object, whose shares are made anew."""
     import torch
 
-    from autotp.agreement import Agreement
-    from autotp.parts import divide
-    from autotp.process import TIMEOUT, Mesh
-    from autotp.runtime import Whole
-    from autotp.shards import shards_of
+    from autotp.distributed.agreement import Agreement
+    from autotp.distributed.mesh import TIMEOUT, Mesh
+    from autotp.partition.partition import divide
+    from autotp.runtime.graph_runtime import Whole
+    from autotp.weights.slicing import shards_of
 
     division = divide(model, tp, (), example)
     (part,) = division.parts
@@ -149,8 +151,8 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
                 local[dim] = shards.counts[rank]
             parameter.data = torch.empty(local, dtype=parameter.dtype, device=parameter.device).normal_(0, 0.02)
         torch.compiler.reset()
-        fabric = alone(rank, tp)
-        Whole(model, part.programs, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), fabric).attach()
+        context = alone(rank, tp)
+        Whole(model, part.programs, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), context).attach()
         yield rank, model
         part.programs._graphs.clear()
         part.programs._recognizers.clear()
@@ -238,7 +240,7 @@ def main() -> int:
     import torch.distributed as dist
     import transformers
 
-    from autotp.report import bytes_text, render
+    from autotp.utils.tables import bytes_text, render
     from benchmarks.report import number, table
 
     transformers.logging.set_verbosity_error()

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from autotp.report import bytes_text
+from autotp.utils.tables import bytes_text
 from benchmarks.cases import Case
 from benchmarks.measure import Result, ratios, spread
 

@@ -200,8 +200,9 @@ def show(
     """Print everything."""
     from rich.table import Table
 
-    from autotp.plan import block_of
-    from autotp.report import bytes_text, render, weights_table
+    from autotp.modules.names import block_of
+    from autotp.plans.plan import weights_table
+    from autotp.utils.tables import bytes_text, render
 
     def table(*columns: str) -> Table:
         made = Table(pad_edge=False, box=None)

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import nn
 
 import autotp
-from autotp.report import collectives_table, ranks_table, render
+from autotp.plans.plan import collectives_table, ranks_table
+from autotp.utils.tables import render
 
 HIDDEN, FFN, HEADS = 1024, 4096, 16
 

@@ -20,21 +20,22 @@ In the order in which they run:
 =================  ==================================================================================
 """
 
-from passes.assign import assign
-from passes.canonicalize import canonicalize
-from passes.check import Verdict, check
-from passes.decide import Decision, Reason, decide
-from passes.differentiable import differentiable
-from passes.enter import enter
-from passes.functionalize import functionalize
-from passes.inline import inline
-from passes.layout import IndexSet, Layout, Shards
-from passes.localize import localize
-from passes.lower import Lowered, Lowering, lower
-from passes.minimum import Minimum, minimum
-from passes.propagate import propagate
-from passes.shard import shard
-from passes.simplify import simplify
+from passes.layouts.layout import IndexSet, Layout, Shards
+from passes.lowering.lower import Lowered, Lowering, lower
+from passes.normalize.canonicalize import canonicalize
+from passes.normalize.differentiable import differentiable
+from passes.normalize.functionalize import functionalize
+from passes.normalize.inline import inline
+from passes.normalize.simplify import simplify
+from passes.planning.assign import assign
+from passes.planning.decide import Decision, decide
+from passes.planning.minimum import Minimum, minimum
+from passes.planning.propagate import propagate
+from passes.planning.reasons import Reason
+from passes.proof.check import Verdict, check
+from passes.sharding.enter import enter
+from passes.sharding.localize import localize
+from passes.sharding.shard import shard
 
 __all__ = [
     "Decision",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.axes import Size, shape_of
+from passes.layouts.axes import Size, shape_of
 
 __all__ = ["is_last", "is_random", "is_tensor", "module_path", "op_name", "shape", "source_line", "where"]
 
-_CAPTURES = str(Path(__file__).parents[1] / "autotp")
+_CAPTURES = str(Path(__file__).parents[1] / "autotp") + os.sep
 
 
 def op_name(node: fx.Node) -> str:

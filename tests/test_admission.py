@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import autotp
-from autotp.verify import compare, relative_error
+from autotp.verification.measure import relative_error
+from autotp.verification.verify import compare
 from tests.models import MLP, SmallGPT, make
 
 X = torch.linspace(-1, 1, 2 * 5 * 64).view(2, 5, 64).sin()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import autotp
-from autotp.verify import relative_error
+from autotp.verification.measure import relative_error
 from tests import workers
 from tests.models import MLP, SmallGPT, TutorialAttention, make
 from tests.test_obstacles import Mixing

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import autotp
-from autotp.verify import relative_error
+from autotp.verification.measure import relative_error
 
 HEADS, WIDTH, LONGEST = 4, 32, 12
 
@@ -190,7 +190,7 @@ def test_verify_sees_what_is_left_in_arguments(how: str, monkeypatch: pytest.Mon
     report = autotp.verify(model, 2, example_inputs=example)
     assert report.ok, str(report)
     assert any(n.startswith("args[1]") for n in report.outputs) == (how != "delete"), report.outputs
-    monkeypatch.setattr("autotp.giving._Writer.change", lambda *_: None)  # strip it, and see
+    monkeypatch.setattr("autotp.capture.output_codegen._Writer.change", lambda *_: None)  # strip it, and see
     if how != "delete":
         assert not autotp.verify(model, 2, example_inputs=example).ok
 

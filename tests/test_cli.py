@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotp import cli
 from autotp.cli import main
 
 FIELDS = ("hidden_size=64", "num_hidden_layers=2", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=16",
@@ -72,7 +71,7 @@ def test_verify_compares_the_loss_of_a_language_model(capsys: pytest.CaptureFixt
 
 def test_verify_reduces_what_is_too_large(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Few layers first, then widths; the heads stay, and the report says what was compared."""
-    monkeypatch.setattr(cli, "_memory", lambda: 60_000_000)
+    monkeypatch.setattr(main, "_memory", lambda: 60_000_000)
     large = ["--set", "num_attention_heads=6", "--set", "num_key_value_heads=3", "--set", "hidden_size=384"]
     assert main(["verify", "llama", "--tp", "2", *large, "--set", "vocab_size=1003", "--sequence", "4"]) == 0
     first, *_ = out = capsys.readouterr().out.splitlines()
@@ -86,7 +85,7 @@ def test_verify_reduces_what_is_too_large(capsys: pytest.CaptureFixture[str], mo
 def test_verify_of_what_is_too_large_and_has_no_config(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_memory", lambda: 1000)
+    monkeypatch.setattr(main, "_memory", lambda: 1000)
     assert main(["verify", "tests.models:SmallGPT", "--tp", "2"]) == 2
     assert "this machine has" in capsys.readouterr().err
 

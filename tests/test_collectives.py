@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import autotp
-from autotp.plan import block_of
-from autotp.verify import Float64
+from autotp.modules.names import block_of
+from autotp.verification.measure import Float64
 from tests.models import make
 
 BLOCKS = {

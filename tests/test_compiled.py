@@ -18,9 +18,9 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import autotp
-from autotp.capture import capture
-from autotp.rewrite import rewrite
-from autotp.verify import Float64, relative_error
+from autotp.capture.capture import capture
+from autotp.program.sharded_program import rewrite
+from autotp.verification.measure import Float64, relative_error
 from passes import Lowered, Lowering, localize, lower
 from tests.models import Block, make
 from tests.workers import backward, outputs, run
@@ -53,7 +53,7 @@ def inputs() -> torch.Tensor:
 def lowered(model: nn.Module, grad: bool = True) -> Lowered:
     captured = capture(model, (inputs(),), {})
     graph = localize(rewrite(captured, 1).graph, 0)
-    as_is = dataclasses.replace(Lowering(), reuse=False, bind=False)
+    as_is = dataclasses.replace(Lowering(), reuse=False, direct_calls=False)
     return lower(graph, 0, captured.constants, captured.regions, as_is, grad=grad)
 
 

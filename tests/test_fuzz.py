@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotp.cli import main
-from autotp.fuzz import Drawn, FuzzError, Recipe, fuzz, judge
-from autotp.fuzz.recipe import CHOICES
+from autotp.cli.main import main
+from autotp.fuzz.recipe import CHOICES, Recipe
+from autotp.fuzz.search import Drawn, FuzzError, fuzz, judge
 from passes import ops
 from passes.proof import collectives
 from passes.proof.claims import Unproved

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from autotp.giving import Made
+from autotp.capture.output_codegen import Made
 
 CALLS = 3
 

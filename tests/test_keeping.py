@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import autotp
-from autotp.keeping import Snapshot
-from autotp.verify import relative_error
+from autotp.arguments.snapshot import Snapshot
+from autotp.verification.measure import relative_error
 
 WIDTH = 64
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import autotp
-from autotp import checkpoints
-from autotp.checkpoints import Reader, opened
-from autotp.shards import local_part
-from autotp.verify import Float64
+from autotp.verification.measure import Float64
+from autotp.weights import checkpoint
+from autotp.weights.checkpoint import Reader, opened
+from autotp.weights.slicing import local_part
 from passes import IndexSet, Shards
 from tests import workers, workers_loading
 from tests.models import SmallGPT, make
@@ -185,8 +185,8 @@ def _tensors() -> Iterator[tuple[str, torch.Tensor]]:
 def test_any_part_in_any_pieces(piece: int, row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
-    monkeypatch.setattr(checkpoints, "PIECE", piece)
-    monkeypatch.setattr(checkpoints, "ROW", row)
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    monkeypatch.setattr(checkpoint, "ROW", row)
     plain = dict(_tensors())
     turned = {n: t.transpose(0, -1) if t.dim() > 1 else t for n, t in plain.items()}
     save_file(plain, tmp_path / "a.safetensors")

@@ -17,15 +17,18 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autotp
-from autotp.calls import Programs
-from autotp.capture import Dense, capture
-from autotp.lowered import LoweredGraph
-from autotp.rewrite import RankGraph, rewrite
-from autotp.shards import local_part, shards_of
-from autotp.simulate import Simulation
-from autotp.verify import Float64, relative_error
-from passes import Lowering, fabric, localize
-from passes.lowering.grow import grown
+from autotp.capture.capture import capture
+from autotp.capture.captured_graph import Dense
+from autotp.program.lowered_graph import LoweredGraph
+from autotp.program.rank_graph import RankGraph
+from autotp.program.sharded_program import rewrite
+from autotp.runtime.graph_cache import Programs
+from autotp.verification.measure import Float64, relative_error
+from autotp.verification.simulation import Simulation
+from autotp.weights.slicing import local_part, shards_of
+from passes import Lowering, localize
+from passes.lowering.cache_in_place import grown
+from passes.ops import context
 from tests.models import make
 from tests.workers import backward, outputs
 
@@ -68,7 +71,7 @@ class _Checked(RankGraph):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_values_are_as_said(name: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotp.calls.RankGraph", _Checked)
+    monkeypatch.setattr("autotp.runtime.graph_cache.RankGraph", _Checked)
     model, kwargs, programs = programs_of(name, tp)
     with Float64():
         parallel = Simulation(model, tp, programs, lowering=Lowering())
@@ -97,11 +100,11 @@ def test_each_pass_can_be_switched_off(off: str) -> None:
             assert relative_error(gradients[n], p.grad) < 1e-10, n
     found_by = programs.graph(programs.last, 0).lowered(lowering, True).found
     assert off not in found_by
-    assert all(found_by[n] for n in ("merge", "together") if getattr(lowering, n) and lowering.merge)
+    assert all(found_by[n] for n in ("merge", "fuse_adjacent") if getattr(lowering, n) and lowering.merge)
 
 
 def test_values_of_any_size_may_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["passes.lowering.lean"], "WORTH", 1)
+    monkeypatch.setattr(sys.modules["passes.lowering.rematerialize"], "WORTH", 1)
     test_each_pass_can_be_switched_off("nothing")
 
 
@@ -179,9 +182,9 @@ def test_sums_run_beside_what_does_not_need_them() -> None:
 
     def logged(lowering: Lowering) -> tuple[_Log, _Log]:
         graph = RankGraph(programs.last, 0, model)
-        with Float64(), fabric.use(forward := _Log()), forward, torch.no_grad():
+        with Float64(), context.use(forward := _Log()), forward, torch.no_grad():
             graph.execute(lowering, given)
-        with Float64(), fabric.use(backward := _Log()):
+        with Float64(), context.use(backward := _Log()):
             results = graph.execute(lowering, given)
             backward.seen.clear()
             with backward:
@@ -356,7 +359,7 @@ def test_a_static_cache_is_written_where_it_is() -> None:
             torch.testing.assert_close(a.keys, b.keys)
             torch.testing.assert_close(a.values, b.values)
         graph = autotp.graph(model).lowered(Lowering(), False)
-        assert graph.found["grow"] == 2 * model.config.num_hidden_layers
+        assert graph.found["cache_in_place"] == 2 * model.config.num_hidden_layers
 
 
 def test_exact_passes_leave_every_bit() -> None:

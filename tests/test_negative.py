@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import fx, nn
 
-from autotp.capture import Captured, capture
-from autotp.rewrite import rewrite
-from autotp.simulate import Simulation
-from autotp.verify import Float64, Report, compare
+from autotp.capture.capture import capture
+from autotp.capture.captured_graph import Captured
+from autotp.program.sharded_program import rewrite
+from autotp.verification.measure import Float64
+from autotp.verification.report import Report
+from autotp.verification.simulation import Simulation
+from autotp.verification.verify import compare
 from passes import ops
-from passes.state import PerRank
-from passes.vocabulary import vocab_parallel_embedding
+from passes.layouts.sharded_value import PerRank
+from passes.ops.vocabulary import vocab_parallel_embedding
 from tests import breakages
 from tests.models import make
 from tests.passes.harness import OneProgram

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autotp
-from autotp.verify import relative_error
+from autotp.verification.measure import relative_error
 
 WIDTH, HEADS, LENGTH, VOCABULARY = 128, 4, 32, 96
 SIZE = WIDTH // HEADS

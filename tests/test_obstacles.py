@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autotp
-from autotp.plan import Weight
+from autotp.plans.plan import Weight
 
 
 class Attention(nn.Module):

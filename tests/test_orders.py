@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 
 import autotp
-from autotp.arguments import Arguments
-from autotp.calls import Programs
-from autotp.capture import Dense
-from autotp.meaning import meaning
+from autotp.arguments.arguments import Arguments
+from autotp.capture.captured_graph import Dense
+from autotp.runtime.graph_cache import Programs
+from autotp.utils.graph_hash import meaning
 from passes import ops
 
 

@@ -14,11 +14,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autotp
-from autotp import backward, observe, parts
-from autotp.plan import Plan
-from autotp.planning import plan_of
-from autotp.simulate import Simulation
-from autotp.verify import Float64, Report, compare, relative_error
+from autotp.capture import custom_backward
+from autotp.partition import module_calls, partition
+from autotp.plans.make_plan import plan_of
+from autotp.plans.plan import Plan
+from autotp.verification.measure import Float64, relative_error
+from autotp.verification.report import Report
+from autotp.verification.simulation import Simulation
+from autotp.verification.verify import compare
 from tests.models import Block
 
 pytestmark = pytest.mark.filterwarnings("ignore::autotp.PartialCaptureWarning")
@@ -166,7 +169,7 @@ def verified(
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     with Float64() if tolerance == 1e-10 else contextlib.nullcontext():
-        division = parts.divide(model.double(), tp, inputs, kwargs)
+        division = partition.divide(model.double(), tp, inputs, kwargs)
         report = compare(model, Simulation(model, tp, division, record=True), inputs, kwargs, tolerance)
         return report, plan_of(division, tp)
 
@@ -188,9 +191,9 @@ def test_python_between_parts(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["an autograd function", "a tensor hook"])
 def test_without_the_refusals_those_would_be_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backward, "_REFUSED", {})
-    monkeypatch.setattr("autotp.tracing.refuse_own_backward", lambda *_: None)
-    monkeypatch.setattr("autotp.tracing.refuse_function", lambda *_: None)
+    monkeypatch.setattr(custom_backward, "_REFUSED", {})
+    monkeypatch.setattr("autotp.capture.export.refuse_own_backward", lambda *_: None)
+    monkeypatch.setattr("autotp.capture.export.refuse_function", lambda *_: None)
     report, plan = verified(Net(BETWEEN[name], blocks=1))
     assert not plan.seams
     assert not report.ok
@@ -422,7 +425,7 @@ def test_watching_a_run_changes_nothing() -> None:
     x = torch.randn(2, 8, 64)
     kept = x.clone()
     state, held = torch.get_rng_state(), dict(model.keeps.__dict__)
-    observed = observe.observe(model, (x,), {})
+    observed = module_calls.observe(model, (x,), {})
     assert len(observed.calls[id(model.keeps.inner)]) == 1
     assert torch.equal(torch.get_rng_state(), state)
     assert model.keeps.__dict__ == held
@@ -483,14 +486,14 @@ def test_a_plan_of_parts_is_followed_and_one_that_does_not_fit_refused() -> None
     ids = torch.randint(0, 101, (2, 8))
     model = Net(_branch, "in forward")
     plan = autotp.plan(model, 2, example_inputs=(ids,))
-    again = parts.divide(model, 2, (ids,), {}, plan.stored)
+    again = partition.divide(model, 2, (ids,), {}, plan.stored)
     assert again.stored == plan.stored
     whole = autotp.plan(Net(), 2, example_inputs=(ids,))
     fewer = {n: layout for n, layout in whole.stored.items() if n.startswith("blocks.0.up")}
-    assert parts.divide(model, 2, (ids,), {}, fewer).stored == fewer
+    assert partition.divide(model, 2, (ids,), {}, fewer).stored == fewer
     embed = {**fewer, "embed.weight": whole.stored["head.weight"]}
     with pytest.raises(autotp.PlanError, match=r"embed\.weight, which code outside"):
-        parts.divide(model, 2, (ids,), {}, embed)
+        partition.divide(model, 2, (ids,), {}, embed)
 
 
 def test_esm() -> None:

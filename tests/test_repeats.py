@@ -13,10 +13,11 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import autotp
-from autotp import repeats, tracing
-from autotp.capture import Captured, capture
+from autotp.capture import export, trace_cache
+from autotp.capture.capture import capture
+from autotp.capture.captured_graph import Captured
+from autotp.capture.trace_cache import Repeats
 from autotp.errors import CaptureError
-from autotp.repeats import Repeats
 from tests.models import CASES, make
 
 X = torch.randn(2, 5, 8)
@@ -69,7 +70,7 @@ def both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[nn.Module, tu
     found = []
     for mode in (_Watched, _Alone):
         torch.manual_seed(0)
-        monkeypatch.setattr(tracing, "Repeats", mode)
+        monkeypatch.setattr(export, "Repeats", mode)
         model, args, kwargs = make()
         found.append(_texts(capture(model, args, kwargs)))
     return found, _Watched.made[0]
@@ -302,8 +303,8 @@ def test_a_failure_of_the_copies_is_no_failure_of_the_capture(monkeypatch: pytes
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """With copies that do not look at numbers."""
-    described = repeats._described
-    monkeypatch.setattr(repeats, "_described", lambda x, t: float if isinstance(x, float) else described(x, t))
+    described = trace_cache._described
+    monkeypatch.setattr(trace_cache, "_described", lambda x, t: float if isinstance(x, float) else described(x, t))
 
 
 def test_the_comparison_sees_a_wrong_copy(blind: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +319,7 @@ def test_equal_to_dense() -> None:
 
 def test_every_function_of_a_further_layer_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch analyses none of it again, so that a further layer costs its own Python and little more."""
-    monkeypatch.setattr(tracing, "Repeats", _Watched)
+    monkeypatch.setattr(export, "Repeats", _Watched)
 
     def copied(layers: int) -> tuple[int, int]:
         _Watched.made = []

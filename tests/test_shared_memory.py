@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from autotp.shared_memory import LINE, AbsentError, Board, _has_ended, exchange
+from autotp.distributed.shared_memory_board import LINE, AbsentError, Board, _has_ended, exchange
 from tests import workers, workers_memory
 
 Store = tuple[str, int, int, int]

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import autotp
-from autotp.calls import Programs
-from autotp.capture import Dense
-from autotp.simulate import Simulation
-from autotp.verify import Float64, compare
+from autotp.capture.captured_graph import Dense
+from autotp.runtime.graph_cache import Programs
+from autotp.verification.measure import Float64
+from autotp.verification.simulation import Simulation
+from autotp.verification.verify import compare
 from tests.models import CASES, make, minilm_directory
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import autotp
-from autotp.verify import relative_error
+from autotp.verification.measure import relative_error
 from tests import workers, workers_state
 from tests.workers_state import HEADS, LENGTH, WIDTH, Decoder, example, generated, prompt
 
@@ -120,12 +120,13 @@ def test_verify_compares_what_is_kept(how: str, processes: bool) -> None:
 
 def test_verify_sees_a_share_that_is_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
-    from autotp import changes, giving
+    from autotp.arguments import mutations
+    from autotp.capture import output_codegen
 
     def shifted(held: Any, key: Any, new: torch.Tensor) -> None:
-        changes.overwrite(held, key, new.roll(1, 1))
+        mutations.overwrite(held, key, new.roll(1, 1))
 
-    monkeypatch.setattr(giving, "overwrite", shifted)
+    monkeypatch.setattr(output_codegen, "overwrite", shifted)
     assert not autotp.verify(Decoder(6, "buffers"), 2, example_inputs=example()).ok
 
 

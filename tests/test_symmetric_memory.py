@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from autotp.process import ProcessFabric
-from autotp.symmetric_memory import largest
+from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.symmetric_memory import largest
 from tests import workers, workers_symmetric
 
 SIZE = 2
@@ -77,9 +77,11 @@ def test_where_it_stands_among_the_ways(
 ) -> None:
     """Between memory of the host, for CPU tensors, and the process group."""
     monkeypatch.setattr("torch.distributed.get_backend_config", lambda group: backends)
-    monkeypatch.setattr("autotp.process.join_symmetric_memory", lambda far, on: ("symmetric", far, on))
-    monkeypatch.setattr("autotp.process.join_board", lambda *_: "board")
-    monkeypatch.setattr("autotp.process.SharedMemory", lambda board, far, missing: (board, far))
+    monkeypatch.setattr(
+        "autotp.distributed.process_context.join_symmetric_memory", lambda far, on: ("symmetric", far, on)
+    )
+    monkeypatch.setattr("autotp.distributed.process_context.join_board", lambda *_: "board")
+    monkeypatch.setattr("autotp.distributed.process_context.SharedMemory", lambda board, far, missing: (board, far))
     far: Any = SimpleNamespace(group=None, rank=0, size=2)
     where = torch.device(device)
     mesh: Any = None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autotp
-from autotp.verify import relative_error
+from autotp.verification.measure import relative_error
 from tests.models import SmallGPT
 
 
@@ -137,11 +137,12 @@ def test_a_size_that_python_turns_into_a_constant_makes_another_graph() -> None:
 
 def _parallelized_alone(model: nn.Module, *args: torch.Tensor) -> nn.Module:
     """Rank 0 of two, without the other."""
-    from autotp.agreement import Agreement
-    from autotp.calls import Programs
-    from autotp.capture import Dense
-    from autotp.process import TIMEOUT, Mesh, ProcessFabric
-    from autotp.runtime import Whole
+    from autotp.capture.captured_graph import Dense
+    from autotp.distributed.agreement import Agreement
+    from autotp.distributed.mesh import TIMEOUT, Mesh
+    from autotp.distributed.process_context import ProcessFabric
+    from autotp.runtime.graph_cache import Programs
+    from autotp.runtime.graph_runtime import Whole
 
     programs = Programs(model, 2, Dense.of(model))
     programs.find(args, {})

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import autotp
-from autotp.capture import capture
+from autotp.capture.capture import capture
 from autotp.errors import AutoTPError
-from autotp.rounding import depth, rounding_error
-from autotp.verify import Measured, judge
+from autotp.verification.measure import Measured
+from autotp.verification.report import judge
+from autotp.verification.rounding import depth, rounding_error
 from tests.models import SmallGPT, make
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from autotp import versions
-from autotp.versions import Versions
+from autotp.runtime import dict_versions
+from autotp.runtime.dict_versions import Versions
 
 MANY = 40
 
 
 @pytest.fixture(autouse=True)
 def settled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_SETTLED", 16)
-    monkeypatch.setattr(versions, "_MANY", 3)
+    monkeypatch.setattr(dict_versions, "_SETTLED", 16)
+    monkeypatch.setattr(dict_versions, "_MANY", 3)
 
 
 def _dicts() -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def _dicts() -> list[dict[str, Any]]:
 @pytest.fixture(params=["guards", "numbers"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "numbers":
-        monkeypatch.setattr(versions, "_guards", lambda dicts: None)
+        monkeypatch.setattr(dict_versions, "_guards", lambda dicts: None)
     return str(request.param)
 
 
@@ -59,7 +59,7 @@ def test_new_versions_take_the_change_for_how_it_was(way: str) -> None:
 
 
 def test_without_torchs_numbers_it_is_always_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "dict_version", None)
+    monkeypatch.setattr(dict_versions, "dict_version", None)
     assert not Versions(_dicts()).same()
 
 
@@ -67,7 +67,7 @@ def test_guards_that_torch_has_changed_are_not_missed(monkeypatch: pytest.Monkey
     def changed() -> Any:
         raise TypeError("incompatible function arguments")
 
-    monkeypatch.setattr(versions, "RootGuardManager", changed)
+    monkeypatch.setattr(dict_versions, "RootGuardManager", changed)
     dicts = _dicts()
     seen = Versions(dicts)
     assert all(seen.same() for _ in range(MANY))
@@ -76,13 +76,13 @@ def test_guards_that_torch_has_changed_are_not_missed(monkeypatch: pytest.Monkey
 
 
 def test_what_another_thread_sets_while_guards_are_made_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    dicts, make = _dicts(), versions._guards
+    dicts, make = _dicts(), dict_versions._guards
 
     def slowly(of: Any) -> Any:
         dicts[0]["a"] = 2
         return make(of)
 
-    monkeypatch.setattr(versions, "_guards", slowly)
+    monkeypatch.setattr(dict_versions, "_guards", slowly)
     seen = Versions(dicts)
     assert [seen.same() for _ in range(MANY)] == [True] * 15 + [False] * (MANY - 15)
 

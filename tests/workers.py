@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from torch.utils import _pytree as pytree
 
 import autotp
-from autotp.spawned import free_port, hidden_values, settle
-from autotp.verify import Float64, relative_error
+from autotp.verification.measure import Float64, relative_error
+from autotp.verification.processes import free_port, hidden_values, settle
 from tests.models import make
 
 

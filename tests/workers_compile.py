@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import autotp
-from autotp.verify import Float64, relative_error
+from autotp.verification.measure import Float64, relative_error
 from tests.models import make
 from tests.workers import backward, outputs
 

@@ -13,8 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 import autotp
-from autotp.rewrite import RankGraph
-from autotp.verify import relative_error
+from autotp.program.rank_graph import RankGraph
+from autotp.verification.measure import relative_error
 from tests.models import MLP, Block
 from tests.workers_outside import apart, gradients_apart, raised
 

@@ -14,7 +14,7 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 import autotp
-from autotp.verify import Float64, relative_error
+from autotp.verification.measure import Float64, relative_error
 from tests.workers_outside import raised, same
 
 Result = dict[str, Any]
@@ -91,7 +91,7 @@ def equal(dense: Any, model: Any, ids: torch.Tensor, **options: Any) -> bool:
 def held(cache: Any) -> tuple[int, int, list[int]]:
     """The bytes of a cache's tensors, those of the storages behind them, and how many heads each layer keeps.
 
-    Room for a few more tokens behind a tensor (:mod:`passes.lowering.grow`) is not counted.
+    Room for a few more tokens behind a tensor (:mod:`passes.lowering.cache_in_place`) is not counted.
     """
     layers = getattr(cache, "layers", None) or [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     each = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.dim() == 4]

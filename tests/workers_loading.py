@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import autotp
-from autotp import checkpoints, placing
-from autotp.verify import Float64, relative_error
+from autotp.verification.measure import Float64, relative_error
+from autotp.weights import checkpoint, load_checkpoint
 from tests.models import make
 from tests.workers import backward, outputs, storages
 from tests.workers_outside import apart, gradients_apart, raised
@@ -59,8 +59,8 @@ class Recorded(Mapping[str, Slices]):
         return [
             n
             for n, s in self.slices.items()
-            if sum(s.read) > own[n].numel() + placing.FIRST
-            or max(s.read, default=0) * s.dtype.itemsize > checkpoints.PIECE
+            if sum(s.read) > own[n].numel() + load_checkpoint.FIRST
+            or max(s.read, default=0) * s.dtype.itemsize > checkpoint.PIECE
         ]
 
 
@@ -94,7 +94,7 @@ def _compared(name: str, dense: nn.Module, model: nn.Module) -> Result:
     }
 
 
-class CountingReader(checkpoints.Reader):
+class CountingReader(checkpoint.Reader):
     """Counts the bytes that come from files."""
 
     count = 0
@@ -106,8 +106,8 @@ class CountingReader(checkpoints.Reader):
 
 def loaded(rank: int, world: int, folder: Path) -> Result:
     found: Result = {}
-    checkpoints.PIECE, checkpoints.ROW = 2048, 64  # so that small weights are read in pieces, too
-    placing.Reader = CountingReader  # type: ignore[misc]
+    checkpoint.PIECE, checkpoint.ROW = 2048, 64  # so that small weights are read in pieces, too
+    load_checkpoint.Reader = CountingReader  # type: ignore[misc]
     with Float64():
         for name, file in FILES.items():
             dense, kwargs = make(name)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autotp.process import Mesh, ProcessCommunicator, ProcessFabric
-from autotp.shared_memory import SharedMemory
+from autotp.distributed.communicators import ProcessCommunicator
+from autotp.distributed.mesh import Mesh
+from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.shared_memory import SharedMemory
 
 SHAPES = [(), (1,), (3, 5), (0, 4), (2, 1, 7), (700, 1001), (1 << 18,)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64]

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 import autotp
-from autotp.verify import relative_error
-from passes import fabric, ops
+from autotp.verification.measure import relative_error
+from passes import ops
+from passes.ops import context
 from tests.models import MLP, SmallGPT, TutorialAttention
 from tests.workers import backward, outputs
 
@@ -439,7 +440,7 @@ def training(rank: int, world: int) -> Result:
     found["outputs agree"] = all(whole) and len(set(drops)) == 20
     found["whole parameters agree"] = all(same(p.data) for _, p, shards in runtime.placed() if not shards)
     found["shards differ"] = not same(model.second[0].weight.data)
-    with fabric.use(runtime.fabric):
+    with context.use(runtime.fabric):
         own = ops.random_per_rank(torch.nn.functional.dropout, torch.ones(1000), 0.5)
         shared = ops.random_same(torch.nn.functional.dropout, torch.ones(1000), 0.5)
     found["own"], found["shared"] = same(own), same(shared)

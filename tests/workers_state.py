@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import autotp
-from autotp.verify import relative_error
+from autotp.verification.measure import relative_error
 from tests.workers_outside import apart, raised, same
 
 Result = dict[str, Any]

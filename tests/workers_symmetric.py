@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from autotp import Tally, symmetric_memory
-from autotp.process import ProcessCommunicator
+from autotp import Tally
+from autotp.distributed import symmetric_memory
+from autotp.distributed.communicators import ProcessCommunicator
 from tests.workers_memory import apart
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from autotp.errors import WholeWeightWarning
 from autotp.fuzz.model import build
 from autotp.fuzz.recipe import Recipe
-from autotp.parts import divide
-from autotp.simulate import Simulation
-from autotp.verify import Float64, compare
+from autotp.partition.partition import divide
+from autotp.verification.measure import Float64
+from autotp.verification.simulation import Simulation
+from autotp.verification.verify import compare
 
 __all__ = ["FuzzError", "fuzz", "judge"]
 

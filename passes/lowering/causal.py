@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.values import Size, cut, is_tensor, local, tidy
+from passes.lowering.local_values import Size, cut, is_tensor, local, tidy
 
 __all__ = ["causal"]
 

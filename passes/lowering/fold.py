@@ -9,7 +9,7 @@ from torch import fx
 
 from passes.graphs import op_name
 from passes.lowering.deduplicate import is_pure
-from passes.lowering.values import cut, is_tensor, local, numel, tidy
+from passes.lowering.local_values import cut, is_tensor, local, numel, tidy
 
 __all__ = ["fold"]
 

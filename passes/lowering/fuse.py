@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.values import call, is_tensor, local, replace, tidy
+from passes.lowering.local_values import call, is_tensor, local, replace, tidy
 
 __all__ = ["fuse"]
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch.autograd.function import once_differentiable
 
-from passes import fabric
-from passes.lowering.values import Local, call, is_tensor, local, replace
+from passes.lowering.local_values import Local, call, is_tensor, local, replace
+from passes.ops import context
 
 __all__ = ["Product", "apart", "is_weight", "joined", "merge", "side_by_side"]
 
@@ -31,7 +31,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, group: fabric.Communicator | None, count: int,
+        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, group: context.Communicator | None, count: int,
         *parts: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """See :func:`side_by_side`."""

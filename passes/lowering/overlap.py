@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from passes import fabric, ops
+from passes import ops
 from passes.graphs import op_name
+from passes.lowering.local_values import call, is_tensor, local, replace
 from passes.lowering.merge import Product, is_weight, side_by_side
-from passes.lowering.values import call, is_tensor, local, replace
+from passes.ops import context
 
 __all__ = ["entering_linear", "overlap"]
 
@@ -40,7 +41,7 @@ def entering_linear(
         ``(..., sum of out)``.
     """
     if torch.is_grad_enabled():
-        result: torch.Tensor = Product.apply(x, weight, bias, fabric.current().group(group), count, *parts)
+        result: torch.Tensor = Product.apply(x, weight, bias, context.current().group(group), count, *parts)
         return result
     return F.linear(x, weight, bias)
 

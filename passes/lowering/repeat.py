@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from passes import ops
+from passes.lowering.local_values import MEETING, call, local
 from passes.lowering.merge import apart, joined
-from passes.lowering.values import MEETING, call, local
 
 __all__ = ["repeat"]
 

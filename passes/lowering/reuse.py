@@ -9,7 +9,7 @@ from torch import fx
 
 from passes import ops
 from passes.graphs import op_name
-from passes.lowering.values import is_tensor, local
+from passes.lowering.local_values import is_tensor, local
 
 __all__ = ["reuse"]
 

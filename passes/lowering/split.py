@@ -12,8 +12,8 @@ from collections import defaultdict
 import torch
 from torch import fx
 
-from passes.lowering.together import Part, part_of
-from passes.lowering.values import call, local
+from passes.lowering.fuse_adjacent import Part, part_of
+from passes.lowering.local_values import call, local
 
 __all__ = ["split"]
 

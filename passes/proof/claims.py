@@ -26,10 +26,23 @@ from itertools import combinations
 
 import numpy as np
 
-from passes.axes import Size, product
+from passes.layouts.axes import Size, product
 
-__all__ = ["Claim", "Dim", "Factor", "Split", "Unproved", "agreed", "counted_once", "dim_of", "held_once", "is_whole",
-           "local_size", "regrouped", "split_of"]  # fmt: skip
+__all__ = [
+    "Claim",
+    "Dim",
+    "Factor",
+    "Split",
+    "Unproved",
+    "agreed",
+    "counted_once",
+    "dim_of",
+    "held_once",
+    "is_whole",
+    "local_size",
+    "regrouped",
+    "split_of",
+]
 
 
 class Unproved(Exception):  # noqa: N818 - no mistake of the user

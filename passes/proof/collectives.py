@@ -7,14 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from passes.fabric import parse_group
+from passes.layouts.sharded_value import GROUP
+from passes.ops.context import parse_group
 from passes.proof.claims import Claim, Dim, Split, Unproved, counted_once, is_whole
 from passes.proof.steps import Proof, Step, axis, wholly
 from passes.proof.terms import plain
-from passes.state import GROUP
 
-__all__ = ["all_gather", "all_reduce", "enter", "enter_overlapping", "leave", "norm_over_shards", "settle",
-           "vocab_embedding", "vocab_loss"]  # fmt: skip
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "enter",
+    "enter_overlapping",
+    "leave",
+    "norm_over_shards",
+    "settle",
+    "vocab_embedding",
+    "vocab_loss",
+]
 
 
 def all_reduce(proof: Proof, step: Step) -> Claim:

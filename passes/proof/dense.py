@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.axes import Size, product, shape_of, size_of
 from passes.graphs import is_random, is_tensor, op_name
+from passes.layouts.axes import Size, product, shape_of, size_of
 from passes.proof.terms import ONE, Coefficient, Terms, canonical, plain, spelled, with_dims
 
 __all__ = ["VIEWS", "Equation", "dims_of", "equation", "order_of", "read", "taken"]

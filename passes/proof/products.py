@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from passes.axes import Size
+from passes.layouts.axes import Size
 from passes.proof.claims import Claim, Dim, Unproved, counted_once, is_whole
 from passes.proof.dense import equation
 from passes.proof.steps import Proof, Step, wholly

@@ -11,14 +11,14 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.axes import Size
 from passes.graphs import op_name
-from passes.norms import norm_over_shards
-from passes.proof import collectives, dense, moves, others, products
+from passes.layouts.axes import Size
+from passes.ops.norms import norm_over_shards
+from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
+from passes.proof import collectives, dense, elementwise, lookups, movement, products, reductions
 from passes.proof.claims import Unproved
 from passes.proof.steps import Proof, Rule, Sizes, Step
 from passes.proof.terms import spelled
-from passes.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
 
 __all__ = ["follow"]
 
@@ -30,12 +30,12 @@ _PARALLEL: dict[Any, Rule] = {
     ops.enter: collectives.enter,
     ops.enter_overlapping: collectives.enter_overlapping,
     ops.leave: collectives.leave,
-    ops.narrow: moves.narrow,
-    ops.take: moves.take,
+    ops.narrow: movement.narrow,
+    ops.take: movement.take,
     norm_over_shards: collectives.norm_over_shards,
     vocab_parallel_embedding: collectives.vocab_embedding,
     vocab_parallel_cross_entropy: collectives.vocab_loss,
-    operator.getitem: others.getitem,
+    operator.getitem: elementwise.getitem,
 }
 _STANDS_FOR: dict[Any, Any] = {
     ops.column_parallel_linear: aten.linear.default,
@@ -50,27 +50,28 @@ _STANDS_FOR: dict[Any, Any] = {
 }
 """The op that each parallel product is another name of."""
 _RULES: Mapping[str, Rule] = (
-    dict.fromkeys(dense.VIEWS, moves.view)
-    | dict.fromkeys(dense.PERMUTES, moves.permute)
-    | dict.fromkeys(dense.EXPANDS, moves.expand)
-    | dict.fromkeys(dense.PARTS, moves.part)
+    dict.fromkeys(dense.VIEWS, movement.view)
+    | dict.fromkeys(dense.PERMUTES, movement.permute)
+    | dict.fromkeys(dense.EXPANDS, movement.expand)
+    | dict.fromkeys(dense.PARTS, movement.part)
     | dict.fromkeys(dense.PRODUCTS, products.einsum)
     | dict.fromkeys(dense.CONVOLUTIONS, products.convolution)
-    | dict.fromkeys(dense.NORMS, others.norm)
-    | dict.fromkeys(("aten.add", "aten.sub", "aten.neg", "aten.mul", "aten.div"), others.arithmetic)
-    | dict.fromkeys(("aten.sum", "aten.mean"), others.summed)
+    | dict.fromkeys(dense.NORMS, reductions.norm)
+    | dict.fromkeys(("aten.add", "aten.sub", "aten.neg", "aten.mul", "aten.div"), elementwise.arithmetic)
+    | dict.fromkeys(("aten.sum", "aten.mean"), reductions.summed)
     | dict.fromkeys(("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.cumsum",
-                     "aten.cumprod", "aten.logcumsumexp", "aten.tril", "aten.triu"), others.scan)
+                     "aten.cumprod", "aten.logcumsumexp", "aten.tril", "aten.triu"), reductions.scan)
     | dict.fromkeys(("aten.amax", "aten.amin", "aten.prod", "aten.var", "aten.std", "aten.argmax", "aten.argmin",
                      "aten.any", "aten.all", "aten.logsumexp", "aten.norm", "aten.linalg_vector_norm", "aten.median",
-                     "aten.count_nonzero", "max_values", "max_indices", "min_values", "min_indices"), others.reduced)
-    | dict.fromkeys(("aten.pad", "aten.constant_pad_nd", "aten.roll"), others.shifted)
-    | dict.fromkeys(("aten.view_as_complex", "aten.view_as_real"), others.complex_pairs)
-    | dict.fromkeys(("aten.index", "aten.index_select"), others.index)
-    | dict.fromkeys(("aten.index_copy", "aten.index_put", "aten.slice_scatter"), others.placed)
+                     "aten.count_nonzero", "max_values", "max_indices", "min_values", "min_indices"),
+                     reductions.reduced)
+    | dict.fromkeys(("aten.pad", "aten.constant_pad_nd", "aten.roll"), reductions.shifted)
+    | dict.fromkeys(("aten.view_as_complex", "aten.view_as_real"), reductions.complex_pairs)
+    | dict.fromkeys(("aten.index", "aten.index_select"), lookups.index)
+    | dict.fromkeys(("aten.index_copy", "aten.index_put", "aten.slice_scatter"), lookups.placed)
     | {
-        "aten.cat": moves.join,
-        "aten.embedding": others.embedding,
+        "aten.cat": movement.join,
+        "aten.embedding": lookups.embedding,
         "aten.scaled_dot_product_attention": products.attention,
         "flex_attention_outputs": products.flex_attention,
         "aten.linalg_solve_triangular": products.solve,
@@ -126,13 +127,13 @@ def _by_rule(proof: Proof, node: fx.Node) -> Any:
     name = str(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else op_name(node)
     step = Step(node, name, target, spelled(target, args, kwargs))
     if draws:
-        return others.random(proof, step)
+        return elementwise.random(proof, step)
     sizes = _size(proof, step)
     if sizes is not None:
         return sizes
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
-        return _RULES.get(name, others.pointwise)(proof, step)
-    rule = _RULES.get(name) or (others.pointwise if name in _POINTWISE else others.general)
+        return _RULES.get(name, elementwise.pointwise)(proof, step)
+    rule = _RULES.get(name) or (elementwise.pointwise if name in _POINTWISE else elementwise.general)
     return rule(proof, step)
 
 

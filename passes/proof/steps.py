@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx
 
-from passes.axes import Size
-from passes.layout import Layout
+from passes.layouts.axes import Size
+from passes.layouts.layout import Layout
+from passes.layouts.sharded_value import PerRank
 from passes.proof.claims import Claim, Dim, Unproved, agreed, held_once, is_whole, split_of
 from passes.proof.terms import Terms, canonical, with_dims
-from passes.state import PerRank
 
 __all__ = ["Proof", "Rule", "Sizes", "Step", "axis", "dims_by_layout", "wholly"]
 

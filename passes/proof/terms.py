@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.axes import Size
+from passes.layouts.axes import Size
 
 __all__ = ["Coefficient", "Terms", "canonical", "plain", "spelled", "with_dims"]
 

@@ -1,8 +1,10 @@
 """Op rules: one class per family of ops, each in a file of its own.
 
 ========================  =======================================================
-``pointwise``             results index by index: add, mul, gelu, where, casts, dropout
-``movement``              views, transposes, slices, joins, expands
+``pointwise``             results index by index: add, mul, gelu, where, casts
+``random``                dropout and other random numbers
+``movement``              views, transposes, slices, expands
+``joins``                 cat, stack, pad
 ``contraction``           products: linear, matmul, addmm, einsum
 ``convolution``           products along which something slides or changes: conv1d, grouped matrices
 ``attention``             scaled dot-product attention
@@ -20,23 +22,27 @@ import torch
 from torch import fx
 
 from passes.graphs import is_tensor, op_name
+from passes.layouts.facts import Facts
 from passes.rules import (
     attention,
     contraction,
     convolution,
+    joins,
     lookup,
     loss,
     movement,
     normalization,
     opaque,
     pointwise,
+    random,
     reduction,
 )
-from passes.rules.base import Alignment, Facts, Key, Rule, registered
+from passes.rules.alignment import Alignment, Key
+from passes.rules.base import Rule, registered
 
 __all__ = ["Alignment", "Facts", "Key", "Rule", "rule_of"]
 
-_FAMILIES = (attention, contraction, convolution, lookup, loss, movement, normalization, reduction)
+_FAMILIES = (attention, contraction, convolution, joins, lookup, loss, movement, normalization, random, reduction)
 _POINTWISE = pointwise.Pointwise()
 _OPAQUE = opaque.Opaque()
 

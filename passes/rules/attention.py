@@ -13,13 +13,15 @@ import numpy as np
 from torch import fx
 
 from passes import ops
-from passes.axes import Size
 from passes.graphs import is_tensor, shape
-from passes.rules.base import Alignment, Facts, Rule, align, as_value, combine, keyed_factors, register
-from passes.units import Factor, Value
+from passes.layouts.axes import Size
+from passes.layouts.facts import Facts
+from passes.layouts.units import Factor, Value
+from passes.rules.alignment import Alignment, align, as_value, combine, keyed_factors
+from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["Attention"]
 

@@ -14,12 +14,14 @@ from torch import fx
 
 from passes import ops
 from passes.graphs import is_tensor, op_name, shape
-from passes.layout import Layout, Shards
-from passes.rules.base import Alignment, Facts, Key, Rule, align, as_value, combine, keyed_factors, register, without
-from passes.units import Factor, Value
+from passes.layouts.facts import Facts, without
+from passes.layouts.layout import Layout, Shards
+from passes.layouts.units import Factor, Value
+from passes.rules.alignment import Alignment, Key, align, as_value, combine, keyed_factors
+from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["MOVES", "Contraction", "contract"]
 

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from passes.axes import trivial_axes
 from passes.graphs import is_tensor, shape
-from passes.layout import Layout
-from passes.rules.base import Facts, register, without
+from passes.layouts.axes import trivial_axes
+from passes.layouts.facts import Facts, without
+from passes.layouts.layout import Layout
+from passes.layouts.units import Value
+from passes.rules.base import register
 from passes.rules.contraction import Contraction, contract
-from passes.units import Value
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["Convolution", "GroupedMatmul"]
 

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from passes.axes import Size, trivial_axes
 from passes.graphs import op_name, shape
-from passes.layout import Layout
-from passes.rules.base import Facts, Rule, align, as_value, combine, keyed_factors, register, without
+from passes.layouts.axes import Size, trivial_axes
+from passes.layouts.facts import Facts, without
+from passes.layouts.layout import Layout
+from passes.layouts.units import Factor, Value
+from passes.ops.vocabulary import vocab_parallel_embedding
+from passes.rules.alignment import align, as_value, combine, keyed_factors
+from passes.rules.base import Rule, register
 from passes.rules.movement import Move, behind
 from passes.rules.opaque import Opaque
 from passes.rules.pointwise import Pointwise
-from passes.units import Factor, Value
-from passes.vocabulary import vocab_parallel_embedding
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["Embedding", "Index", "Pick", "Place"]
 

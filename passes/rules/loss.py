@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from passes.graphs import is_tensor, shape
-from passes.layout import Layout
-from passes.rules.base import Facts, Rule, register
-from passes.units import Value
-from passes.vocabulary import vocab_parallel_cross_entropy
+from passes.layouts.facts import Facts
+from passes.layouts.layout import Layout
+from passes.layouts.units import Value
+from passes.ops.vocabulary import vocab_parallel_cross_entropy
+from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["CrossEntropy"]
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from passes.graphs import is_tensor, op_name, shape
-from passes.norms import norm_over_shards
-from passes.rules.base import Facts, align, as_value, combine, keyed_factors, register
+from passes.layouts.facts import Facts
+from passes.layouts.units import Factor, Value
+from passes.ops.norms import norm_over_shards
+from passes.rules.alignment import align, as_value, combine, keyed_factors
+from passes.rules.base import register
 from passes.rules.pointwise import Pointwise
-from passes.units import Factor, Value
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["Normalization"]
 

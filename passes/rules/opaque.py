@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from passes.graphs import is_tensor, shape
-from passes.rules.base import Facts, Rule
-from passes.units import Value
+from passes.layouts.facts import Facts
+from passes.layouts.units import Value
+from passes.rules.base import Rule
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["Opaque"]
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from passes import ops
 from passes.graphs import is_tensor, op_name, shape
-from passes.rules.base import Facts, Rule, align, as_value, combine, keyed_factors, register
-from passes.units import Value
+from passes.layouts.facts import Facts
+from passes.layouts.units import Value
+from passes.rules.alignment import align, as_value, combine, keyed_factors
+from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["Pointwise"]
 
@@ -119,18 +120,3 @@ class Pointwise(Rule):
             sharder.stand(node, total, pending=True, addend=beside)
             return True
         return False
-
-
-@register("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.bernoulli", "aten.rand_like",
-          "aten.randn_like", "aten.rrelu")  # fmt: skip
-class Random(Pointwise):
-    """Pointwise and random: on whole values all ranks draw the same, on shards each draws its own."""
-
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
-        if sharder.layout(node).whole or not all(s.disjoint for _, s in sharder.layout(node).shards):
-            sharder.copy(node)
-        else:
-            super().shard(node, sharder)
-
-    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Sharder) -> None:
-        sharder.emit(node, ops.random_per_rank, (node.target, *args), kwargs, layout=sharder.layout(node))

@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from passes.graphs import is_last, op_name, shape
-from passes.layout import Layout
-from passes.rules.base import Facts, Rule, register
-from passes.units import Factor, Value
+from passes.layouts.facts import Facts
+from passes.layouts.layout import Layout
+from passes.layouts.units import Factor, Value
+from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.shard import Sharder
+    from passes.rules.builder import Sharder
 
 __all__ = ["Reduction", "Scan", "Sum"]
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp.capture import Captured, capture
-from autotp.rewrite import Rewritten, rewrite
-from autotp.simulate import Simulation
-from autotp.verify import Float64, compare
+from autotp.capture.capture import capture
+from autotp.capture.captured_graph import Captured
+from autotp.program.sharded_program import Rewritten, rewrite
+from autotp.verification.measure import Float64
+from autotp.verification.simulation import Simulation
+from autotp.verification.verify import compare
 from passes import Verdict, check
 from tests.models import make
 from tests.mutation.mutants import Mutant, mutants

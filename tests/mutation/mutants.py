@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from autotp.rewrite import Rewritten
+from autotp.program.sharded_program import Rewritten
 from passes import IndexSet, Layout, Shards, ops
-from passes.fabric import replica_group
-from passes.norms import norm_over_shards
-from passes.state import GROUP, PerRank
-from passes.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
+from passes.layouts.sharded_value import GROUP, PerRank
+from passes.ops.context import replica_group
+from passes.ops.norms import norm_over_shards
+from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
 from tests.breakages import strip
 
 __all__ = ["KINDS", "Mutant", "mutants"]

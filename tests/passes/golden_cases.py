@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autotp.capture import Captured, capture
-from autotp.text import graph_text
+from autotp.capture.capture import capture
+from autotp.capture.captured_graph import Captured
+from autotp.program.graph_text import graph_text
 from passes import (
     Layout,
     Reason,
@@ -35,8 +36,8 @@ from passes import (
 from passes import enter as insert_enters
 from passes import simplify as simplified
 from passes.graphs import op_name
-from passes.rules.base import Facts
-from passes.state import PerRank
+from passes.layouts.facts import Facts
+from passes.layouts.sharded_value import PerRank
 
 HERE = Path(__file__).parent / "golden"
 CASES: dict[str, Callable[[], str]] = {}

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autotp.capture import capture
-from autotp.rewrite import rewrite
-from autotp.text import lowered_text
+from autotp.capture.capture import capture
+from autotp.program.graph_text import lowered_text
+from autotp.program.sharded_program import rewrite
 from passes import Lowering, localize, lower
 from tests.passes.golden_cases import Small, case, x
 
@@ -108,10 +108,10 @@ def deduplicate() -> str:
     return lowered(Small(run, up=nn.Linear(8, 8)), x(2, 5, 8), without="deduplicate")
 
 
-@case("lowering/group")
-def group() -> str:
+@case("lowering/grouped_query")
+def grouped_query() -> str:
     """Attention reads each key-value head once for both query heads that share it."""
-    return lowered(Grouped(), x(2, 6, 32), without="group")
+    return lowered(Grouped(), x(2, 6, 32), without="grouped_query")
 
 
 @case("lowering/fuse_norm")
@@ -156,20 +156,22 @@ def merge_forward() -> str:
     return lowered(Rotated(), x(2, 5, 32), x(5, 8), x(5, 8), without="merge", grad=False)
 
 
-@case("lowering/together")
-def together() -> str:
+@case("lowering/fuse_adjacent")
+def fuse_adjacent() -> str:
     """Queries, keys and values are viewed as heads and transposed at once, queries and keys are rotated at once."""
-    return lowered(Rotated(), x(2, 5, 32), x(5, 8), x(5, 8), without="together", then="merge", tp=2)
+    return lowered(Rotated(), x(2, 5, 32), x(5, 8), x(5, 8), without="fuse_adjacent", then="merge", tp=2)
 
 
 @case("lowering/split")
 def split() -> str:
     """Parts that make up a whole are cut out in one call: in a backward that is one concatenation."""
-    return lowered(Rotated(), x(2, 5, 32), x(5, 8), x(5, 8), without="split", then="merge together deduplicate", tp=2)
+    return lowered(
+        Rotated(), x(2, 5, 32), x(5, 8), x(5, 8), without="split", then="merge fuse_adjacent deduplicate", tp=2
+    )
 
 
-@case("lowering/grow")
-def grow() -> str:
+@case("lowering/cache_in_place")
+def cache_in_place() -> str:
     """Without a backward, what a cache holds after a call is not a copy of what it held before."""
 
     class Keys(nn.Module):
@@ -177,11 +179,11 @@ def grow() -> str:
             keys = torch.cat([keys, x * 2], 1)
             return (x @ keys.transpose(1, 2)).softmax(-1), keys
 
-    return lowered(Keys(), x(2, 1, 8), x(2, 5, 8), without="grow", grad=False)
+    return lowered(Keys(), x(2, 1, 8), x(2, 5, 8), without="cache_in_place", grad=False)
 
 
-@case("lowering/grow_in_place")
-def grow_in_place() -> str:
+@case("lowering/cache_of_fixed_size")
+def cache_of_fixed_size() -> str:
     """What goes back into the memory that it came from is written there, also into a slice of it."""
 
     class Keys(nn.Module):
@@ -191,7 +193,7 @@ def grow_in_place() -> str:
             return (x @ keys[: x.shape[0]].transpose(1, 2)).softmax(-1), keys, values
 
     given = x(2, 2, 8), torch.tensor([4, 1]), x(2, 9, 8), x(4, 9, 8)
-    return lowered(Keys(), *given, without="grow", grad=False, written={1: 2, 2: 3})
+    return lowered(Keys(), *given, without="cache_in_place", grad=False, written={1: 2, 2: 3})
 
 
 @case("lowering/overlap")
@@ -217,8 +219,8 @@ def overlap_backward() -> str:
     return lowered(Small(run, **layers), x(2, 5, 64), without="overlap", then="merge", tp=2)
 
 
-@case("lowering/lean")
-def lean() -> str:
+@case("lowering/rematerialize")
+def rematerialize() -> str:
     """A norm, and a product with an activation, keep for the backward what they are of; a plain activation stays."""
 
     def run(self: Any, x: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ def lean() -> str:
     layers = {n: nn.Linear(64, 96) for n in ("gate", "up")} | {"down": nn.Linear(96, 64)}
     model = Small(run, **layers)
     model.scale = nn.Parameter(torch.ones(64))
-    return lowered(model, x(2, 5, 64), without="lean", tp=2)
+    return lowered(model, x(2, 5, 64), without="rematerialize", tp=2)
 
 
 @case("lowering/reuse")
@@ -243,14 +245,14 @@ def reuse() -> str:
     return lowered(Small(run, **layers), x(2, 5, 64), without="reuse", tp=2, grad=False)
 
 
-@case("lowering/bind")
-def bind() -> str:
+@case("lowering/direct_calls")
+def direct_calls() -> str:
     """Overloads become torch's C functions, which have the same names here; a slice of known length is ``narrow``."""
 
     def run(self: Any, x: Tensor) -> Tensor:
         return self.up(x)[..., 2:6].softmax(-1)
 
-    return lowered(Small(run, up=nn.Linear(8, 8)), x(2, 5, 8), without="bind")
+    return lowered(Small(run, up=nn.Linear(8, 8)), x(2, 5, 8), without="direct_calls")
 
 
 class Block(nn.Module):

@@ -16,11 +16,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from autotp.arguments import Arguments
-from autotp.capture import Captured, Dense, capture
-from autotp.remembered import Memory
-from autotp.rewrite import RankGraph, Rewritten, rewrite
-from autotp.simulate import Simulation
+from autotp.arguments.arguments import Arguments
+from autotp.arguments.module_state import Memory
+from autotp.capture.capture import capture
+from autotp.capture.captured_graph import Captured, Dense
+from autotp.program.rank_graph import RankGraph
+from autotp.program.sharded_program import Rewritten, rewrite
+from autotp.verification.simulation import Simulation
 from passes import Layout, Lowering, Shards
 from passes import check as prove
 
@@ -31,7 +33,7 @@ MOVES = ("enter", "enter_overlapping", "narrow")
 
 
 class OneProgram:
-    """Stands where :class:`autotp.calls.Programs` does, with one given program."""
+    """Stands where :class:`autotp.runtime.graph_cache.Programs` does, with one given program."""
 
     def __init__(self, model: nn.Module, program: Rewritten) -> None:
         self.model, self.last, self._graphs = model, program, {}

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from passes import IndexSet, Shards
-from passes.axes import Size
+from passes.layouts.axes import Size
 
 sizes = st.lists(st.sampled_from([2, 3, 4, 5, 6]), min_size=1, max_size=3)
 """The sizes of a few static factors."""

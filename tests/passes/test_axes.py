@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv
 
-from passes.axes import Size, _guarded, common_refinement, product, trivial_axes, view_axes
-from passes.units import Units, Value
+from passes.layouts.axes import Size, _guarded, common_refinement, product, trivial_axes, view_axes
+from passes.layouts.units import Units, Value
 from tests.passes.strategies import sized, sizes
 
 some = st.builds(

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autotp.rewrite import rewrite
+from autotp.program.sharded_program import rewrite
 from passes import minimum, ops
-from passes.assign import assign
-from passes.propagate import propagate
+from passes.planning.assign import assign
+from passes.planning.propagate import propagate
 from tests.passes.harness import called, captured_of, check, randn, scrambled
 
 HIDDEN, HEADS, SIZE = 32, 8, 4

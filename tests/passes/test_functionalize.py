@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autotp.capture import capture
+from autotp.capture.capture import capture
 from autotp.errors import CaptureError
 from tests.passes.harness import check, randn
 from tests.passes.test_rules import PAIR, Between

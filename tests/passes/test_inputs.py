@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autotp.calls import Programs
-from autotp.capture import Dense
-from autotp.simulate import Simulation
-from autotp.verify import Float64, Report, compare
+from autotp.capture.captured_graph import Dense
+from autotp.runtime.graph_cache import Programs
+from autotp.verification.measure import Float64
+from autotp.verification.report import Report
+from autotp.verification.simulation import Simulation
+from autotp.verification.verify import compare
 from tests.passes.harness import COLLECTIVES, called, scrambled
 
 CLOSE = 1e-8

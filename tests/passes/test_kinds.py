@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from autotp.errors import CaptureError
-from autotp.rewrite import rewrite
+from autotp.program.sharded_program import rewrite
 from passes import ops
 from tests.passes.harness import captured_of, check, randn, run, scrambled, sets, simulation
 from tests.passes.test_rules import Attention, Fused, Language, attention_split, ids

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passes import IndexSet, Layout, Shards
-from passes.relayout import flattened, relayout, unflattened
+from passes.layouts.relayout import flattened, relayout, unflattened
 from tests.passes.strategies import index_sets, mask, shards, sized, sizes
 
 TP = 3

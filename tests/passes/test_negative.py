@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from autotp.capture import Captured
-from autotp.rewrite import Rewritten, rewrite
+from autotp.capture.captured_graph import Captured
+from autotp.program.sharded_program import Rewritten, rewrite
 from passes import ops
-from passes.state import PerRank
+from passes.layouts.sharded_value import PerRank
 from tests import breakages
 from tests.passes.harness import Results, captured_of, randn, run, scrambled, simulation
 from tests.passes.test_rules import Attention, Between

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autotp.rewrite import rewrite
+from autotp.program.sharded_program import rewrite
 from tests.passes.harness import called, captured_of, check, randn, run, scrambled, simulation
 
 B, S, D = 2, 3, 64

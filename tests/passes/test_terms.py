@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.axes import Size
+from passes.layouts.axes import Size
 from passes.proof.terms import ONE, Coefficient, Terms
 
 

@@ -9,11 +9,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.assign import factor_shards, spread_to_sources
-from passes.axes import Size
-from passes.choose import choose
-from passes.decide import _owners, deal
-from passes.units import Factor, Units, components
+from passes.layouts.axes import Size
+from passes.layouts.units import Factor, Units, components
+from passes.planning.assign import factor_shards, spread_to_sources
+from passes.planning.classes import deal
+from passes.planning.decide import _owners
+from passes.planning.independent_set import choose
 
 COUNT, TP = 12, 3
 pairs = st.lists(st.tuples(st.integers(0, COUNT - 1), st.integers(0, COUNT - 1)), max_size=15)

@@ -41,10 +41,11 @@ from torch import fx, nn
 from torch.overrides import handle_torch_function
 from torch.utils import _pytree as pytree
 
-from autotp.rewrite import Rewritten
-from autotp.shards import local_part, shards_of
-from passes import fabric, norms, ops, vocabulary
-from passes.state import GROUP, PerRank
+from autotp.program.sharded_program import Rewritten
+from autotp.weights.slicing import local_part, shards_of
+from passes import ops
+from passes.layouts.sharded_value import GROUP, PerRank
+from passes.ops import context, norms, vocabulary
 
 __all__ = ["refusal"]
 
@@ -70,7 +71,7 @@ class Axes:
 
     def named(self, group: str) -> list[str]:
         """The axes that a collective over a group is along; a group that is none stays unknown to the checker."""
-        parts = sorted(fabric.parse_group(group)[1])
+        parts = sorted(context.parse_group(group)[1])
         return [name for name, mine in self.parts.items() if group == GROUP or sorted(mine) == parts] or [group]
 
     def mesh(self) -> dict[str, spmd.MeshAxis]:
@@ -97,7 +98,7 @@ class Alone:
 
     def group(self, name: str) -> Alone:
         """The rank's end of a group."""
-        parts = fabric.parse_group(name)[1] or [list(range(self.tp))]
+        parts = context.parse_group(name)[1] or [list(range(self.tp))]
         return replace(self, size=len(next(part for part in parts if 0 in part)), along=self.axes.named(name))
 
     def random(self, same: bool, device: torch.device) -> AbstractContextManager[None]:
@@ -165,8 +166,8 @@ def checking(tp: int, axes: Axes) -> Iterator[None]:
     with ExitStack() as stack:
         for function, rule in RULES.items():
             stack.enter_context(mock.patch.object(function, "spmd_typecheck", staticmethod(rule), create=True))
-        for context in (fabric.use(Alone(tp, axes)), spmd.set_current_mesh(axes.mesh()), typecheck("strict")):
-            stack.enter_context(context)
+        for manager in (context.use(Alone(tp, axes)), spmd.set_current_mesh(axes.mesh()), typecheck("strict")):
+            stack.enter_context(manager)
         yield
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from autotp.simulate import World, lockstep
-from passes.axes import Size
+from autotp.verification.threads import World, lockstep
+from passes.layouts.axes import Size
+from passes.layouts.sharded_value import PerRank
 from passes.proof.claims import Claim, Dim, Unproved, split_of
 from passes.proof.dense import read
 from passes.proof.rules import follow
 from passes.proof.steps import Proof
-from passes.state import PerRank
 
 Held = tuple[tuple[int, ...], ...]
 """The indices of a dim that each rank holds, in its order."""

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.norms import norm_over_shards
-from passes.state import PerRank
-from passes.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
+from passes.layouts.sharded_value import PerRank
+from passes.ops.norms import norm_over_shards
+from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
 from tests.proof.small_scope import HERE, Call, Case, Held, Leaf, Operand, assert_sound, calling, leaf, menu, numbers
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx
 
-from autotp.simulate import World, lockstep
+from autotp.verification.threads import World, lockstep
 from passes import ops
 from passes.proof.claims import Claim, Unproved
 from passes.proof.dense import read

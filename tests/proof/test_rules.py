@@ -14,8 +14,8 @@ from torch import fx
 from torch.nn.attention.flex_attention import create_block_mask
 
 from passes import ops
-from passes.outputs import flex_attention_outputs
-from passes.state import PerRank
+from passes.layouts.sharded_value import PerRank
+from passes.ops.single_results import flex_attention_outputs
 from tests.proof.small_scope import (
     HERE,
     REST,

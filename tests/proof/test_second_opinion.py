@@ -10,9 +10,9 @@ import spmd_types
 import torch
 from torch import nn
 
-from autotp.rewrite import Rewritten, rewrite
+from autotp.program.sharded_program import Rewritten, rewrite
 from passes import ops
-from passes.state import PerRank
+from passes.layouts.sharded_value import PerRank
 from tests.mutation import judge, mutants
 from tests.mutation.judge import Subject
 from tests.mutation.mutants import Mutant

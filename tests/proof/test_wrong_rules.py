@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from passes import ops
-from passes.proof import claims, collectives, moves, others, products, steps
+from passes.proof import claims, collectives, elementwise, movement, products, steps
 from tests.proof import test_collectives, test_rules
 from tests.proof.small_scope import Case, check
 
@@ -20,7 +20,7 @@ def _exactly(dim: Any, places: Any, what: Any) -> Any:
     return found and (True, found[1])
 
 
-moves_match, combined = moves._match, steps.Proof.combined
+moves_match, combined = movement._match, steps.Proof.combined
 WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
     "indices that several ranks hold are summed": (test_rules.matrices, products, "counted_once", lambda splits: True),
     "no gradient is asked for": (test_rules.pointwise, steps.Proof, "_enter", staticmethod(lambda flowing, fine: None)),
@@ -28,7 +28,7 @@ WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
     "what is written over may be split": (
         test_rules.writings, steps.Proof, "combined", lambda self, *given, **_: combined(self, *given)
     ),
-    "a softmax may mix parts": (test_rules.mixings, others, "is_whole", lambda dim: True),
+    "a softmax may mix parts": (test_rules.mixings, elementwise, "is_whole", lambda dim: True),
     "a function may ask which head it is at": (
         test_rules.flexible_attentions, products, "_asks", lambda *_: False
     ),
@@ -36,7 +36,7 @@ WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
         test_rules.flexible_attentions, products, "_heads", lambda *_: np.empty(0, dtype=np.int64)
     ),
     "replicas do not count": (test_rules.pointwise, claims, "held_once", lambda splits: True),
-    "an element may be taken twice": (test_rules.own_parts, moves, "_match", _exactly),
+    "an element may be taken twice": (test_rules.own_parts, movement, "_match", _exactly),
     "places need not be those held": (test_collectives.gathers, collectives, "_is_same", lambda *_: True),
     "a gather may leave gaps": (test_collectives.gathers, collectives, "_covered", lambda splits: True),
     "any group will do": (test_collectives.reductions, collectives, "_whole_group", lambda *_: None),

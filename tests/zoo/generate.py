@@ -24,8 +24,8 @@ import torch.multiprocessing as mp
 import transformers
 
 import autotp
-from autotp.spawned import free_port, settle
-from autotp.verify import Float64
+from autotp.verification.measure import Float64
+from autotp.verification.processes import free_port, settle
 from tests.zoo.architectures import Architecture, architectures
 from tests.zoo.table import load
 

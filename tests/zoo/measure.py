@@ -19,14 +19,17 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from autotp.capture import capture
+from autotp.capture.capture import capture
 from autotp.errors import CaptureError
-from autotp.parts import Call, Division, divide_in_parts
-from autotp.plan import Plan, block_of
-from autotp.planning import plan_of
-from autotp.rewrite import rewrite
-from autotp.simulate import Simulation
-from autotp.verify import Float64, compare
+from autotp.modules.names import block_of
+from autotp.partition.module_calls import Call
+from autotp.partition.partition import Division, divide_in_parts
+from autotp.plans.make_plan import plan_of
+from autotp.plans.plan import Plan
+from autotp.program.sharded_program import rewrite
+from autotp.verification.measure import Float64
+from autotp.verification.simulation import Simulation
+from autotp.verification.verify import compare
 from passes.graphs import is_tensor, module_path, op_name
 from tests.passes.harness import OneProgram
 from tests.zoo.architectures import Architecture, architectures

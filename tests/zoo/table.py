@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from autotp.plan import folded_text
+from autotp.modules.names import folded_text
 from tests.zoo.measure import TPS, Row
 
 ROWS = Path(__file__).with_name("rows.json")

@@ -1,0 +1,12 @@
+"""A call's arguments as flat tensors, the state of modules among them, and what a call mutates.
+
+Kinds of containers, objects and state that a call may have are added here. It must not know what a graph computes.
+"""
+
+from autotp.arguments.arguments import Arguments
+from autotp.arguments.module_state import Memory
+from autotp.arguments.mutations import Change
+from autotp.arguments.object_tree import sharded_state
+from autotp.arguments.snapshot import Snapshot
+
+__all__ = ["Arguments", "Change", "Memory", "Snapshot", "sharded_state"]

@@ -1,0 +1,48 @@
+"""held: plain arguments that a call changes, as objects that can be opened (:mod:`autotp.arguments.object_tree`).
+
+A model may write into a tensor that it is given (a cache of keys), or put others into a list (one that grows). A graph
+gives back what it makes, so such an argument is opened like an object, and gets what the call changes in it. Which
+arguments these are shows when a call is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+__all__ = ["NUMBER", "Held", "Remembered", "held", "released"]
+
+
+class Held:
+    """A plain argument that a call changes: a tensor that is written to, or a container that gets other tensors; or a
+    number that calls take for a size (:mod:`autotp.arguments.dynamic_ints`).
+
+    Such an argument is opened as an object is, as the one attribute of this.
+    """
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+
+NUMBER = (Held, "it")
+"""The attribute that is a number, if it is one that counts (:data:`autotp.arguments.object_tree.Counts`)."""
+
+
+class Remembered:
+    """What modules keep from one call to the next, by name (:mod:`autotp.arguments.module_state`)."""
+
+
+def held(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Collection[int | str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with those at some places, numbers and keywords, as :class:`Held`."""
+    return tuple(Held(x) if i in places else x for i, x in enumerate(args)), {
+        k: Held(x) if k in places else x for k, x in kwargs.items()
+    }
+
+
+def released(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with what :func:`held` has put around some of them taken off."""
+    return tuple(x.it if type(x) is Held else x for x in args), {
+        k: x.it if type(x) is Held else x for k, x in kwargs.items()
+    }

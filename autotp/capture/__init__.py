@@ -1,0 +1,13 @@
+"""One call of a module as one functional graph, or an error that says why there is none.
+
+What capture reads of a module, undoes, lifts and refuses is changed here. It must know nothing of ranks or layouts: a
+captured graph is dense.
+"""
+
+from autotp.capture.capture import capture
+from autotp.capture.captured_graph import Captured, Dense
+from autotp.capture.example_inputs import ExampleInputs, example_call
+from autotp.capture.graph_breaks import Seam
+from autotp.capture.outputs import Outputs
+
+__all__ = ["Captured", "Dense", "ExampleInputs", "Outputs", "Seam", "capture", "example_call"]

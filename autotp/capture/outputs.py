@@ -1,0 +1,151 @@
+"""outputs: how a call's outputs and mutations are made of a graph's results."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autotp.arguments.boxed import Remembered
+from autotp.arguments.mutations import Change, changes, reached
+from autotp.arguments.object_tree import Form, Opener, Slot, UnseenError, build, is_sharded, is_state, plain_leaves
+from autotp.arguments.object_tree import Leaf as FormLeaf
+from autotp.arguments.snapshot import Kept
+from autotp.arguments.spec import State
+from autotp.errors import CaptureError
+
+__all__ = ["Outputs"]
+
+
+Leaf = tuple[Literal["result", "given", "inside", "made", "constant"], Any]
+
+
+@dataclass
+class Outputs:
+    """How the outputs of a traced call go together: export undoes what forward sets on the module itself.
+
+    Attributes:
+        spec: pytree's.
+        leaves: per leaf of it, whether and which it is of the results, of the objects that were passed, of what is in
+            these (the object's number, and the way there), and of constants and objects made in the call.
+        changes: what the call changes in objects that were passed, each with the object's number.
+        slots: for each result that is in an object its place there, and whether ranks keep their own shares of it.
+        written: the results that go back into the memory of a tensor that an object held, by its number among the
+            input tensors.
+        own: the results that the modules keep from now on.
+        counts: the attributes of objects that count.
+        refills: the arguments, by number or keyword, that are containers into which forward puts other tensors.
+        agreeing: classes whose backward agrees with the derivative of their forward.
+        kept: what forward has changed of what the model's modules hold.
+        inference: whether all of forward runs in inference mode, which a graph does not show.
+    """
+
+    spec: Any = None
+    leaves: list[Leaf] = field(default_factory=list)
+    changes: list[tuple[int, Change]] = field(default_factory=list)
+    slots: dict[int, Slot] = field(default_factory=dict)
+    written: dict[int, int] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    counts: set[tuple[type, str]] = field(default_factory=set)
+    refills: set[int | str] = field(default_factory=set)
+    agreeing: Container[type] = ()
+    kept: list[Kept] = field(default_factory=list)
+    inference: bool = False
+
+    @property
+    def overwritten(self) -> frozenset[int]:
+        """The input tensors, by number, that the call writes into."""
+        inside = [c.form.index for _, c in self.changes if c.inside and isinstance(c.form, FormLeaf)]
+        return frozenset(self.written[i] for i in inside)
+
+    def take(
+        self,
+        result: Any,
+        objects: list[tuple[State, Any]],
+        held: list[tuple[int, torch.Tensor]],
+        refills: set[int | str],
+        written: Container[int],
+    ) -> list[Any]:
+        """Note how what forward returned, and left in objects, goes together of the results, which are returned.
+
+        Args:
+            result: what forward returned.
+            objects: the objects that it was passed, as they were and as they are.
+            held: the leaves that were in them, and their numbers among the input tensors.
+            refills: see above.
+            written: the ids of the tensors among the leaves that forward has written into.
+        """
+        outputs, self.spec = plain_leaves(result)
+        self.leaves, self.changes, self.slots, self.counts, self.refills = [], [], {}, set(), refills
+        self.written, self.own = {}, set()
+        results: list[Any] = []
+        given = {id(x): i for i, (_, x) in enumerate(objects)}
+        for leaf in outputs:
+            if isinstance(leaf, (torch.Tensor, torch.SymInt)):
+                self.leaves.append(("result", len(results)))
+                results.append(leaf)
+            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+                self.leaves.append(("constant", leaf))
+            elif id(leaf) in given:
+                self.leaves.append(("given", given[id(leaf)]))
+            elif is_state(leaf):
+                self.leaves.append(("made", self._left(leaf, results)[0]))
+            else:
+                raise CaptureError(
+                    f"the model returns a {type(leaf).__module__}.{type(leaf).__name__}, into which torch's pytree "
+                    "cannot see: register it with torch.utils._pytree.register_pytree_node, or return tensors, "
+                    "tuples, dicts or dataclasses registered by torch.export.register_dataclass"
+                )
+        inside: dict[int, tuple[int, tuple[Any, ...]]] = {}
+        for i, (state, x) in enumerate(objects):
+            own, held = held[: len(state.slots)], held[len(state.slots) :]
+            first = len(results)
+            form, opener = self._left(x, results)
+            self.own |= set(range(first, len(results))) if isinstance(x, Remembered) else set()
+            tensors = {id(t): first + n for n, t in enumerate(opener.leaves)}
+            same = {(n, tensors[id(t)]) for n, (_, t) in enumerate(own) if id(t) in tensors}
+            found = list(changes(state.form, form, same))
+            self.changes += [(i, change) for change in found]
+            stays = {c.form.index: (*c.path, c.key) for c in found if c.inside and isinstance(c.form, FormLeaf)}
+            if any(id(t) in written and tensors.get(id(t)) not in stays for _, t in own):
+                raise CaptureError("forward writes into a tensor that it is given, and puts it elsewhere")
+            if not is_sharded(type(x)):  # where ranks keep shares, what is returned is made whole
+                inside |= {id(t): (i, stays[tensors[id(t)]]) for _, t in own if tensors.get(id(t)) in stays}
+            self.written |= {tensors[id(t)]: number for number, t in own if id(t) in tensors}
+            self.counts |= opener.counted(dict(state.numbers))
+        for n, leaf in enumerate(outputs):  # what is returned and stays in an object is one tensor
+            if id(leaf) in written and id(leaf) in inside:
+                self.leaves[n] = ("inside", inside[id(leaf)])
+        return results
+
+    def give(self, results: Sequence[Any], objects: Sequence[Any]) -> Any:
+        """What forward returns, of a graph's results; the objects that were passed get what the call changes."""
+        for i, change in self.changes:
+            change.make(objects[i], results)
+        found = []
+        for kind, x in self.leaves:
+            if kind == "result":
+                found.append(results[x])
+            elif kind == "given":
+                found.append(objects[x])
+            elif kind == "inside":
+                found.append(reached(objects[x[0]], x[1]))
+            else:
+                found.append(build(x, results) if kind == "made" else x)
+        return pytree.tree_unflatten(found, self.spec)
+
+    def _left(self, x: Any, results: list[Any]) -> tuple[Form, Opener]:
+        """The form in which forward leaves an object, whose leaves are results."""
+        opener = Opener(None, len(results))
+        try:
+            form = opener.open(x)
+        except UnseenError as error:
+            raise CaptureError(
+                f"the model leaves something in a {type(x).__name__} into which autotp cannot see: {error}"
+            ) from error
+        self.slots |= {len(results) + n: slot for n, slot in enumerate(opener.slots(is_sharded(type(x))))}
+        results += opener.leaves
+        return form, opener

@@ -1,0 +1,138 @@
+"""mesh: find or start the process group of ``tp`` ranks, and run a step on all ranks together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from autotp.errors import AutoTPError, LaunchError, MismatchError, check_tp
+
+__all__ = ["Mesh", "join"]
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a collective may wait for the other ranks in groups that autotp itself starts."""
+
+
+@dataclass
+class Mesh:
+    """This process's place among the tensor-parallel ranks; ``group`` is None for a single rank."""
+
+    rank: int
+    tp: int
+    group: dist.ProcessGroup | None
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (any picklable object), in rank order."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.tp
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def agree(self, what: Mapping[str, Any]) -> None:
+        """Raise on every rank if the ranks differ in any entry of ``what``.
+
+        Raises:
+            MismatchError: it names the entries that differ, and the ranks' values.
+        """
+        every = self.gathered(dict(what))
+        lines = []
+        for key in dict.fromkeys(k for each in every for k in each):
+            values = [each.get(key, "nothing") for each in every]
+            if any(v != values[0] for v in values):
+                lines.append(f"  {key}: " + ", ".join(f"{v} on rank {r}" for r, v in enumerate(values)))
+        if lines:
+            more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
+            raise MismatchError("the ranks must agree, but differ in\n" + "\n".join(lines[:12]) + more)
+
+    @contextlib.contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Run a step that may fail on some ranks only; if it fails on one, raise on all."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        said = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = [(r, s) for r, s in enumerate(said) if s is not None]
+        if failed:
+            raise AutoTPError(f"{doing} failed on rank {failed[0][0]}: {failed[0][1]}")
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor by rank 0's."""
+        if self.group is not None:
+            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
+
+
+def _launch_line(tp: int) -> str:
+    script = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] and sys.argv[0] != "-c" else "your_script.py"
+    return f"torchrun --nproc-per-node {tp} {script}"
+
+
+def join(
+    tp: int, mesh: DeviceMesh | dist.ProcessGroup | None, backend: str | None, timeout: timedelta = TIMEOUT
+) -> Mesh:
+    """Find, or start, the group of ``tp`` ranks that this process belongs to.
+
+    Args:
+        tp: the number of tensor-parallel ranks.
+        mesh: a one-dimensional DeviceMesh or a process group of ``tp`` ranks; None for the world, in
+            which consecutive ranks form groups of ``tp``.
+        backend: the backend to start a group with; by default ``nccl`` where CUDA is, ``gloo`` else.
+        timeout: how long collectives wait in groups that are started here.
+
+    Raises:
+        LaunchError: there is no group and the environment does not say how to make one.
+        MismatchError: the group's size does not fit ``tp``, or ranks ask for different ``tp``.
+    """
+    check_tp(tp)
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise MismatchError(
+                f"mesh has {mesh.ndim} dims {mesh.mesh_dim_names}: pass the one-dimensional part for tp"
+            )
+        mesh = mesh.get_group()
+    if mesh is not None:
+        found = Mesh(dist.get_rank(mesh), dist.get_world_size(mesh), mesh)
+        found.agree({"tp": tp})
+        if found.tp != tp:
+            raise MismatchError(f"tp={tp}, but the mesh given has {found.tp} ranks")
+        return found
+    if not dist.is_initialized():
+        if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+            if tp == 1:
+                return Mesh(0, 1, None)
+            raise LaunchError(
+                f"tp={tp} needs {tp} processes, and there is neither a process group nor a launcher's environment "
+                f"(RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Start the script with\n\n    {_launch_line(tp)}\n"
+            )
+        if backend is None:
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available() and "nccl" in backend:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group(backend, timeout=timeout)
+    world = dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    Mesh(dist.get_rank(), world, group).agree({"tp": tp})
+    if world % tp:
+        raise MismatchError(
+            f"tp={tp} does not divide the {world} processes that were started: start a multiple of {tp}, as with\n\n"
+            f"    {_launch_line(tp)}\n"
+        )
+    if world != tp:
+        own = dist.get_rank() // tp
+        groups = [dist.new_group(list(range(start, start + tp)), timeout=timeout) for start in range(0, world, tp)]
+        group = groups[own]
+    return Mesh(dist.get_rank() % tp, tp, group)

@@ -1,0 +1,107 @@
+"""process_context: what a graph needs of its process: communicators by group name, random streams."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from autotp.distributed.communicators import ProcessCommunicator, SoloCommunicator
+from autotp.distributed.mesh import TIMEOUT, Mesh
+from autotp.distributed.process_groups import new_group
+from autotp.distributed.shared_memory import SharedMemory, join_board
+from autotp.distributed.symmetric_memory import join_symmetric_memory
+from passes.ops import context
+
+__all__ = ["ProcessFabric"]
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class ProcessFabric:
+    """The fabric of one process: process groups by name, and two streams of random numbers.
+
+    Args:
+        mesh: this process among the ranks.
+        seed: of the random numbers.
+        missing: makes the error of a collective that fails.
+        timeout: how long a collective waits.
+        shared_memory: whether CPU ranks on one host communicate through memory.
+        symmetric_memory: whether GPUs of one host add up small values in each other's memory, where that is offered.
+        device: where the model is.
+    """
+
+    mesh: Mesh
+    seed: int
+    missing: Callable[[Exception], Exception]
+    timeout: timedelta = TIMEOUT
+    shared_memory: bool = True
+    symmetric_memory: bool = False
+    device: torch.device = _CPU
+    _groups: dict[str, context.Communicator] = field(default_factory=dict)
+    _streams: dict[tuple[bool, str], torch.Tensor] = field(default_factory=dict)
+
+    def group(self, name: str) -> context.Communicator:
+        """The communicator of a named group; replica groups are made when first asked for."""
+        if name not in self._groups:
+            self._groups[name] = self._make(name)
+        return self._groups[name]
+
+    def _make(self, name: str) -> context.Communicator:
+        mesh = self.mesh
+        _, parts = context.parse_group(name)
+        members = next((p for p in parts if mesh.rank in p), list(range(mesh.tp)))
+        if mesh.group is None or len(members) == 1:
+            return SoloCommunicator()
+        group = mesh.group
+        if len(members) < mesh.tp:
+            ranks = [dist.get_global_rank(mesh.group, m) for m in members]
+            group = new_group(ranks, self.timeout)
+        return self._nearest(ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing))
+
+    def _nearest(self, far: ProcessCommunicator) -> context.Communicator:
+        """The fastest way between the ranks of a group: memory, where they share it, else the group itself."""
+        near: context.Communicator = far
+        backends = dist.get_backend_config(far.group)
+        if self.symmetric_memory and "nccl" in backends and self.device.type == "cuda":
+            near = join_symmetric_memory(far, self.device) or far
+        if self.shared_memory and "gloo" in backends:
+            board = join_board(far.group, far.rank, far.size, self.timeout)
+            near = near if board is None else SharedMemory(board, near, self.missing)
+        return near
+
+    def release(self) -> None:
+        """Let the groups go."""
+        self._groups.clear()
+
+    def restart(self, seed: int) -> None:
+        """Start the streams of random numbers anew."""
+        self.seed = seed
+        self._streams.clear()
+
+    @contextlib.contextmanager
+    def random(self, same: bool, device: torch.device) -> Iterator[None]:
+        """Random numbers from the stream shared by all ranks, or from this rank's own."""
+        cuda = device.type == "cuda"
+        before = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
+        key = (same, str(device))
+        if key not in self._streams:
+            generator = torch.Generator(device if cuda else "cpu")
+            self._streams[key] = generator.manual_seed(self.seed + (0 if same else 1 + self.mesh.rank)).get_state()
+        self._restore(cuda, device, self._streams[key])
+        try:
+            yield
+        finally:
+            self._streams[key] = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
+            self._restore(cuda, device, before)
+
+    @staticmethod
+    def _restore(cuda: bool, device: torch.device, state: torch.Tensor) -> None:
+        if cuda:
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)

@@ -1,0 +1,75 @@
+"""inspection: the graph, the full state dict and the full gradients of a parallelized model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from autotp.errors import AutoTPError
+from autotp.partition.partitioned_runtime import Divided
+from autotp.program.rank_graph import RankGraph
+from autotp.runtime.graph_runtime import Inside, Whole
+from autotp.runtime.runtime import Runtime
+from autotp.utils.hashing import digest
+
+__all__ = ["full_gradients", "full_state_dict", "graph"]
+
+
+def _runtime(model: nn.Module) -> Runtime:
+    runtime = model.__dict__.get("_autotp")
+    if isinstance(runtime, Inside):
+        return runtime.runtime
+    if runtime is None:
+        raise AutoTPError(
+            f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first"
+        )
+    return runtime
+
+
+def graph(model: nn.Module) -> RankGraph:
+    """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
+
+    Its text begins with how many graphs the model has by now, how often it was captured, and the inputs that this graph
+    is for. What differs only in the sizes of batch and sequence has one graph.
+
+    Args:
+        model: a parallelized model; of one that was captured in parts, the module that is a part; or a submodule
+            that was called by itself.
+
+    Raises:
+        AutoTPError: the model is not parallelized, or runs as several graphs, which it lists, or has not run.
+
+    Example:
+        >>> print(autotp.graph(model))
+    """
+    runtime = _runtime(model)
+    if isinstance(runtime, Divided):
+        paths = ", ".join(f"model.{p.programs.path}" for p in runtime.parts)
+        raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
+    assert isinstance(runtime, Whole)
+    if runtime.programs.last is None:
+        raise AutoTPError(
+            f"this {type(model).__name__} ({runtime.programs.path}) has not been called by itself, and has no graph of "
+            "its own: pass the model that was parallelized"
+        )
+    found = runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
+    found.note = f"; {runtime.programs.place(runtime.programs.last)}"
+    return found
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The dense model's state dict, full tensors, on every rank. Collective: all ranks must call it."""
+    runtime = _runtime(model)
+    held = model.state_dict()
+    split = {f"shares of {name}": str(bool(runtime.shards_of(name, t))) for name, t in held.items()}
+    runtime.agreement.check("full_state_dict", digest(str(split)), lambda: split)
+    return {name: runtime.whole(name, t) for name, t in held.items()}
+
+
+def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The dense model's gradients by parameter name, full tensors, on every rank; None where there is
+    none. Collective: all ranks must call it."""
+    runtime = _runtime(model)
+    there = {f"gradient of {n}": "None" if p.grad is None else "a tensor" for n, p in model.named_parameters()}
+    runtime.agreement.check("full_gradients", digest(str(there)), lambda: there)
+    return {n: None if p.grad is None else runtime.whole(n, p.grad) for n, p in model.named_parameters()}

@@ -1,0 +1,313 @@
+"""parts: the largest parts of a model that can be captured; what is between them stays the Python it is.
+
+The ordinary model is one part. Where capture of the whole fails, because its Python depends on the
+values in a tensor, say, the model is run once and watched, and its modules are tried from the outside
+in: a module that can be captured with what it was called with is a part, one that cannot is descended
+into. A part's inputs and outputs are whole and the same on every rank, so the Python between parts
+runs on each rank as it runs in the dense model.
+
+That Python may read the weights of a part. A weight that it was seen to read stays whole everywhere;
+one that it reads only later, on a branch that was not taken, is an error at that moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from autotp.capture.captured_graph import Captured, Dense
+from autotp.capture.graph_breaks import Seam
+from autotp.errors import CaptureError, PlanError
+from autotp.modules.forward_patching import install, uninstall
+from autotp.modules.names import tied_names
+from autotp.partition.module_calls import Call, Observed, observe
+from autotp.runtime.eager_region import Touches, outside_of_parts
+from autotp.runtime.graph_cache import Programs
+from passes import Layout
+from passes.layouts.layout import WHOLE
+
+__all__ = ["Division", "Part", "divide", "divide_in_parts"]
+
+
+@dataclass(eq=False)
+class Part:
+    """A module that runs as rewritten graphs.
+
+    Attributes:
+        path: its name in the model (``""``: the model itself).
+        module: the module.
+        programs: its programs.
+        calls: what it was called with in the example.
+        aliases: for each name of a parameter in it the first name, in it, of the same parameter.
+        names: for each such first name the parameter's first name in the model.
+    """
+
+    path: str
+    module: nn.Module
+    programs: Programs
+    calls: list[Call]
+    aliases: dict[str, str]
+    names: dict[str, str]
+
+
+@dataclass
+class Division:
+    """A model as parts.
+
+    Attributes:
+        model: the model.
+        parts: its parts, in the order of its modules; the model itself if it could be captured whole.
+        seams: where capture ended; none for a model captured whole.
+        outside: the parameters, by name, that code outside of the parts was seen to read, or that no part has.
+        idle: modules that could be parts, but in which nothing is split: they run as the Python that they are.
+    """
+
+    model: nn.Module
+    parts: list[Part]
+    seams: list[Seam] = field(default_factory=list)
+    outside: frozenset[str] = frozenset()
+    idle: list[Part] = field(default_factory=list)
+
+    @staticmethod
+    def whole(model: nn.Module, programs: Programs, calls: Sequence[Call] = ()) -> Division:
+        """A model that is one part."""
+        aliases = tied_names(model)
+        names = {n: n for n in aliases.values()}
+        return Division(model, [Part("", model, programs, list(calls), aliases, names)])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the model is one part."""
+        return not self.seams
+
+    @property
+    def stored(self) -> dict[str, Layout]:
+        """The split weights' layouts, by their first names in the model."""
+        return {p.names[n]: layout for p in self.parts for n, layout in (p.programs.stored or {}).items()}
+
+    @property
+    def share_outside(self) -> float:
+        """The share of the model's parameters that stays whole because of the seams: no part that is split has them."""
+        sizes = {n: p.numel() for n, p in self.model.named_parameters()}
+        idle = {n for part in self.idle for n in part.names.values()} - self.stored.keys()
+        return sum(sizes[n] for n in self.outside | idle) / max(sum(sizes.values()), 1)
+
+    def __str__(self) -> str:
+        from autotp.capture.graph_breaks import division_text
+
+        return division_text(type(self.model).__name__, [p.path for p in self.parts], self.seams, self.share_outside)
+
+    def outside_of_parts(self) -> Touches:
+        """A mode for the Python between parts: it raises where that reads a split weight."""
+        tied, stored = tied_names(self.model), {} if self.is_whole else self.stored
+        return outside_of_parts(self.model, lambda name: tied.get(name, name) in stored)
+
+    @contextlib.contextmanager
+    def running(self, run: Callable[[Part, tuple[Any, ...], Mapping[str, Any]], Any]) -> Iterator[None]:
+        """The model with ``run(part, args, kwargs)`` as its parts' forwards."""
+        for part in self.parts:  # from here on they carry no more than the forwards of their own
+            install(part.module, functools.partial(run, part), _Installed(part.module.__dict__.get("forward")))
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                uninstall(part.module)
+
+
+@dataclass
+class _Installed:
+    """What a module whose forward was replaced carries: the forward of its own, if it had one."""
+
+    own_forward: Any
+
+
+def divide(
+    model: nn.Module,
+    tp: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    stored: Mapping[str, Layout] | None = None,
+    in_parts: bool = True,
+) -> Division:
+    """Capture a model, whole or in parts, and decide how its weights are split.
+
+    Args:
+        model: the dense model. It is left as it was.
+        tp: the number of ranks.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        stored: the weights' layouts by their first names in the model, where a plan gives them.
+        in_parts: whether to go on with the parts of a model that cannot be captured whole.
+
+    Raises:
+        CaptureError: the model cannot be captured, and none of its parts either.
+        PlanError: the plan splits a weight that must stay whole here.
+    """
+    programs = Programs(model, tp, Dense.of(model), stored)
+    try:
+        programs.find(args, kwargs)
+        return Division.whole(model, programs, [Call(args, kwargs)])
+    except CaptureError as error:
+        if not in_parts:
+            raise
+        return divide_in_parts(model, tp, args, kwargs, error, stored)
+
+
+def divide_in_parts(
+    model: nn.Module,
+    tp: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    failed: CaptureError,
+    stored: Mapping[str, Layout] | None = None,
+) -> Division:
+    """:func:`divide` for a model that cannot be captured whole, because it ``failed``. The model is run once."""
+    if any(p.is_meta for p in model.parameters()):
+        raise CaptureError(
+            f"{failed}\nautotp would capture it in parts, but must run it once for that, and it is on the meta device: "
+            "give it weights",
+            place=failed.place,
+            reason=failed.reason,
+        ) from failed
+    try:
+        observed = observe(model, args, kwargs)
+    except Exception as error:
+        raise failed from error
+    division = _Search(model, tp, observed).division(failed)
+    if not division.parts:
+        raise failed
+    _decide(division, stored)
+    return division
+
+
+class _Search:
+    """The way down the modules of a model that cannot be captured whole."""
+
+    def __init__(self, model: nn.Module, tp: int, observed: Observed) -> None:
+        self.model, self.tp, self.observed = model, tp, observed
+        self.tied = tied_names(model)
+        self.parts: list[Part] = []
+        self.seams: list[Seam] = []
+        self._done: set[int] = set()
+
+    def division(self, failed: CaptureError) -> Division:
+        """The parts, and the seams between them."""
+        self.seams.append(Seam("", failed.place, failed.reason))
+        self._descend("", self.model)
+        for part in list(self.parts):  # what runs only inside of other parts, under another name, is none
+            others = {id(p.module) for p in self.parts if p is not part}
+            part.calls = [c for c in part.calls if not c.running & others]
+            if not part.calls:
+                self.parts.remove(part)
+        inside = {id(part.module) for part in self.parts}
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        touched = self.observed.touched
+        outside = {n for i, n in names.items() if any(not running & inside for running in touched.get(i, ()))}
+        outside |= set(names.values()) - {n for part in self.parts for n in part.names.values()}
+        return Division(self.model, self.parts, self.seams, frozenset(outside))
+
+    def _seam(self, path: str, error: CaptureError) -> None:
+        """Note why a module is descended into; a module around it that failed for the same reason goes unnamed."""
+        seam = Seam(path, error.place, error.reason)
+        around = [m for m in ("", *itertools.accumulate(path.split("."), "{}.{}".format)) if m != path]
+        same = [Seam(m, seam.place, seam.reason) for m in around]
+        self.seams = [s for s in self.seams if s not in same] + [seam]
+
+    def _descend(self, path: str, module: nn.Module) -> None:
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            if id(child) in self._done or all(p.dim() < 2 for p in child.parameters()):
+                continue
+            if calls := self.observed.calls.get(id(child)):
+                try:
+                    self.parts.append(self._part(inner, child, calls))
+                    self._done |= {id(m) for m in child.modules()}
+                    continue
+                except CaptureError as error:
+                    self._seam(inner, error)
+            self._done.add(id(child))
+            self._descend(inner, child)
+
+    def _part(self, path: str, module: nn.Module, calls: list[Call]) -> Part:
+        """A module as a part, captured for each structure that it was called with."""
+        programs = _PartPrograms(module, self.tp, Dense.of(module), path=path)
+        programs.root = self.model
+        for call in calls:
+            programs.capture(call.args, call.kwargs)
+        aliases = tied_names(module)
+        names = {n: self.tied[f"{path}.{n}"] for n in aliases.values()}
+        return Part(path, module, programs, calls, aliases, names)
+
+
+class _PartPrograms(Programs):
+    """The programs of a part, whose graphs must do all that the module does to what is around it."""
+
+    root: nn.Module
+    keeps_parts = False  # the Python between parts may read all that there is
+
+    def _made(
+        self, model: nn.Module, root: nn.Module, dense: Dense, stored: Mapping[str, Layout] | None, path: str
+    ) -> Programs:
+        """Programs of the same kind, of a module in ``root``."""
+        programs = _PartPrograms(model, self.tp, dense, stored, path or self.path)
+        programs.root = root
+        return programs
+
+    def _root(self) -> nn.Module:
+        return self.root
+
+    def _check(self, captured: Captured) -> None:
+        if captured.constants:
+            held = _storages(self.root)
+            if any(t.untyped_storage()._cdata in held for t in captured.constants.values()):
+                raise self._unfit("reads a tensor that is neither its parameter, nor its buffer, nor an input")
+
+    def _unfit(self, reason: str) -> CaptureError:
+        return CaptureError(f"{self.path} cannot be captured by itself: {reason}", reason=reason)
+
+
+def _storages(model: nn.Module) -> set[Any]:
+    """The storages of all tensors that a model's modules hold, in attributes of any kind."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        held = [x for v in module.__dict__.values() for x in pytree.tree_leaves(v)]
+        tensors += [x for x in held if isinstance(x, torch.Tensor)]
+    return {t.untyped_storage()._cdata for t in tensors}
+
+
+def _decide(division: Division, stored: Mapping[str, Layout] | None) -> None:
+    """Rewrite all parts, with one layout for each weight, and set those aside in which nothing is split."""
+    refused = next((n for n in stored or {} if n in division.outside), None)
+    if refused is not None:
+        raise PlanError(f"the plan splits {refused}, which code outside of the captured parts reads: plan it again")
+    uses = Counter(full for part in division.parts for full in part.names.values())
+    chosen: dict[str, Layout] = dict.fromkeys(division.outside, WHOLE)
+    if stored is not None:
+        chosen |= dict.fromkeys(uses, WHOLE) | dict(stored)
+    for part in division.parts:
+        chosen |= _rewritten(part, chosen)
+    chosen = {n: chosen.get(n, WHOLE) for n in uses if uses[n] > 1 or n in chosen}
+    for part in division.parts:  # again, where a later part has split what they left whole
+        mine = part.programs.stored or {}
+        if any(chosen.get(full, WHOLE) != mine.get(n, WHOLE) for n, full in part.names.items()):
+            _rewritten(part, chosen)
+    split = division.stored
+    idle = [p for p in division.parts if all(full not in split for full in p.names.values())]
+    division.parts, division.idle = [p for p in division.parts if p not in idle], idle
+
+
+def _rewritten(part: Part, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Make a part's programs with some layouts given; the layouts of what is split, by the names in the model."""
+    part.programs.settle({n: chosen[full] for n, full in part.names.items() if full in chosen})
+    for call in part.calls:
+        part.programs.find(call.args, call.kwargs)
+    return {part.names[n]: layout for n, layout in (part.programs.stored or {}).items()}

@@ -1,0 +1,143 @@
+"""sharded_program: a captured graph rewritten for all ranks, and proved."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from autotp.capture.captured_graph import Captured
+from autotp.capture.output_codegen import giver
+from autotp.errors import ProofError, UnprovedWarning
+from passes import Layout, Minimum, Reason, Verdict, assign, check, decide, enter, minimum, ops, propagate, shard
+
+__all__ = ["Rewritten", "prove", "rewrite"]
+
+
+def prove(program: Rewritten, name: str, proof: bool | str) -> None:
+    """Look whether a program is proved.
+
+    Args:
+        program: the rewritten graph.
+        name: whose it is.
+        proof: ``"warn"``: one that is not is a warning; else an error.
+
+    Raises:
+        ProofError: it is not proved.
+    """
+    verdict = program.verdict
+    if verdict.proved:
+        return
+    said = (
+        f"the graph of {name} for {program.tp} ranks is not proved to be the dense model's: {verdict}. That is a "
+        "mistake of autotp's: please report it"
+    )
+    if proof != "warn":
+        raise ProofError(f'{said}. check="warn" or check=False runs it all the same; autotp.verify compares numbers')
+    warnings.warn(said, UnprovedWarning, stacklevel=2)
+
+
+@dataclass
+class Rewritten:
+    """A captured graph rewritten for all ranks.
+
+    Attributes:
+        captured: the captured graph.
+        graph: the rewritten graph, in which constants that differ between ranks are ``PerRank``.
+        stored: each split weight's layout, by name.
+        reasons: why each other weight stays whole.
+        gathered: the split values that some op needs whole, with that op's name.
+        tp: the number of ranks.
+        minimum: what cannot do without a collective, in the captured graph.
+        slots: the layouts of all slots that are known now.
+        inputs: the layouts of the input tensors that ranks hold in parts, by position.
+        results: the same for results.
+    """
+
+    captured: Captured
+    graph: fx.Graph
+    stored: Mapping[str, Layout]
+    reasons: Mapping[str, Reason]
+    gathered: list[tuple[fx.Node, str]]
+    tp: int
+    minimum: Minimum
+    slots: Mapping[str, Layout] = field(default_factory=dict)
+    inputs: Mapping[int, Layout] = field(default_factory=dict)
+    results: Mapping[int, Layout] = field(default_factory=dict)
+
+    @functools.cached_property
+    def random(self) -> bool:
+        """Whether the program draws random numbers."""
+        return any(n.target in (ops.random_same, ops.random_per_rank) for n in self.graph.nodes)
+
+    @functools.cached_property
+    def verdict(self) -> Verdict:
+        """Whether the program is proved to be the captured graph's on every rank, forward and backward."""
+        return check(
+            self.captured.graph,
+            self.graph,
+            self.stored,
+            self.captured.parameters,
+            self.tp,
+            self.inputs,
+            self.results,
+        )
+
+    def unflatten(self, results: tuple[Any, ...], objects: Sequence[Any] = ()) -> Any:
+        """The model's own output structure from the graph's results; what a call changes in objects, it changes."""
+        return self._give(results, objects)
+
+    @functools.cached_property
+    def _give(self) -> Any:
+        return giver(self.captured.outputs)
+
+
+def rewrite(
+    captured: Captured,
+    tp: int,
+    stored: Mapping[str, Layout] | None = None,
+    settled: Mapping[str, Layout] | None = None,
+    slots: Mapping[str, Layout] | None = None,
+) -> Rewritten:
+    """Rewrite a captured graph for ``tp`` ranks.
+
+    Args:
+        captured: the captured model.
+        tp: the number of ranks.
+        stored: the weights' layouts, where they are settled (by a plan, or an earlier call); left out,
+            they are decided here.
+        settled: layouts of some of the weights, where others are to be decided: what another part of the
+            model has made of a weight that both use.
+        slots: the layouts of what ranks keep in parts between calls, as far as they are decided.
+    """
+    facts = propagate(captured.graph)
+    reasons: Mapping[str, Reason] = {}
+    if stored is None:
+        decision = decide(captured.graph, facts, tp)
+        settled = settled or {}
+        stored = {n: x for n, x in (decision.stored | dict(settled)).items() if not x.whole}
+        outside = {n: Reason("read by Python that is not captured") for n, x in settled.items() if x.whole}
+        reasons = _confirmed(captured, decision.reasons) | outside
+    layouts = assign(captured.graph, facts, stored, tp, slots)
+    fewest = minimum(captured.graph, facts, layouts, stored)
+    sharder = shard(captured.graph, facts, layouts, dict(stored), tp, slots)
+    sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    enter(sharder.graph)
+    return Rewritten(
+        captured, sharder.graph, stored, reasons, sharder.gathered, tp, fewest, sharder.slots, sharder.inputs,
+        sharder.results,
+    )  # fmt: skip
+
+
+def _confirmed(captured: Captured, reasons: Mapping[str, Reason]) -> dict[str, Reason]:
+    """Reasons, with the limits only of those weights that are split where there are no more ranks than that."""
+    limits = {reason.limit for reason in reasons.values()} - {None, 1}
+    stored = {n: decide(captured.graph, propagate(captured.graph), n).stored for n in limits if n is not None}
+    return {
+        name: reason if name in stored.get(reason.limit or 0, {name}) else replace(reason, limit=None)
+        for name, reason in reasons.items()
+    }

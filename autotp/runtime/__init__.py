@@ -1,0 +1,11 @@
+"""One call of a parallelized module: guards, agreement of the ranks, the graph, outputs.
+
+What happens between a user's call and the graph is changed here. It must not decide how a graph is rewritten; the cache
+of graphs knows no ranks.
+"""
+
+from autotp.runtime.graph_cache import Programs
+from autotp.runtime.graph_runtime import Whole
+from autotp.runtime.runtime import Runtime
+
+__all__ = ["Programs", "Runtime", "Whole"]

@@ -1,0 +1,375 @@
+"""recognition: a call of a structure seen before is recognised by code that is made for this one structure.
+
+Opening a call's arguments, and hashing what is found, takes longer than many a graph. So for each structure a
+function is written that looks at one thing after another, in place, and gives the tensors if all is as it was: the
+same classes, lengths, keys and constants, each tensor of the same dtype, on the same device, with the same sizes where
+the graph takes them for constants. Where it is in doubt it says no, and the arguments are opened as ever.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autotp.arguments.aliasing import overlapping
+from autotp.arguments.arguments import Arguments
+from autotp.arguments.boxed import Held, Remembered
+from autotp.arguments.object_tree import Box, Constant, Count, Form, Leaf, counted
+from autotp.arguments.spec import State
+from autotp.capture.captured_graph import Captured
+from autotp.runtime.module_guards import Watch
+from autotp.utils.codegen import written
+from passes import Layout
+
+__all__ = ["Recognized", "Recognizers", "dynamic_sizes", "recognizer"]
+
+Alone = Callable[[Sequence[torch.Tensor]], bool]
+Recognize = Callable[[tuple[Any, ...], dict[str, Any]], "Recognized | None"]
+
+_REMEMBERED = 16
+"""How many structures are recognised at sight."""
+_ALONE = (type(None), bool, type(...), torch.dtype, torch.memory_format, torch.layout, enum.Enum, type)
+"""Constants of which there is one object only."""
+_BY_VALUE = (int, str, bytes, torch.device, torch.Size)
+
+
+@dataclass(slots=True)
+class Recognized:
+    """The arguments of a call that was recognised; what :class:`autotp.arguments.arguments.Arguments` says of them.
+
+    Attributes:
+        tensors: the tensors among them, as a program takes them.
+        objects: the objects among them, which the call may change.
+        sizes: those sizes that may differ from call to call (:func:`dynamic_sizes`).
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    objects: tuple[Any, ...]
+    sizes: tuple[int, ...]
+
+    def local(self, inputs: Any, rank: int) -> Sequence[torch.Tensor]:
+        """The tensors as a program takes them."""
+        return self.tensors
+
+
+def dynamic_sizes(captured: Captured, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Those of the inputs' sizes that the graph does not take for constants."""
+    static = {(i, d) for i, d, _ in captured.static}
+    return tuple(n for i, shape in enumerate(shapes) for d, n in enumerate(shape) if (i, d) not in static)
+
+
+class _Apart:
+    """Looks whether what is written to shares no memory with anything else; not again at tensors that lie where the
+    last ones did.
+
+    Args:
+        written: the numbers of the tensors that are written to.
+        alone: whether tensors share no memory with what else a module holds.
+    """
+
+    def __init__(self, written: frozenset[int], alone: Alone) -> None:
+        self._written, self._alone = written, alone
+        self._last: list[Any] = []
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether that is so."""
+        now = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+        if now != self._last:
+            if overlapping(tensors, self._written) or not self._alone([tensors[i] for i in self._written]):
+                return False
+            self._last = now
+        return True
+
+
+class _UnknownError(Exception):
+    """There is something for which no code is written."""
+
+
+class _Writer:
+    """Writes the function for one structure.
+
+    Args:
+        of: arguments of the structure.
+        captured: their graph.
+        held: the layouts of the inputs that ranks hold in parts, by position.
+        rank: the rank.
+        alone: whether tensors share no memory with what else the module holds.
+    """
+
+    def __init__(self, of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int, alone: Alone) -> None:
+        self.of, self.captured, self.held, self.rank, self.alone = of, captured, held, rank, alone
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {"counted": counted, "autocast": torch.is_autocast_enabled}
+        self.static = {(i, d): n for i, d, n in captured.static}
+        self.tensors: list[str] = []
+        self.sizes: list[str] = []
+        self.objects: list[str] = []
+        self._numbers: dict[tuple[int, int], str] = {}
+        self._states = iter(of.spec.states)
+        self._leaves = iter(of.leaves)
+        self._count = 0
+
+    def write(self) -> Recognize:
+        """The function."""
+        self.refuse_unless(f"autocast() is {torch.is_autocast_enabled()}")
+        args, kwargs = _children(self.of.spec.spec)
+        self.container(args, "args")
+        self.container(kwargs, "kwargs")
+        for i, d, j, e in self.captured.equal:
+            self.refuse_unless(f"{self._numbers[i, d]} == {self._numbers[j, e]}")
+        for check, places in self.captured.guards:
+            self.refuse_unless(f"{self.known(check)}({', '.join(self._numbers[p] for p in places)})")
+        opened = any(isinstance(x, type) and issubclass(x, (Held, Remembered)) for x in self.names.values())
+        if opened and (changed := self.captured.outputs.overwritten):
+            apart = self.known(_Apart(changed, self.alone))
+            self.refuse_unless(f"{apart}(({''.join(f'{t}, ' for t in self.tensors)}))")
+        results = ", ".join(
+            f"({''.join(f'{n}, ' for n in names)})" for names in (self.tensors, self.objects, self.sizes)
+        )
+        body = "\n".join(f"        {line}" for line in [*self.lines, f"return Recognized({results})"])
+        text = (
+            "def recognize(args, kwargs):\n    try:\n"
+            f"{body}\n    except (KeyError, IndexError, AttributeError, ValueError):\n        return None\n"
+        )
+        function: Recognize = written(
+            "recognize", text, {**self.names, "Recognized": Recognized, "Tensor": torch.Tensor}
+        )
+        return function
+
+    def refuse_unless(self, condition: str) -> None:
+        """Go on only if this holds."""
+        self.lines.append(f"if not ({condition}): return None")
+
+    def known(self, value: Any) -> str:
+        """The name of an object in the function."""
+        name = f"k{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def variable(self, expression: str) -> str:
+        """A variable with this value."""
+        self._count += 1
+        self.lines.append(f"v{self._count} = {expression}")
+        return f"v{self._count}"
+
+    def container(self, spec: Any, at: str) -> None:
+        """A tuple, list or dict of arguments."""
+        if spec.is_leaf():
+            self.leaf(at)
+            return
+        children = _children(spec)
+        if spec.type in (tuple, list):
+            self.refuse_unless(f"type({at}) is {spec.type.__name__} and len({at}) == {len(children)}")
+            keys: Sequence[Any] = range(len(children))
+        elif issubclass(spec.type, dict) and isinstance(spec.context, list) and len(spec.context) == len(children):
+            keys = spec.context
+            if not all(isinstance(k, str) for k in keys):
+                raise _UnknownError
+            self.refuse_unless(f"type({at}) is {self.known(spec.type)} and len({at}) == {len(children)}")
+            if len(keys) > 1 and at != "kwargs":  # in another order it would be another structure
+                self.refuse_unless(f"tuple({at}) == {self._order(tuple(keys))!r}")
+        else:
+            raise _UnknownError
+        for key, child in zip(keys, children, strict=True):
+            self.container(child, self.variable(f"{at}[{key!r}]"))
+
+    def _order(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """The order that a dict had whose keys were sorted."""
+        found = {o for o in self.of.spec.orders if sorted(o) == list(keys)}
+        if len(found) > 1:  # and which of the dicts had which is not known
+            raise _UnknownError
+        return next(iter(found), keys)
+
+    def leaf(self, at: str) -> None:
+        """A leaf of pytree's: a tensor, a constant, or an object."""
+        state = next(self._states)
+        if state is not None:
+            self.state(state, at)
+            return
+        x = next(self._leaves)
+        if isinstance(x, torch.Tensor):
+            self.tensor(at, x)
+        else:
+            self.constant(at, x)
+
+    def state(self, state: State, at: str) -> None:
+        """An object that the call may change."""
+        held = [next(self._leaves) for _ in state.slots]
+        names: dict[int, str] = {}
+        if isinstance(state.form, Box) and state.form.cls is Held:
+            self.objects.append(f"{self.known(Held)}({at})")
+            self.form(state.form.forms[0], at, held, names, {})
+        else:
+            self.objects.append(at)
+            self.form(state.form, at, held, names, {})
+        tensors = [n for i, n in names.items() if not state.slots[i].count]
+        if len(tensors) > 1:  # if two were one now, it would be another form
+            self.refuse_unless(f"len({{{', '.join(f'id({n})' for n in tensors)}}}) == {len(tensors)}")
+
+    def form(self, form: Form, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
+        """What is in an object."""
+        if isinstance(form, Constant):
+            self.constant(at, form.value)
+        elif isinstance(form, Leaf):
+            if form.index in names:
+                self.refuse_unless(f"{at} is {names[form.index]}")
+            else:
+                names[form.index] = at
+                self.tensor(at, held[form.index])
+        elif isinstance(form, Count):
+            if form.index in names:
+                self.refuse_unless(f"type({at}) is int and {at} == {counts[form.index]}")
+            else:
+                self.refuse_unless(f"type({at}) is int" + "".join(f" and {at} != {c}" for c in counts.values()))
+                names[form.index] = counts[form.index] = at
+                self.number(at)
+        else:
+            self.box(form, at, held, names, counts)
+
+    def box(self, form: Box, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
+        """An object, list, tuple or dict."""
+        if not issubclass(form.cls, (list, tuple, dict)):
+            self.refuse_unless(f"type({at}) is {self.known(form.cls)}")
+            at = self.variable(f"{at}.__dict__")
+            self.refuse_unless(f"len({at}) == {len(form.keys)}")
+        else:
+            self.refuse_unless(f"type({at}) is {self.known(form.cls)} and len({at}) == {len(form.keys)}")
+        for key, inner in zip(form.keys, form.forms, strict=True):
+            if not isinstance(key, (str, int)):
+                raise _UnknownError
+            self.form(inner, self.variable(f"{at}[{key!r}]"), held, names, counts)
+
+    def constant(self, at: str, value: Any) -> None:
+        """Something that is all that its text says."""
+        if isinstance(value, _ALONE):
+            text = repr(value) if value is None or isinstance(value, bool) else self.known(value)
+            self.refuse_unless(f"{at} is {text}")
+        elif isinstance(value, _BY_VALUE):
+            self.refuse_unless(f"type({at}) is {self.known(type(value))} and {at} == {self.known(value)}")
+        else:  # equal floats may be of other signs, and so on
+            self.refuse_unless(f"type({at}) is {self.known(type(value))} and repr({at}) == {repr(value)!r}")
+
+    def number(self, at: str) -> None:
+        """A number that counts, which a graph has as a tensor's size."""
+        place = (len(self.tensors), 0)
+        self.tensors.append(f"counted({at})")
+        self.size(place, at, at)
+
+    def tensor(self, at: str, x: torch.Tensor) -> None:
+        """A tensor."""
+        i = len(self.tensors)
+        self.tensors.append(at)
+        kind = "Tensor" if type(x) is torch.Tensor else self.known(type(x))
+        on = {"cpu": f"{at}.is_cpu", "cuda": f"{at}.is_cuda"}.get(
+            x.device.type, f"{at}.device.type == {x.device.type!r}"
+        )
+        self.refuse_unless(
+            f"type({at}) is {kind} and {at}.dtype is {self.known(x.dtype)} and {on} and "
+            f"{at}.requires_grad is {x.requires_grad}"
+        )
+        if not x.dim():
+            self.refuse_unless(f"not {at}.dim()")
+            return
+        names = [f"s{i}_{d}" for d in range(x.dim())]
+        self.lines.append(f"{', '.join(names)}, = {at}.shape")
+        layout = self.held.get(i)
+        for d, name in enumerate(names):
+            shards = layout.dims.get(d) if layout is not None else None
+            if shards is not None:  # this rank's part of it, or a call would be refused
+                self.refuse_unless(f"{name} == {shards.counts[self.rank]}")
+                self._numbers[i, d] = str(shards.size)
+                if (i, d) not in self.static:
+                    self.sizes.append(str(shards.size))
+            else:
+                self.size((i, d), name, name)
+
+    def size(self, place: tuple[int, int], at: str, name: str) -> None:
+        """A size, which the graph takes for a constant or not."""
+        self._numbers[place] = name
+        if place in self.static:
+            self.refuse_unless(f"{at} == {self.static[place]}")
+        else:
+            self.refuse_unless(f"{at} > 1")
+            self.sizes.append(name)
+
+
+class Recognizers:
+    """The functions that recognise calls at sight, the last used first; of so many structures as they are fast for."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Recognize, int, list[str]]] = []
+
+    def clear(self) -> None:
+        """Recognise nothing."""
+        self._known.clear()
+
+    def add(
+        self, number: int, watches: Sequence[Watch], of: Arguments, captured: Captured, held: Mapping[int, Layout],
+        rank: int, alone: Alone,
+    ) -> None:  # fmt: skip
+        """Recognise calls like one, by code made for it, if there can be such code.
+
+        Args:
+            number: its program's.
+            watches: what has looked at the modules.
+            of: its arguments.
+            captured: its graph.
+            held: the layouts of the inputs that ranks hold in parts, by position.
+            rank: the rank.
+            alone: whether tensors share no memory with what else the module holds.
+        """
+        texts = [w.text for w in watches]
+        if any(n == number and t == texts for _, n, t in self._known):  # a form that it is written for, or none
+            return
+        if (made := recognizer(of, captured, held, rank, alone)) is not None:
+            self._known.insert(0, (made, number, texts))
+            del self._known[_REMEMBERED:]
+
+    def find(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watches: Sequence[Watch]
+    ) -> tuple[int, Recognized] | None:
+        """The number of the program of a call that is recognised, and its arguments."""
+        for i, (recognize, number, texts) in enumerate(self._known):
+            if (given := recognize(args, kwargs)) is None:  # type: ignore[arg-type]
+                continue
+            for watch, text in zip(watches, texts, strict=True):
+                if not watch.is_same() or watch.text != text:
+                    return None
+            if i:
+                self._known.insert(0, self._known.pop(i))
+            return number, given
+        return None
+
+
+def _children(spec: Any) -> list[Any]:
+    found: list[Any] = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    return found
+
+
+def recognizer(
+    of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int, alone: Alone = lambda tensors: True
+) -> Recognize | None:
+    """A function that recognises calls of one structure.
+
+    Args:
+        of: the arguments of such a call.
+        captured: its graph.
+        held: the layouts of the inputs that ranks hold in parts, by position.
+        rank: the rank.
+        alone: whether tensors share no memory with what else the module holds.
+
+    Returns:
+        None where there is none for this structure: something among the arguments is of a kind that only pytree
+        knows, or a value that ranks hold in parts was given whole.
+    """
+    for i, layout in held.items():
+        if any(s.counts[rank] != s.size for _, s in layout.shards) and not of.is_part(of.tensors[i]):
+            return None
+    try:
+        return _Writer(of, captured, held, rank, alone).write()
+    except _UnknownError:
+        return None

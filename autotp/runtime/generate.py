@@ -1,0 +1,161 @@
+"""generation: a model's own ``generate`` runs on every rank, with the same arguments and the same random numbers.
+
+``generate`` is Python around calls of the model. It must do the same on all ranks, down to the tokens that it draws:
+so its arguments are compared before it begins, all ranks draw rank 0's random numbers, and at its end the ranks
+compare what they have made.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from autotp.arguments.arguments import Arguments
+from autotp.arguments.object_tree import Box, Constant, Form
+from autotp.distributed.random_state import rank_0_draws
+from autotp.modules.device import device_of
+from autotp.modules.forward_patching import HeldBack
+from autotp.runtime.broadcast_inputs import take_inputs
+from autotp.utils.hashing import digest, shown
+from autotp.utils.value_types import is_constant
+
+if TYPE_CHECKING:
+    from autotp.runtime.runtime import Runtime
+
+__all__ = ["Generate", "wrap_generate"]
+
+_OF_THIS_RANK = ("streamer", "synced_gpus")
+"""Arguments that change nothing about what is generated."""
+
+
+def wrap_generate(runtime: Runtime) -> None:
+    """Let a model's ``generate``, if it has one, do the same on all ranks."""
+    own = getattr(runtime.model, "generate", None)
+    if not inspect.ismethod(own) or inspect.isgeneratorfunction(own):
+        return
+    held = runtime.model.__dict__
+    held["generate"] = Generate(own, runtime)
+    for name in ("get_compiled_call", "_get_static_cache_init_shape"):  # of transformers
+        if callable(getattr(runtime.model, name, None)):
+            held[name] = _Instead(runtime.model, name)
+
+
+class _Instead:
+    """What a parallelized model has in place of a method of transformers'.
+
+    ``generate`` compiles calls with a static cache, and may allocate such a cache before the first call. A graph is
+    compiled already, and makes this rank's share of the cache itself.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.__call__ if self.name == "get_compiled_call" else None
+
+
+class Generate:
+    """A model's ``generate``; its signature is the model's own.
+
+    Args:
+        own: the model's own, a bound method.
+        runtime: the model's.
+    """
+
+    def __init__(self, own: Any, runtime: Runtime) -> None:
+        self.runtime, self._running = runtime, False
+        functools.update_wrapper(self, own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``, on all ranks alike."""
+        own: Any = self.__wrapped__  # type: ignore[attr-defined]
+        if self._running:  # it calls itself, with what all ranks have
+            return own(*args, **kwargs)
+        agreement = self.runtime.agreement
+        facts = self._facts(args, kwargs)
+        if not agreement.check("generate", digest(str(facts)), dict, inputs=lambda: facts):
+            args, kwargs = take_inputs(agreement, args, kwargs, device_of(self.runtime.model))
+            facts = self._facts(args, kwargs)
+            agreement.check("generate", digest(str(facts)), lambda: facts)
+        result, held = None, HeldBack()
+        self._running = True
+        try:
+            with held, rank_0_draws(agreement, {torch.device("cpu"), device_of(self.runtime.model)}):
+                result = own(*args, **kwargs)
+        finally:
+            self._running = False
+        made = {
+            f"values of result{pytree.keystr(p)}": shown(x) for p, x in _tensors(result) if not x.is_floating_point()
+        }
+        agreement.check("end of generate", digest(str(made)), lambda: made, held.error)
+        return result
+
+    def _facts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
+        """What ranks must agree in, by the names of the arguments."""
+        named = self._named(args, kwargs)
+        config = getattr(self.runtime.model, "generation_config", None)
+        of = self.runtime.arguments((), named | ({"model.generation_config": config} if config is not None else {}))
+        return dict(_described(of))
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            bound = inspect.signature(self).bind(*args, **kwargs)
+        except TypeError:  # which the call itself will raise
+            return {f"args[{i}]": x for i, x in enumerate(args)} | dict(kwargs)
+        named: dict[str, Any] = {}
+        for name, x in bound.arguments.items():
+            kind = bound.signature.parameters[name].kind
+            named |= x if kind is inspect.Parameter.VAR_KEYWORD else {name: x}
+        return {n: x for n, x in named.items() if n not in _OF_THIS_RANK and x is not None}
+
+
+def _tensors(result: Any) -> list[tuple[Any, torch.Tensor]]:
+    return [(p, x) for p, x in pytree.tree_flatten_with_path(result)[0] if isinstance(x, torch.Tensor)]
+
+
+def _described(of: Arguments) -> Iterator[tuple[str, str]]:
+    """Arguments in words: those that are tensors by their values, the others as far as they can be seen."""
+    shapes, slots = iter(of.shapes), of.spec.slots
+    for i, (path, x) in enumerate(zip(of.spec.paths(), of.leaves, strict=True)):
+        name = _called(path)
+        if not isinstance(x, torch.Tensor):
+            yield name, _text(x)
+            continue
+        shape = tuple(next(shapes))
+        seen = (i in slots and slots[i].count) or of.is_split(x)
+        yield name, f"{shape} {x.dtype}" if seen else f"{shape} {x.dtype} {shown(x)}"
+    for place, state in zip(of.spec.places(), of.spec.states, strict=True):
+        yield from _constants(_called(place), state.form) if state is not None else ()
+
+
+def _called(place: str) -> str:
+    """What ``generate`` calls an argument."""
+    return place.removeprefix("kwargs['").replace("']", "", 1)
+
+
+def _constants(name: str, form: Form) -> Iterator[tuple[str, str]]:
+    """The constants that an object holds, by the way to them; private ones may be hashes, which processes differ in."""
+    if isinstance(form, Constant):
+        yield name, form.text
+    elif isinstance(form, Box):
+        for key, each in form.items.items():
+            if not str(key).startswith("_"):
+                yield from _constants(f"{name}.{key}", each)
+
+
+def _text(x: Any) -> str:
+    """An argument in words: a constant is itself, of other things there is the class and what is plain in it."""
+    if is_constant(x):
+        return repr(x)
+    plain = {k: v if is_constant(v) else shown(v) for k, v in getattr(x, "__dict__", {}).items() if _is_plain(v)}
+    each = f" of {', '.join(map(_text, x))}" if isinstance(x, (list, tuple)) else ""
+    return f"a {type(x).__module__}.{type(x).__qualname__} {plain if plain else ''}{each}".strip()
+
+
+def _is_plain(x: Any) -> bool:
+    return is_constant(x) or isinstance(x, torch.Tensor)

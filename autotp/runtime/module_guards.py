@@ -1,0 +1,271 @@
+"""watch: what of a model's Python has changed since its graphs were made.
+
+A graph holds the tensors' names, and everything else as it was at capture. So each call looks whether the
+model still is what was captured: modes, dtypes and plain attributes that changed make another graph;
+parameters and buffers are read where they are; modules, hooks or forwards that changed are an error. A model
+with parts runs the Python around them, which may change as it likes, as long as the parts stay.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from autotp.errors import AutoTPError
+from autotp.modules.device import computing
+from autotp.modules.forward_patching import own_forward, reinstall
+from autotp.modules.hooks import HOOKS, refuse_global_hooks
+from autotp.modules.names import dotted
+from autotp.runtime.dict_versions import Versions
+from autotp.runtime.generate_attributes import of_generate
+from autotp.utils.hashing import digest
+
+__all__ = ["Watch"]
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
+
+_KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
+_FORWARD = operator.itemgetter("forward")
+
+Place = tuple[str, str]
+
+
+class Watch:
+    """Looks at a model before each call: at the identities of things, and closer where one has changed.
+
+    Args:
+        model: the model.
+        shape: the shape that a parameter should have here, by name.
+        parts: the parts that run as graphs, by path, each of which has a watch of its own; left out, the
+            model is one graph.
+        path: what to call the model in messages, if it is a part itself.
+        kept: the names of what a module keeps from call to call, which graphs take as arguments, by the module's name.
+
+    Attributes:
+        text: what the last look gave.
+        seen: what it saw; the same object as long as nothing changes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: Callable[[str], Sequence[int]],
+        parts: Mapping[str, nn.Module] | None = None,
+        path: str = "",
+        kept: Callable[[str], frozenset[str]] = lambda module: frozenset(),
+    ) -> None:
+        self.model, self._shape, self._parts, self.path, self._kept_on = model, shape, parts, path, kept
+        self._attributes: dict[Place, Any] = {}
+        self._first: dict[Place, Any] = {}
+        self._last: Any = None
+        self._settled: dict[Place, Any] | None = None
+        self._versions = Versions(())
+        self.seen: Any = None
+        self._trainable: tuple[Any, int] = None, 0
+        self.text = ""
+
+    def settle(self) -> None:
+        """Take modules, hooks, forwards and ties as they are now for those that the graphs hold.
+
+        Attributes that have changed since the last look (capture leaves some behind) count as the first ones.
+        """
+        before = self._attributes
+        self._scan()
+        self._settled, self._ties = self._facts(), self._tied()
+        first = {**self._first, **dict(self._attributes.items() - before.items())}
+        self._first = {p: x for p, x in first.items() if p in self._attributes or not self._is_kept(*p)}
+        self._changes, self.seen = self._differing(), None
+
+    def follow(self) -> None:
+        """Take what has changed since the last look for how it was at first: a model's own forward did it."""
+        if self._snapshot() != self._last:
+            self.settle()
+
+    def look(self) -> str:
+        """What is not as it was at first: where the text is the same, the graphs are.
+
+        Raises:
+            AutoTPError: something has changed that no graph can follow. The next call looks, and raises, again.
+        """
+        refuse_global_hooks()
+        if self._settled is None:
+            self.settle()
+        elif (now := self._snapshot()) is None or now != self._last:
+            self._scan()
+            self._last = None
+            self._check()
+            self._scan()
+            self._changes = self._differing()
+        kinds = {f"{dtype} {computing(device).type}" for dtype, device in set(map(_KIND, self._parameters))}
+        self.text = f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
+        self._versions, self.seen = Versions(self._set), self._glance()
+        return self.text
+
+    def is_same(self) -> bool:
+        """Whether nothing has changed since the last look, as far as a glance shows: what is set on modules and
+        configs, the tensors and where they lie, hooks that are registered. In doubt, no."""
+        if self.seen is None or self._glance() != self.seen:
+            return False
+        if not self._versions.same():  # something was set, perhaps to what it was
+            now = Versions(self._set)
+            if self._snapshot() != self._last:
+                return False
+            self._versions, self.seen = now, self._glance()
+        return True
+
+    def _glance(self) -> tuple[Any, ...]:
+        """What is the same as long as no tensor moves, no hook is registered, and nothing empty gets something."""
+        return (
+            any(self._none),
+            RemovableHandle.next_id,  # one more for each hook
+            list(map(torch.Tensor.numel, self._parameters)),
+            list(map(torch.Tensor.data_ptr, self._parameters)),  # a cast or a move gives others
+        )
+
+    def trainable(self) -> tuple[bool, ...]:
+        """Which parameters need gradients: the graphs serve for all, but the ranks must agree."""
+        return tuple(map(_TRAINABLE, self._parameters))
+
+    def trainable_digest(self) -> int:
+        """:meth:`trainable` as a number."""
+        found = self.trainable()
+        if found != self._trainable[0]:
+            self._trainable = found, digest(str(found))
+        return self._trainable[1]
+
+    def changes(self) -> dict[Place, str]:
+        """The plain attributes that are not as they were at first, by module and name, with their values."""
+        return dict(self._changes)
+
+    def _scan(self) -> None:
+        """List what to look at, and take a snapshot of it."""
+        modules = list(self.model.named_modules())
+        self._dicts = [m.__dict__ for _, m in modules]
+        own = self._own()
+        held = own + [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
+        self._replaced = [d for d in self._dicts if "_autotp" in d]
+        self._configs: list[tuple[dict[str, Any], str, Any]] = []  # the last is kept, so that no id comes twice
+        self._full, self._empty = [d for d in held if d], [d for d in held if not d]
+        self._none = [d for d in own if not d]
+        self._parameters = list(self.model.parameters())
+        self._attributes = {}
+        self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        seen: set[int] = set()
+        for name, module in modules:
+            cls: Any = type(module)
+            skipped = of_generate(cls) | self._kept_on(name)
+            self._watch(name, module.__dict__, seen, skipped)
+            for key, value in module.__dict__.items():
+                ours = key == "_autotp" or key in skipped
+                if hasattr(value, "__dict__") and not callable(value) and not ours:  # a config
+                    self._configs.append((module.__dict__, key, value.__dict__))
+                    self._watch(dotted(name, key), value.__dict__, seen)
+        for name, buffer in self.model.named_buffers():
+            if not self._is_kept(name, ""):
+                self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
+        of_modules = set(map(id, self._dicts))
+        configs = [d for _, d in self._getters if id(d) not in of_modules]
+        self._set = [*self._dicts, *filter(None, own), *configs]
+        self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
+        self._last = self._snapshot()
+
+    def _is_kept(self, name: str, key: str) -> bool:
+        """Whether an attribute of a module, or of an object on it, or a buffer, is kept from call to call."""
+        holders = itertools.accumulate(name.split("."), "{}.{}".format)
+        names = [("", name), *((h, name[len(h) + 1 :]) for h in holders)]
+        return any(
+            (rest.partition(".")[0] if rest else key) in self._kept_on(module) for module, rest in names if rest or key
+        )
+
+    def _own(self) -> list[dict[str, Any]]:
+        """Where modules keep submodules, parameters and buffers."""
+        return [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
+
+    def _watch(
+        self, name: str, attributes: dict[str, Any], seen: set[int], skipped: frozenset[str] = frozenset()
+    ) -> None:
+        names = [k for k, v in attributes.items() if isinstance(v, _PLAIN) and k not in skipped]
+        if names and id(attributes) not in seen:
+            seen.add(id(attributes))
+            self._attributes |= {(name, k): attributes[k] for k in names}
+            self._getters.append((operator.itemgetter(*names), attributes))
+
+    def _snapshot(self) -> Any:
+        """What is the same, in values and identities, as long as nothing changes. Runs at each call."""
+        try:
+            values = [get(d) for get, d in self._getters]
+            forwards = list(map(_FORWARD, self._replaced))
+            configs = [id(d[key].__dict__) for d, key, _ in self._configs]
+        except (AttributeError, KeyError):
+            return None
+        held = list(map(id, chain(self._own(), *map(dict.values, self._full))))
+        sizes = list(map(torch.Tensor.numel, self._parameters))
+        return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards, configs
+
+    def _facts(self) -> dict[Place, Any]:
+        """What must stay: submodules, their hooks and forwards; of a model with parts these modules."""
+        facts: dict[Place, Any] = {}
+        if self._parts is not None:
+            modules = dict(self.model.named_modules(remove_duplicate=False))
+            return {(path, "module"): modules.get(path) for path in self._parts}
+        for name, module in self.model.named_modules():
+            if name:
+                facts[name, "module"] = module
+                facts[name, "a forward of its own"] = own_forward(module)
+                facts |= {(name, what): list(module.__dict__[kind].values()) for kind, what in HOOKS.items()}
+        return facts
+
+    def _check(self) -> None:
+        reinstall(self.model)
+        facts, settled = self._facts(), self._settled or {}
+        for place in settled.keys() | facts.keys():
+            before, now = settled.get(place), facts.get(place)
+            if before is now or (isinstance(before, list) and before == now):
+                continue
+            name, what = dotted(self.path, place[0]), place[1]
+            happened = "was replaced, added or removed" if what == "module" else f"got or lost {what}"
+            raise AutoTPError(
+                f"{name} {happened} since autotp.parallelize: the graph is of what was there, so this would change "
+                "nothing. Undo it, or do it before parallelize (hooks: on the model itself)"
+            )
+        names = self._tied()
+        for name in () if self._parts is not None else sorted(names.keys() | self._ties.keys()):
+            if name not in names or name not in self._ties:
+                raise AutoTPError(
+                    f"{self._called(name)} was {'added' if name in names else 'removed'} since autotp.parallelize, and "
+                    "the graph does not know of it: do this before parallelize"
+                )
+            if names[name] != self._ties[name]:
+                tied = name != self._ties[name]
+                other, were, now = (self._ties[name], "one", "two") if tied else (names[name], "two", "one")
+                raise AutoTPError(
+                    f"the parameters {name} and {other} were {were} when the model was parallelized and are {now} now: "
+                    f"assign {'the same Parameter' if tied else 'each its own'}, or change this before parallelize"
+                )
+        for name, parameter in self.model.named_parameters():
+            local = tuple(self._shape(name))
+            if tuple(parameter.shape) != local:
+                raise AutoTPError(
+                    f"{self._called(name)} has shape {tuple(parameter.shape)}, but this rank holds {local} of it: "
+                    "load_state_dict takes dense tensors and cuts them, an assignment does not"
+                )
+
+    def _called(self, name: str) -> str:
+        return f"parameter {dotted(self.path, name)}"
+
+    def _tied(self) -> dict[str, str]:
+        first: dict[int, str] = {}
+        return {n: first.setdefault(id(p), n) for n, p in self.model.named_parameters(remove_duplicate=False)}
+
+    def _differing(self) -> dict[Place, str]:
+        first, now = self._first, self._attributes
+        places = now.keys() | first.keys() if now != first else ()
+        return {k: repr(now.get(k)) for k in places if now.get(k) != first.get(k)}

@@ -1,0 +1,116 @@
+"""runtime: what a parallelized module carries, and what happens when it is called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from autotp.arguments.arguments import Arguments
+from autotp.distributed.agreement import Agreement
+from autotp.distributed.process_context import ProcessFabric
+from autotp.errors import AutoTPError
+from autotp.modules.forward_patching import install, own_forward
+from autotp.modules.names import tied_names
+from autotp.runtime.generate import wrap_generate
+from autotp.weights.grad_norm import count_once
+from autotp.weights.load_state_dict import accept_dense
+from autotp.weights.optimizer_state import check_steps
+from autotp.weights.registry import register
+from autotp.weights.slicing import joined, shards_of
+from passes import Layout, Shards
+
+__all__ = ["Runtime"]
+
+
+class Runtime:
+    """A module's place among the ranks, and how they hold its parameters.
+
+    Args:
+        model: the module, whose parameters hold this rank's share.
+        agreement: how the ranks compare what they do.
+        fabric: how they communicate.
+    """
+
+    def __init__(self, model: nn.Module, agreement: Agreement, fabric: ProcessFabric) -> None:
+        self.model, self.agreement, self.fabric = model, agreement, fabric
+        self.mesh = agreement.mesh
+        self.tied = tied_names(model)
+        self.own_forward = own_forward(model)
+
+    @property
+    def stored(self) -> Mapping[str, Layout]:
+        """The split parameters' layouts, by their first names in the module."""
+        raise NotImplementedError
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """This rank's part of a call of the module, and the module's own kind of output."""
+        raise NotImplementedError
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Arguments, flat."""
+        return Arguments(args, kwargs)
+
+    def attach(self) -> None:
+        """Let the module run this in place of its forward."""
+        install(self.model, self, self)
+
+    def is_running(self) -> bool:
+        """Whether the module's own Python is running, which may not read a shard unnoticed."""
+        return False
+
+    def surround(self) -> None:
+        """Let the model generate and load dense tensors, and what torch does to parameters know of this."""
+        wrap_generate(self)
+        accept_dense(self.model, self.shards_of, self.mesh.rank)
+        count_once()
+        check_steps()
+        register(self)
+
+    def shards(self, name: str) -> dict[int, Shards]:
+        """The split dims of a parameter, by any of its names."""
+        return shards_of(self.stored, self.tied.get(name, name))
+
+    def shards_of(self, name: str, tensor: torch.Tensor) -> dict[int, Shards]:
+        """The split dims of a parameter, or of a tensor that the module keeps, of which this rank holds ``tensor``."""
+        return self.shards(name)
+
+    def placed(self) -> Iterator[tuple[str, nn.Parameter, dict[int, Shards]]]:
+        """Each parameter once: its name, itself, its split dims."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter, self.shards(name)
+
+    def stepped(self) -> None:
+        """Count an optimizer's step; ranks that have taken different numbers of steps are found at the next call."""
+        self.agreement.steps += 1
+
+    def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        """The full tensor of which each rank holds ``local`` under this name. Collective."""
+        shards = self.shards_of(name, local)
+        if not shards:
+            return local.detach().clone()
+        shapes = [list(local.shape) for _ in range(self.mesh.tp)]
+        for dim, s in shards.items():
+            for rank, count in enumerate(s.counts):
+                shapes[rank][dim] = count
+        return joined(self.fabric.group("tp").all_gather(local.detach(), shapes), shards)
+
+    def _copied(self, memo: dict[int, Any]) -> Any:
+        """The beginning of a copy for the copy of the module: the same ranks and random streams."""
+        model = memo.get(id(self.model))
+        if model is None:
+            raise AutoTPError("a part of a parallelized model cannot be copied: copy the model, or what holds it")
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.model, copied.agreement, copied.fabric = model, self.agreement, self.fabric
+        copied.mesh, copied.tied = self.mesh, self.tied
+        copied.own_forward = copy.deepcopy(self.own_forward, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise AutoTPError(
+            f"a parallelized {type(self.model).__name__} cannot be pickled: save autotp.full_state_dict(model), or "
+            "model.state_dict() per rank, and load it into a model made, and parallelized, anew"
+        )

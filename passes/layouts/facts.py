@@ -1,0 +1,59 @@
+"""facts: what propagation finds out about a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from passes.layouts.axes import Dim
+from passes.layouts.units import Factor, Units, Value
+
+__all__ = ["Facts"]
+
+
+@dataclass
+class Facts:
+    """What propagation finds out about a graph.
+
+    Attributes:
+        units: labels, what unites them and which serve which.
+        values: the labelled value of every tensor node.
+        alignments: per node, the correspondence its rule worked out (rules may keep other things here).
+        pending: per node, the labels over which its result is a pending sum if they are split.
+        exchanged: per node, the labels for which, if they are split, ranks exchange a few numbers a row.
+        picked: per node, the labels of which it takes one: if they are split, every rank needs another's.
+        wanted_whole: per node, the operands that it needs whole.
+        work: per node, its floating-point operations (a size) and the labels that divide them.
+        reasons: per label, why nothing can be split along it (the node that mixes it).
+    """
+
+    units: Units = field(default_factory=Units)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    alignments: dict[fx.Node, Any] = field(default_factory=dict)
+    pending: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
+    exchanged: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
+    picked: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
+    wanted_whole: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    work: dict[fx.Node, tuple[Dim, list[np.ndarray]]] = field(default_factory=dict)
+    mixed: dict[fx.Node, list[np.ndarray]] = field(default_factory=dict)
+
+    def mix(self, node: fx.Node, factor: Factor, dims: Sequence[int] | None = None) -> Factor | None:
+        """Unite a factor's labels along dims (all of them by default) because ``node`` mixes them."""
+        self.mixed.setdefault(node, []).append(factor.labels)
+        return self.units.unite_along(factor, factor.dims if dims is None else dims)
+
+    def opaque(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
+        """Record that ``node`` needs these operands whole."""
+        self.wanted_whole.setdefault(node, []).extend(operands)
+
+
+def without(node: fx.Node, value: Value, dims: Iterable[int], facts: Facts) -> Value:
+    """A value with no labels on ``dims``, which ``node`` mixes."""
+    inside = {v for d in dims for v in value.virtual(d)}
+    touched = [[v for v in f.dims if v in inside] for f in value.factors]
+    kept = [facts.mix(node, f, own) if own else f for f, own in zip(value.factors, touched, strict=True)]
+    return Value(value.axes, tuple(f for f in kept if f is not None))

@@ -1,0 +1,90 @@
+"""The ops that rewritten graphs call: collectives, parallel products, norms, vocabulary, random numbers.
+
+Each is a differentiable function of local tensors. An op knows its group by name and finds the rest in
+:mod:`passes.ops.context`; it must know nothing of graphs and passes. ``passes.ops.traceable``, which registers
+operators with torch, is imported by those that compile.
+"""
+
+from passes.ops.collectives import (
+    all_gather,
+    all_reduce,
+    all_reduce_,
+    enter,
+    enter_overlapping,
+    leave,
+    narrow,
+    settle,
+    start_all_reduce,
+    start_all_reduce_,
+    take,
+    wait,
+)
+from passes.ops.context import Communicator, Fabric
+from passes.ops.norms import norm_over_shards
+from passes.ops.products import (
+    COLUMN_PARALLEL,
+    ROW_PARALLEL,
+    column_parallel_addmm,
+    column_parallel_baddbmm,
+    column_parallel_einsum,
+    column_parallel_linear,
+    column_parallel_matmul,
+    head_parallel_attention,
+    row_parallel_einsum,
+    row_parallel_linear,
+    row_parallel_matmul,
+)
+from passes.ops.random import random_per_rank, random_same
+from passes.ops.single_results import (
+    OUTPUTS,
+    flex_attention_logsumexp,
+    flex_attention_maxima,
+    flex_attention_outputs,
+    max_indices,
+    max_values,
+    min_indices,
+    min_values,
+)
+from passes.ops.vocabulary import cross_entropy_over, vocab_parallel_cross_entropy, vocab_parallel_embedding
+
+__all__ = [
+    "COLUMN_PARALLEL",
+    "OUTPUTS",
+    "ROW_PARALLEL",
+    "Communicator",
+    "Fabric",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_",
+    "column_parallel_addmm",
+    "column_parallel_baddbmm",
+    "column_parallel_einsum",
+    "column_parallel_linear",
+    "column_parallel_matmul",
+    "cross_entropy_over",
+    "enter",
+    "enter_overlapping",
+    "flex_attention_logsumexp",
+    "flex_attention_maxima",
+    "flex_attention_outputs",
+    "head_parallel_attention",
+    "leave",
+    "max_indices",
+    "max_values",
+    "min_indices",
+    "min_values",
+    "narrow",
+    "norm_over_shards",
+    "random_per_rank",
+    "random_same",
+    "row_parallel_einsum",
+    "row_parallel_linear",
+    "row_parallel_matmul",
+    "settle",
+    "start_all_reduce",
+    "start_all_reduce_",
+    "take",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_embedding",
+    "wait",
+]

@@ -1,0 +1,152 @@
+"""Words of which each rank holds some: looking them up, and the loss over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from passes.ops import context
+
+__all__ = ["cross_entropy_over", "vocab_parallel_cross_entropy", "vocab_parallel_embedding"]
+
+
+def _check_range(inside: torch.Tensor, message: str) -> None:
+    """Refuse an index that no rank holds as torch does: at once on a CPU, by an assertion on the device else."""
+    if inside.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(inside.all(), message)
+    elif not inside.all():
+        raise IndexError(message)
+
+
+def vocab_parallel_embedding(
+    weight: torch.Tensor, ids: torch.Tensor, start: int, words: int, padding_idx: int = -1
+) -> torch.Tensor:
+    """Look up the words that the rank holds; zeros for the others. A pending sum.
+
+    Args:
+        weight: ``(local words, features)``, the rows from ``start`` of the whole table.
+        ids: any shape, integer.
+        start: the first word that the rank holds.
+        words: the words of the whole table.
+        padding_idx: a word (of the whole table) whose row gets no gradient; -1 for none.
+
+    Raises:
+        IndexError: an id is not in the whole table (on a CPU; on other devices their assertion fails).
+    """
+    _check_range((ids >= 0) & (ids < words), f"index out of range: token ids must be at least 0 and less than {words}")
+    local = ids - start
+    elsewhere = (local < 0) | (local >= weight.shape[0])
+    padding = padding_idx - start if start <= padding_idx < start + weight.shape[0] else -1
+    if not weight.shape[0]:  # more ranks than words
+        weight = F.pad(weight, (0, 0, 0, 1))
+    rows = torch.embedding(weight, local.masked_fill(elsewhere, 0), padding)
+    return rows.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, start: int, classes: int, ignore: int,
+        weight: torch.Tensor | None, smoothing: float, group: context.Communicator,
+    ) -> torch.Tensor:  # fmt: skip
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        none = not logits.shape[-1]  # more ranks than classes
+        highest = logits.new_full(logits.shape[:-1], -torch.inf) if none else logits.amax(-1)
+        total = (logits - highest.unsqueeze(-1)).exp_().sum(-1, dtype=wide)
+        ignored = target == ignore
+        local = target.to(torch.int64) - start
+        here = (local >= 0) & (local < logits.shape[-1]) & ~ignored
+        local = local.masked_fill(~here, 0)
+        chosen = torch.zeros_like(highest) if none else logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
+        chosen = chosen.masked_fill(~here, 0)
+        mine = [highest.to(wide), total, chosen.to(wide)]
+        own = None if weight is None else weight.narrow(0, start, logits.shape[-1])
+        if smoothing:
+            mine.append(logits.sum(-1, dtype=wide) if own is None else (logits * own).sum(-1, dtype=wide))
+        every = torch.stack(group.all_gather(torch.stack(mine), [(len(mine), *highest.shape)] * group.size))
+        top = every[:, 0].amax(0)
+        log_sum = ((every[:, 0] - top).exp() * every[:, 1]).sum(0).log() + top
+        certain = torch.full_like(log_sum, 1 - smoothing)
+        if weight is not None:
+            certain = certain * weight[target.masked_fill(ignored, 0).to(torch.int64)]
+        certain = certain.masked_fill(ignored, 0)
+        losses = certain * (log_sum - every[:, 2].sum(0))
+        even, all_weights = None, classes if weight is None else weight.sum()
+        if smoothing:
+            even = torch.full_like(log_sum, smoothing / classes).masked_fill(ignored, 0)
+            losses = losses + even * (all_weights * log_sum - every[:, 3].sum(0))
+        ctx.save_for_backward(logits, log_sum, local, here, certain, even, own)
+        ctx.all_weights = all_weights
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        logits, log_sum, local, here, certain, even, own = ctx.saved_tensors
+        if not logits.shape[-1]:
+            return torch.zeros_like(logits), *[None] * 7
+        grad = (logits - log_sum.unsqueeze(-1)).exp_()
+        grad.mul_((certain if even is None else certain + even * ctx.all_weights).unsqueeze(-1))
+        grad.scatter_add_(-1, local.unsqueeze(-1), -(certain * here).unsqueeze(-1))
+        if even is not None:
+            grad.sub_(even.unsqueeze(-1) if own is None else even.unsqueeze(-1) * own)
+        return grad.mul_(grads[0].unsqueeze(-1)).to(logits.dtype), *[None] * 7
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    start: int,
+    classes: int,
+    reduction: int,
+    ignore_index: int,
+    group: str,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """V -> I: cross entropy of logits of which each rank holds some classes, with one small all-gather.
+
+    The ranks exchange, per row, the maximum, the sum of exponentials and the target's logit
+    (Megatron-LM, section 3, in one collective instead of three), for smoothed labels also the logits' sum.
+
+    Args:
+        logits: ``(rows, local classes)``, the classes from ``start``.
+        target: ``(rows,)``, integer classes.
+        start: the first class that the rank holds.
+        classes: the classes of all ranks.
+        reduction: 0 none, 1 mean over the rows that count, 2 sum (torch's own code).
+        ignore_index: rows with this target do not count.
+        group: the group's name.
+        weight: ``(classes,)``, of all ranks' classes, or None.
+        label_smoothing: the share of each row's weight that all classes get alike.
+
+    Raises:
+        IndexError: a target is no class (on a CPU; on other devices their assertion fails).
+    """
+    own = context.current().group(group)
+    return cross_entropy_over(logits, target, start, classes, reduction, ignore_index, own, weight, label_smoothing)
+
+
+def cross_entropy_over(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    start: int,
+    classes: int,
+    reduction: int,
+    ignore_index: int,
+    group: context.Communicator,
+    weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """:func:`vocab_parallel_cross_entropy` among the ranks of a given group."""
+    ignored = target == ignore_index
+    inside = ((target >= 0) & (target < classes)) | ignored
+    _check_range(inside, f"target is out of bounds: it must be at least 0 and less than {classes}, or {ignore_index}")
+    losses = _CrossEntropy.apply(logits, target, start, classes, ignore_index, weight, label_smoothing, group)
+    if reduction == 0:
+        return losses.to(logits.dtype)
+    counts = ~ignored if weight is None else weight[target.masked_fill(ignored, 0).to(torch.int64)] * ~ignored
+    return (losses.sum() / counts.sum() if reduction == 1 else losses.sum()).to(logits.dtype)

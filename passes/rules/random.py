@@ -1,0 +1,29 @@
+"""random: random ops (dropout): the same on whole values, each rank's own on shards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from passes import ops
+from passes.rules.base import register
+from passes.rules.pointwise import Pointwise
+
+if TYPE_CHECKING:
+    from passes.rules.builder import Sharder
+
+
+@register("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.bernoulli", "aten.rand_like",
+          "aten.randn_like", "aten.rrelu")  # fmt: skip
+class Random(Pointwise):
+    """Pointwise and random: on whole values all ranks draw the same, on shards each draws its own."""
+
+    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+        if sharder.layout(node).whole or not all(s.disjoint for _, s in sharder.layout(node).shards):
+            sharder.copy(node)
+        else:
+            super().shard(node, sharder)
+
+    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Sharder) -> None:
+        sharder.emit(node, ops.random_per_rank, (node.target, *args), kwargs, layout=sharder.layout(node))
