@@ -6,18 +6,18 @@ import torch
 from torch import nn
 
 from autotp.errors import AutoTPError
-from autotp.partition.partitioned_runtime import Divided
+from autotp.partition.partitioned_runtime import PartitionedRuntime
 from autotp.program.rank_graph import RankGraph
-from autotp.runtime.graph_runtime import Inside, Whole
+from autotp.runtime.graph_runtime import GraphRuntime, SubmoduleRuntime
 from autotp.runtime.runtime import Runtime
-from autotp.utils.hashing import digest
+from autotp.utils.hashing import stable_hash
 
 __all__ = ["full_gradients", "full_state_dict", "graph"]
 
 
 def _runtime(model: nn.Module) -> Runtime:
     runtime = model.__dict__.get("_autotp")
-    if isinstance(runtime, Inside):
+    if isinstance(runtime, SubmoduleRuntime):
         return runtime.runtime
     if runtime is None:
         raise AutoTPError(
@@ -43,10 +43,10 @@ def graph(model: nn.Module) -> RankGraph:
         >>> print(autotp.graph(model))
     """
     runtime = _runtime(model)
-    if isinstance(runtime, Divided):
+    if isinstance(runtime, PartitionedRuntime):
         paths = ", ".join(f"model.{p.programs.path}" for p in runtime.parts)
         raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
-    assert isinstance(runtime, Whole)
+    assert isinstance(runtime, GraphRuntime)
     if runtime.programs.last is None:
         raise AutoTPError(
             f"this {type(model).__name__} ({runtime.programs.path}) has not been called by itself, and has no graph of "
@@ -62,7 +62,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     runtime = _runtime(model)
     held = model.state_dict()
     split = {f"shares of {name}": str(bool(runtime.shards_of(name, t))) for name, t in held.items()}
-    runtime.agreement.check("full_state_dict", digest(str(split)), lambda: split)
+    runtime.agreement.check("full_state_dict", stable_hash(str(split)), lambda: split)
     return {name: runtime.whole(name, t) for name, t in held.items()}
 
 
@@ -71,5 +71,5 @@ def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     none. Collective: all ranks must call it."""
     runtime = _runtime(model)
     there = {f"gradient of {n}": "None" if p.grad is None else "a tensor" for n, p in model.named_parameters()}
-    runtime.agreement.check("full_gradients", digest(str(there)), lambda: there)
+    runtime.agreement.check("full_gradients", stable_hash(str(there)), lambda: there)
     return {n: None if p.grad is None else runtime.whole(n, p.grad) for n, p in model.named_parameters()}

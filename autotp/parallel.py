@@ -18,19 +18,19 @@ from autotp.arguments.arguments import Arguments
 from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.mesh import TIMEOUT, Mesh, join
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError, CaptureError
-from autotp.modules.device import device_of, headed_for
-from autotp.modules.model_checks import admit
-from autotp.partition.partition import Division, divide, divide_in_parts
-from autotp.partition.partitioned_runtime import Divided
+from autotp.modules.device import computing_on, device_of
+from autotp.modules.model_checks import check_model
+from autotp.partition.partition import Partition, partition_into_modules, partition_model
+from autotp.partition.partitioned_runtime import PartitionedRuntime
 from autotp.plans.make_plan import announce, plan_of
 from autotp.plans.plan import Plan
-from autotp.runtime.graph_runtime import Whole
+from autotp.runtime.graph_runtime import GraphRuntime
 from autotp.runtime.runtime import Runtime
-from autotp.weights.checkpoint import Source, opened
-from autotp.weights.load_checkpoint import fitting, read, refuse_empty, samples
-from autotp.weights.shard_parameters import cut, install, share_weights
+from autotp.weights.checkpoint import Source, open_checkpoint
+from autotp.weights.load_checkpoint import first_elements, match_checkpoint, read_shards, refuse_empty
+from autotp.weights.shard_parameters import assign_shards, broadcast_parameters, shard_parameters
 from passes import Lowering
 
 __all__ = ["parallelize"]
@@ -180,21 +180,21 @@ def _parallelize(
 ) -> nn.Module:  # fmt: skip
     with place.together("finding example inputs"):
         refuse_empty(model, weights is not None)
-        admit(model)
+        check_model(model)
         to = _destination(model, place, device)
-        with headed_for(to):
+        with computing_on(to):
             args, kwargs = _on(to, *example_call(model, example_inputs))
     with place.together("looking at the weights"):
-        found = opened(weights) if weights is not None else {}
-        stored = fitting(model, found) if weights is not None else {}
-        first = samples(stored)
+        found = open_checkpoint(weights) if weights is not None else {}
+        sources = match_checkpoint(model, found) if weights is not None else {}
+        first = first_elements(sources)
     described = {f"{name} in the weights": f"{t.shape} {t.dtype}" for name, t in found.items()}
     described |= {f"first elements of {name} in the weights": f"{n:x}" for name, n in first.items()}
     given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory,
              "symmetric_memory": symmetric_memory, "broadcast_inputs": broadcast_inputs,
              "how graphs are made fast": str(fast)}  # fmt: skip
     place.agree(given | described | _structure(model, args, kwargs))
-    with headed_for(to):
+    with computing_on(to):
         division = _division(model, place, args, kwargs, plan, weights is not None)
     with place.together("proving the graphs"):
         for part in division.parts:
@@ -202,24 +202,24 @@ def _parallelize(
             part.programs.prove(check)
     with place.together("looking at what stays whole"):
         announce(plan_of(division, place.tp), division, strict, stacklevel=4)
-    layouts = division.stored
+    layouts = division.weight_layouts
     place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
-    if stored:
+    if sources:
         gc.collect()  # what capture has left in cycles would be in memory beside the weights
         with place.together("reading the weights"):
-            shares = read(model, stored, layouts, place.rank, to)
-        install(model, shares)
+            shares = read_shards(model, sources, layouts, place.rank, to)
+        assign_shards(model, shares)
         del shares  # else the first cast would have them twice
-    share_weights(model, place, stored)
-    cut(model, layouts, place.rank, to, stored)
+    broadcast_parameters(model, place, sources)
+    shard_parameters(model, layouts, place.rank, to, sources)
     seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
     agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory, broadcast_inputs)
-    fabric = ProcessFabric(place, seed, agreement.missing, timeout, shared_memory, symmetric_memory, device_of(model))
+    fabric = ProcessContext(place, seed, agreement.missing, timeout, shared_memory, symmetric_memory, device_of(model))
     runtime: Runtime
     if division.is_whole:
-        runtime = Whole(model, division.parts[0].programs, agreement, fabric)
+        runtime = GraphRuntime(model, division.parts[0].programs, agreement, fabric)
     else:
-        runtime = Divided(division, agreement, seed, fabric)
+        runtime = PartitionedRuntime(division, agreement, seed, fabric)
     for part in division.parts:
         part.calls.clear()  # they hold values of the example
         part.programs.runs_python = not strict
@@ -252,15 +252,15 @@ def _on(device: torch.device | None, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _division(
     model: nn.Module, place: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None, loads: bool
-) -> Division:
+) -> Partition:
     """The model's parts, the same on every rank; where it must run to find them, it runs with rank 0's weights."""
-    stored = plan.stored if plan is not None else None
+    weight_layouts = plan.weight_layouts if plan is not None else None
     division, failed = None, None
     with place.together("rewriting the model"):
         if plan is not None:
             plan.check(model, place.tp)
         try:
-            division = divide(model, place.tp, args, kwargs, stored, in_parts=False)
+            division = partition_model(model, place.tp, args, kwargs, weight_layouts, in_parts=False)
         except CaptureError as error:
             failed = error
     everywhere = not any(place.gathered(failed is None))
@@ -280,12 +280,12 @@ def _division(
                 place=failed.place,
                 reason=failed.reason,
             ) from failed
-    share_weights(model, place)
+    broadcast_parameters(model, place)
     with place.together("capturing the model in parts"):
-        return divide_in_parts(model, place.tp, args, kwargs, failed, stored)
+        return partition_into_modules(model, place.tp, args, kwargs, failed, weight_layouts)
 
 
-def _refuse_constants(division: Division) -> None:
+def _refuse_constants(division: Partition) -> None:
     """Raise if a graph has a tensor without values."""
     for program in (p.programs.last for p in division.parts):
         for constant in program.captured.constants.values() if program is not None else ():

@@ -21,7 +21,7 @@ import torch
 from autotp.capture.capture import capture
 from autotp.capture.example_inputs import example_call
 from autotp.program.rank_graph import RankGraph
-from autotp.program.sharded_program import Rewritten
+from autotp.program.sharded_program import ShardedProgram
 from passes import assign, decide, enter, minimum, propagate, shard
 
 STEPS = ("capture", "plan", "rewrite")
@@ -46,19 +46,21 @@ def measure(layers: int, tp: int) -> dict[str, float]:
     facts = timed("plan", lambda: propagate(captured.graph))
     decision = timed("plan", lambda: decide(captured.graph, facts, tp))
 
-    def rewrite() -> Rewritten:
-        layouts = assign(captured.graph, facts, decision.stored, tp)
-        sharder = shard(captured.graph, facts, layouts, dict(decision.stored), tp)
+    def rewrite() -> ShardedProgram:
+        layouts = assign(captured.graph, facts, decision.weight_layouts, tp)
+        sharder = shard(captured.graph, facts, layouts, dict(decision.weight_layouts), tp)
         sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         enter(sharder.graph)
-        fewest = minimum(captured.graph, facts, layouts, decision.stored)
+        fewest = minimum(captured.graph, facts, layouts, decision.weight_layouts)
         reasons = decision.reasons
-        rewritten = Rewritten(captured, sharder.graph, decision.stored, reasons, sharder.gathered, tp, fewest)
+        rewritten = ShardedProgram(
+            captured, sharder.graph, decision.weight_layouts, reasons, sharder.gathered, tp, fewest
+        )
         RankGraph(rewritten, 0, model)
         return rewritten
 
     timed("rewrite", rewrite)
-    assert all(n in decision.stored for n, p in model.named_parameters() if p.dim() > 1)
+    assert all(n in decision.weight_layouts for n, p in model.named_parameters() if p.dim() > 1)
     return {"nodes": len(captured.graph.nodes), **found}
 
 

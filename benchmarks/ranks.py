@@ -110,7 +110,7 @@ def alone(rank: int, tp: int) -> Any:
 
     from autotp.distributed.communicators import ProcessCommunicator
     from autotp.distributed.mesh import Mesh
-    from autotp.distributed.process_context import ProcessFabric
+    from autotp.distributed.process_context import ProcessContext
     from passes.ops import context
 
     class OfOne(ProcessCommunicator):
@@ -119,7 +119,7 @@ def alone(rank: int, tp: int) -> Any:
             dist.all_gather([found[self.rank]], tensor.contiguous())
             return found
 
-    class Alone(ProcessFabric):
+    class Alone(ProcessContext):
         def _make(self, name: str) -> Any:
             _, parts = context.parse_group(name)
             members = next((p for p in parts if rank in p), list(range(tp)))
@@ -135,11 +135,11 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
 
     from autotp.distributed.agreement import Agreement
     from autotp.distributed.mesh import TIMEOUT, Mesh
-    from autotp.partition.partition import divide
-    from autotp.runtime.graph_runtime import Whole
+    from autotp.partition.partition import partition_model
+    from autotp.runtime.graph_runtime import GraphRuntime
     from autotp.weights.slicing import shards_of
 
-    division = divide(model, tp, (), example)
+    division = partition_model(model, tp, (), example)
     (part,) = division.parts
     part.programs.compiled, part.programs.proof = options, True
     part.calls.clear()
@@ -147,12 +147,12 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
     for rank in {"all": range(tp), "ends": sorted({0, tp - 1}), "first": [0]}[which]:
         for name, parameter in model.named_parameters():
             local = list(shapes[name])
-            for dim, shards in shards_of(division.stored, name).items():
+            for dim, shards in shards_of(division.weight_layouts, name).items():
                 local[dim] = shards.counts[rank]
             parameter.data = torch.empty(local, dtype=parameter.dtype, device=parameter.device).normal_(0, 0.02)
         torch.compiler.reset()
         context = alone(rank, tp)
-        Whole(model, part.programs, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), context).attach()
+        GraphRuntime(model, part.programs, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), context).attach()
         yield rank, model
         part.programs._graphs.clear()
         part.programs._recognizers.clear()

@@ -1,6 +1,20 @@
 """passes: the compiler of autotp. Pure functions on graphs; no process group, nothing of ``autotp``.
 
-In the order in which they run:
+The packages, from top to bottom; each imports only from those below it:
+
+=============  ======================================================================================
+``sharding``   the rewritten graph for all ranks, and one rank's
+``planning``   which dims to split, and among which ranks
+``rules``      one rule an op, for planning and sharding
+``normalize``  the captured graph made plain
+``proof``      the independent proof
+``lowering``   one rank's graph made fast
+``ops``        the ops that rewritten graphs call
+``graphs``     small helpers on fx graphs
+``layouts``    which indices each rank holds
+=============  ======================================================================================
+
+The passes, in the order in which they run:
 
 =================  ==================================================================================
 ``inline``         no region without gradients hides nodes

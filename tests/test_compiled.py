@@ -19,7 +19,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import autotp
 from autotp.capture.capture import capture
-from autotp.program.sharded_program import rewrite
+from autotp.program.sharded_program import shard_graph
 from autotp.verification.measure import Float64, relative_error
 from passes import Lowered, Lowering, localize, lower
 from tests.models import Block, make
@@ -52,7 +52,7 @@ def inputs() -> torch.Tensor:
 
 def lowered(model: nn.Module, grad: bool = True) -> Lowered:
     captured = capture(model, (inputs(),), {})
-    graph = localize(rewrite(captured, 1).graph, 0)
+    graph = localize(shard_graph(captured, 1).graph, 0)
     as_is = dataclasses.replace(Lowering(), reuse=False, direct_calls=False)
     return lower(graph, 0, captured.constants, captured.regions, as_is, grad=grad)
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from autotp.capture.output_codegen import Made
+from autotp.capture.output_codegen import OutputFactory
 
 CALLS = 3
 
@@ -37,7 +37,7 @@ def _everything(made: Any) -> tuple[Any, ...]:
     ],
 )
 def test_it_is_what_the_class_would_make(cls: type, keys: list[str], values: Any) -> None:
-    made = Made(_unflatten(cls), keys)
+    made = OutputFactory(_unflatten(cls), keys)
     for number in range(CALLS):
         given = values()
         one = made(*given)
@@ -49,7 +49,7 @@ def test_it_is_what_the_class_would_make(cls: type, keys: list[str], values: Any
 
 
 def test_each_is_its_own() -> None:
-    made = Made(_unflatten(CausalLMOutputWithPast), ["logits"])
+    made = OutputFactory(_unflatten(CausalLMOutputWithPast), ["logits"])
     one, other = (made(torch.ones(2)) for _ in range(2))
     one["loss"] = torch.ones(())
     assert other.loss is None
@@ -58,7 +58,7 @@ def test_each_is_its_own() -> None:
 
 def test_values_of_other_kinds_are_left_to_the_class() -> None:
     """A first field that is no tensor is taken apart by transformers' constructor."""
-    made = Made(_unflatten(CausalLMOutputWithPast), ["loss"])
+    made = OutputFactory(_unflatten(CausalLMOutputWithPast), ["loss"])
     made(torch.ones(2))
     pairs = [("logits", torch.ones(3))]
     assert list(made(pairs)) == ["logits"]
@@ -66,7 +66,7 @@ def test_values_of_other_kinds_are_left_to_the_class() -> None:
 
 
 def test_one_value_in_two_places_is_left_to_the_class() -> None:
-    made = Made(_unflatten(CausalLMOutputWithPast), ["loss", "logits"])
+    made = OutputFactory(_unflatten(CausalLMOutputWithPast), ["loss", "logits"])
     x = torch.ones(2)
     assert made(x, x).logits is x
     assert made._kinds is None
@@ -109,15 +109,15 @@ class _Logged(OrderedDict[str, Any]):
 
 
 def test_what_a_class_makes_of_values_is_left_to_it() -> None:
-    made = Made(_unflatten(_Counted), ["logits"])
+    made = OutputFactory(_unflatten(_Counted), ["logits"])
     assert [made(torch.ones(n)).rows for n in (1, 2, 3)] == [None, 2, 3]
     assert [f.name for f in fields(_Counted)] == ["logits", "rows"]
-    made = Made(_unflatten(_Set), ["logits"])
+    made = OutputFactory(_unflatten(_Set), ["logits"])
     assert [float(made(torch.full((), n)).logits) for n in (1.0, 2.0, 3.0)] == [
         float(_Set(logits=torch.full((), n)).logits)
         for n in (1.0, 2.0, 3.0)  # type: ignore[arg-type]
     ]
-    made = Made(_unflatten(_Logged), ["logits"])
+    made = OutputFactory(_unflatten(_Logged), ["logits"])
     before = _Logged.made
     for _ in range(CALLS):
         made(torch.ones(2))
@@ -125,11 +125,11 @@ def test_what_a_class_makes_of_values_is_left_to_it() -> None:
 
 
 def test_whatever_makes_another_kind_of_dict_is_left_to_make_it() -> None:
-    made = Made(lambda values, keys: dict(zip(keys, values, strict=True)), ["x"])
+    made = OutputFactory(lambda values, keys: dict(zip(keys, values, strict=True)), ["x"])
     assert [list(made(torch.ones(n))) for n in (1, 2)] == [["x"], ["x"]]
 
 
 def test_attributes_have_their_order() -> None:
-    made = Made(_unflatten(CausalLMOutputWithPast), ["logits"])
+    made = OutputFactory(_unflatten(CausalLMOutputWithPast), ["logits"])
     orders = [list(vars(made(torch.ones(2)))) for _ in range(CALLS)]
     assert orders == [list(vars(CausalLMOutputWithPast(logits=torch.ones(2))))] * CALLS  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import nn
 import autotp
 from autotp.verification.measure import Float64
 from autotp.weights import checkpoint
-from autotp.weights.checkpoint import Reader, opened
+from autotp.weights.checkpoint import Reader, open_checkpoint
 from autotp.weights.slicing import local_part
 from passes import IndexSet, Shards
 from tests import workers, workers_loading
@@ -127,7 +127,7 @@ def test_the_file_that_transformers_would_take_is_taken(folder: Path, tmp_path: 
     for name in ("model.safetensors", "model.safetensors.index.json"):
         content = (folder / "table.safetensors").read_bytes() if name.endswith("s") else b'{"weight_map": {"a": "b"}}'
         (tmp_path / name).write_bytes(content)
-    assert set(opened(tmp_path)) == set(workers_loading.Table().state_dict())
+    assert set(open_checkpoint(tmp_path)) == set(workers_loading.Table().state_dict())
 
 
 def test_models_that_have_their_weights_go_to_a_device(folder: Path) -> None:
@@ -192,7 +192,7 @@ def test_any_part_in_any_pieces(piece: int, row: int, tmp_path: Path, monkeypatc
     save_file(plain, tmp_path / "a.safetensors")
     torch.save(turned, tmp_path / "a.pt")
     for source, whole in ((tmp_path / "a.safetensors", plain), (str(tmp_path / "a.pt"), turned), (turned, turned)):
-        found = opened(source)
+        found = open_checkpoint(source)
         assert found.keys() == whole.keys()
         with Reader() as reader:
             for name, tensor in whole.items():
@@ -248,4 +248,4 @@ def test_files_that_are_no_checkpoints(content: Any, said: str, tmp_path: Path) 
     else:
         torch.save(content, path)
     with pytest.raises(autotp.WeightsError, match=said):
-        opened(path)
+        open_checkpoint(path)

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autotp
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Dense
+from autotp.capture.captured_graph import DenseShapes
 from autotp.program.lowered_graph import LoweredGraph
 from autotp.program.rank_graph import RankGraph
-from autotp.program.sharded_program import rewrite
-from autotp.runtime.graph_cache import Programs
+from autotp.program.sharded_program import shard_graph
+from autotp.runtime.graph_cache import GraphCache
 from autotp.verification.measure import Float64, relative_error
 from autotp.verification.simulation import Simulation
 from autotp.weights.slicing import local_part, shards_of
@@ -36,10 +36,10 @@ NAMES = ("gpt", "gpt2", "llama", "neox", "bloom", "bert")
 PASSES = [f.name for f in dataclasses.fields(Lowering)]
 
 
-def programs_of(name: str, tp: int) -> tuple[Any, dict[str, Any], Programs]:
+def programs_of(name: str, tp: int) -> tuple[Any, dict[str, Any], GraphCache]:
     with Float64():
         model, kwargs = make(name)
-        programs = Programs(model, tp, Dense.of(model))
+        programs = GraphCache(model, tp, DenseShapes.of(model))
         programs.find((), kwargs)
     return model, kwargs, programs
 
@@ -177,7 +177,7 @@ class _Log(TorchDispatchMode):
 def test_sums_run_beside_what_does_not_need_them() -> None:
     model, kwargs, programs = programs_of("llama", 2)
     for name, parameter in model.named_parameters():
-        parameter.data = local_part(parameter.data, shards_of(programs.stored, name), 0).clone()
+        parameter.data = local_part(parameter.data, shards_of(programs.weight_layouts, name), 0).clone()
     given, layers = programs.arguments((), kwargs).tensors, model.config.num_hidden_layers
 
     def logged(lowering: Lowering) -> tuple[_Log, _Log]:
@@ -330,7 +330,7 @@ def test_a_cache_of_one_size_is_written_where_it_is(read_again: bool, how: str) 
 
     cache, rows, x = torch.randn(6, 4), torch.tensor([2, 3]), torch.randn(2, 4)
     captured = capture(Rows(), (cache, rows, x), {})
-    graph = localize(rewrite(captured, 1).graph, 0)
+    graph = localize(shard_graph(captured, 1).graph, 0)
     lowered = LoweredGraph(graph, 0, captured.constants, captured.regions, {0: 0}, Lowering(), False)
     before = cache.clone()
     with torch.no_grad():

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Captured
-from autotp.program.sharded_program import rewrite
+from autotp.capture.captured_graph import CapturedGraph
+from autotp.program.sharded_program import shard_graph
 from autotp.verification.measure import Float64
 from autotp.verification.report import Report
 from autotp.verification.simulation import Simulation
@@ -26,7 +26,7 @@ from tests.passes.harness import OneProgram
 
 
 @functools.cache
-def _captured(name: str) -> tuple[nn.Module, dict[str, Any], Captured]:
+def _captured(name: str) -> tuple[nn.Module, dict[str, Any], CapturedGraph]:
     with Float64():
         model, kwargs = make(name)
         return model, kwargs, capture(model, (), kwargs)
@@ -35,7 +35,7 @@ def _captured(name: str) -> tuple[nn.Module, dict[str, Any], Captured]:
 def _broken(name: str, tp: int, damage: Callable[[fx.Graph], None]) -> Report | Exception:
     """Compare with the dense model after ``damage`` to a graph rewritten anew."""
     model, kwargs, captured = _captured(name)
-    program = rewrite(captured, tp)
+    program = shard_graph(captured, tp)
     damage(program.graph)
     with Float64():
         try:
@@ -49,7 +49,7 @@ def _caught(found: Report | Exception) -> bool:
 
 
 def _collectives(name: str, tp: int) -> list[str]:
-    program = rewrite(_captured(name)[2], tp)
+    program = shard_graph(_captured(name)[2], tp)
     kinds = (ops.all_reduce, ops.all_gather, ops.enter)
     return [n.name for n in program.graph.nodes if n.target in kinds]
 
@@ -113,7 +113,7 @@ def test_ranks_that_draw_their_own_dropout_on_whole_values_are_found() -> None:
     with Float64():
         model, kwargs = make("encoder")
         model.train()
-        program = rewrite(capture(model, (), kwargs), 2)
+        program = shard_graph(capture(model, (), kwargs), 2)
         simulation = Simulation(model, 2, OneProgram(model, program), record=True)
         simulation(**kwargs)
         assert simulation.divergence == 0.0

@@ -12,9 +12,9 @@ from torch import fx, nn
 
 import autotp
 from autotp.arguments.arguments import Arguments
-from autotp.capture.captured_graph import Dense
-from autotp.runtime.graph_cache import Programs
-from autotp.utils.graph_hash import meaning
+from autotp.capture.captured_graph import DenseShapes
+from autotp.runtime.graph_cache import GraphCache
+from autotp.utils.graph_hash import graph_hash
 from passes import ops
 
 
@@ -63,7 +63,7 @@ def test_dicts_with_other_keys_than_strings_stay_as_they_are() -> None:
 @pytest.mark.parametrize("masks", [{"a": A, "b": B}, {"b": B, "a": A}], ids=["sorted", "unsorted"])
 def test_each_order_computes_what_the_model_does(masks: dict[str, torch.Tensor]) -> None:
     model = Masked()
-    programs = Programs(model, 1, Dense.of(model))
+    programs = GraphCache(model, 1, DenseShapes.of(model))
     program, of = programs.find((X, masks), {})
     expected, names = model(X, masks)
     found, said = program.unflatten(programs.graph(program, 0)(*of.local(program.inputs, 0)))
@@ -73,10 +73,10 @@ def test_each_order_computes_what_the_model_does(masks: dict[str, torch.Tensor])
 
 def _graph(change: Callable[[fx.Graph], Any] = lambda graph: None) -> int:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-    program, _ = Programs(model, 2, Dense.of(model)).find((torch.ones(2, 64),), {})
+    program, _ = GraphCache(model, 2, DenseShapes.of(model)).find((torch.ones(2, 64),), {})
     graph = copy.deepcopy(program.graph)
     change(graph)
-    return meaning(graph, {})
+    return graph_hash(graph, {})
 
 
 def _renamed(graph: fx.Graph) -> None:
@@ -115,7 +115,7 @@ def test_the_order_of_what_communicates_counts() -> None:
         for i in (first, 1 - first):
             sums[i] = graph.call_function(ops.all_reduce, ((x, y)[i], "tp"))
         graph.output((sums[0], sums[1]))
-        return meaning(graph, {})
+        return graph_hash(graph, {})
 
     assert both(0) != both(1)
 
@@ -125,7 +125,7 @@ def test_constants_count_by_value() -> None:
         graph = fx.Graph()
         x = graph.placeholder("x")
         graph.output((graph.call_function(torch.add, (x, graph.get_attr(name))),))
-        return meaning(graph, {name: torch.tensor(value)})
+        return graph_hash(graph, {name: torch.tensor(value)})
 
     assert of("a", 1.0) == of("b", 1.0) != of("a", 2.0)
 

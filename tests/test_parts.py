@@ -169,7 +169,7 @@ def verified(
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     with Float64() if tolerance == 1e-10 else contextlib.nullcontext():
-        division = partition.divide(model.double(), tp, inputs, kwargs)
+        division = partition.partition_model(model.double(), tp, inputs, kwargs)
         report = compare(model, Simulation(model, tp, division, record=True), inputs, kwargs, tolerance)
         return report, plan_of(division, tp)
 
@@ -486,14 +486,14 @@ def test_a_plan_of_parts_is_followed_and_one_that_does_not_fit_refused() -> None
     ids = torch.randint(0, 101, (2, 8))
     model = Net(_branch, "in forward")
     plan = autotp.plan(model, 2, example_inputs=(ids,))
-    again = partition.divide(model, 2, (ids,), {}, plan.stored)
-    assert again.stored == plan.stored
+    again = partition.partition_model(model, 2, (ids,), {}, plan.weight_layouts)
+    assert again.weight_layouts == plan.weight_layouts
     whole = autotp.plan(Net(), 2, example_inputs=(ids,))
-    fewer = {n: layout for n, layout in whole.stored.items() if n.startswith("blocks.0.up")}
-    assert partition.divide(model, 2, (ids,), {}, fewer).stored == fewer
-    embed = {**fewer, "embed.weight": whole.stored["head.weight"]}
+    fewer = {n: layout for n, layout in whole.weight_layouts.items() if n.startswith("blocks.0.up")}
+    assert partition.partition_model(model, 2, (ids,), {}, fewer).weight_layouts == fewer
+    embed = {**fewer, "embed.weight": whole.weight_layouts["head.weight"]}
     with pytest.raises(autotp.PlanError, match=r"embed\.weight, which code outside"):
-        partition.divide(model, 2, (ids,), {}, embed)
+        partition.partition_model(model, 2, (ids,), {}, embed)
 
 
 def test_esm() -> None:

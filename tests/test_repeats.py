@@ -15,15 +15,15 @@ from torch.utils.checkpoint import checkpoint
 import autotp
 from autotp.capture import export, trace_cache
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Captured
-from autotp.capture.trace_cache import Repeats
+from autotp.capture.captured_graph import CapturedGraph
+from autotp.capture.trace_cache import TraceCache
 from autotp.errors import CaptureError
 from tests.models import CASES, make
 
 X = torch.randn(2, 5, 8)
 
 
-def _texts(captured: Captured) -> list[tuple[Any, ...]]:
+def _texts(captured: CapturedGraph) -> list[tuple[Any, ...]]:
     """All of a capture that a pass or a person may look at."""
 
     def kind(value: Any) -> str:
@@ -43,7 +43,7 @@ def _texts(captured: Captured) -> list[tuple[Any, ...]]:
 
 
 class _Alone:
-    """In place of ``Repeats``: torch.export alone."""
+    """In place of ``TraceCache``: torch.export alone."""
 
     misled = False
 
@@ -54,10 +54,10 @@ class _Alone:
         pass
 
 
-class _Watched(Repeats):
+class _Watched(TraceCache):
     """Remembers the modes that were made."""
 
-    made: list[Repeats]
+    made: list[TraceCache]
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ def test_a_failure_of_the_copies_is_no_failure_of_the_capture(monkeypatch: pytes
         raise AssertionError("broken")
 
     expected = _texts(capture(Stack(), (X,), {}))
-    monkeypatch.setattr(Repeats, "_copy", fail)
+    monkeypatch.setattr(TraceCache, "_copy", fail)
     assert _texts(capture(Stack(), (X,), {})) == expected
 
 

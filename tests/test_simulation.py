@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import autotp
-from autotp.capture.captured_graph import Dense
-from autotp.runtime.graph_cache import Programs
+from autotp.capture.captured_graph import DenseShapes
+from autotp.runtime.graph_cache import GraphCache
 from autotp.verification.measure import Float64
 from autotp.verification.simulation import Simulation
 from autotp.verification.verify import compare
@@ -19,7 +19,7 @@ from tests.models import CASES, make, minilm_directory
 def test_every_value_and_gradient(name: str, tp: int) -> None:
     with Float64():
         model, _ = make(name)
-        programs = Programs(model, tp, Dense.of(model))
+        programs = GraphCache(model, tp, DenseShapes.of(model))
         parallel = Simulation(model, tp, programs, record=True)
         for batch, length in ((2, 16), (1, 7)):
             _, own = make(name, batch, length, seed=batch)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.distributed.symmetric_memory import largest
 from tests import workers, workers_symmetric
 
@@ -85,7 +85,7 @@ def test_where_it_stands_among_the_ways(
     far: Any = SimpleNamespace(group=None, rank=0, size=2)
     where = torch.device(device)
     mesh: Any = None
-    fabric = ProcessFabric(mesh, 0, lambda e: e, symmetric_memory=asked, device=where)
+    fabric = ProcessContext(mesh, 0, lambda e: e, symmetric_memory=asked, device=where)
     found: Any = fabric._nearest(far)
     expected: Any = ("symmetric", far, where) if asked and device == "cuda" else far
     assert found == (("board", expected) if "gloo" in backends else expected)

@@ -137,18 +137,18 @@ def test_a_size_that_python_turns_into_a_constant_makes_another_graph() -> None:
 
 def _parallelized_alone(model: nn.Module, *args: torch.Tensor) -> nn.Module:
     """Rank 0 of two, without the other."""
-    from autotp.capture.captured_graph import Dense
+    from autotp.capture.captured_graph import DenseShapes
     from autotp.distributed.agreement import Agreement
     from autotp.distributed.mesh import TIMEOUT, Mesh
-    from autotp.distributed.process_context import ProcessFabric
-    from autotp.runtime.graph_cache import Programs
-    from autotp.runtime.graph_runtime import Whole
+    from autotp.distributed.process_context import ProcessContext
+    from autotp.runtime.graph_cache import GraphCache
+    from autotp.runtime.graph_runtime import GraphRuntime
 
-    programs = Programs(model, 2, Dense.of(model))
+    programs = GraphCache(model, 2, DenseShapes.of(model))
     programs.find(args, {})
     agreement = Agreement(Mesh(0, 2, None), type(model).__name__, TIMEOUT)
-    fabric = ProcessFabric(agreement.mesh, 0, agreement.missing)
-    Whole(model, programs, agreement, fabric).attach()
+    fabric = ProcessContext(agreement.mesh, 0, agreement.missing)
+    GraphRuntime(model, programs, agreement, fabric).attach()
     return model
 
 

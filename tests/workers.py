@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 
 import autotp
 from autotp.verification.measure import Float64, relative_error
-from autotp.verification.processes import free_port, hidden_values, settle
+from autotp.verification.processes import free_port, hidden_values, join_as_rank
 from tests.models import make
 
 
 def _worker(rank: int, world: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], out: str) -> None:
-    settle(rank, world, port)
+    join_as_rank(rank, world, port)
     try:
         result = work(rank, world, *args)
     except Exception:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from autotp.distributed.communicators import ProcessCommunicator
 from autotp.distributed.mesh import Mesh
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.distributed.shared_memory import SharedMemory
 
 SHAPES = [(), (1,), (3, 5), (0, 4), (2, 1, 7), (700, 1001), (1 << 18,)]
@@ -22,8 +22,8 @@ def exchanges(rank: int, world: int) -> dict[str, Any]:
     """Sums and gathers of many shapes, through memory and through gloo; then ranks that do not fit together."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     mesh = Mesh(rank, world, dist.group.WORLD)
-    near = ProcessFabric(mesh, 0, lambda e: e).group("tp")
-    far = ProcessFabric(mesh, 0, lambda e: e, shared_memory=False).group("tp")
+    near = ProcessContext(mesh, 0, lambda e: e).group("tp")
+    far = ProcessContext(mesh, 0, lambda e: e, shared_memory=False).group("tp")
     assert isinstance(near, SharedMemory)
     assert isinstance(far, ProcessCommunicator)
     worst, same, count = 0.0, True, 0
@@ -46,7 +46,7 @@ def exchanges(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {"through memory": count, "worst": worst, "same bits": same}
     found["different"] = _said(lambda: near.all_reduce(torch.ones(2 + (rank == 0))))
     dist.barrier()
-    slow = ProcessFabric(mesh, 0, lambda e: e, timeout=timedelta(seconds=1)).group("tp")
+    slow = ProcessContext(mesh, 0, lambda e: e, timeout=timedelta(seconds=1)).group("tp")
     if rank < world - 1:
         found["late"] = _said(lambda: slow.all_reduce(torch.ones(3)))
     dist.barrier()
@@ -58,7 +58,7 @@ def exchanges(rank: int, world: int) -> dict[str, Any]:
 def ends(rank: int, world: int) -> dict[str, Any]:
     """Rank 1 is gone before the exchange; rank 0 waits for it."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    group = ProcessFabric(Mesh(rank, world, dist.group.WORLD), 0, lambda e: e).group("tp")
+    group = ProcessContext(Mesh(rank, world, dist.group.WORLD), 0, lambda e: e).group("tp")
     group.all_reduce(torch.ones(2))
     if rank:
         return {}

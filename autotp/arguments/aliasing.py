@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autotp.arguments.arguments import Arguments
-from autotp.arguments.boxed import Held, Remembered
+from autotp.arguments.boxed import Boxed, ModuleState
 from autotp.errors import CaptureError
 from autotp.utils.value_types import is_constant
 
@@ -22,7 +22,7 @@ def refuse_unseen(leaves: Sequence[Any]) -> None:
     """Raise if the content of an argument could change unseen."""
     for x in leaves:
         if not isinstance(x, torch.Tensor) and not is_constant(x):
-            x = x.it if isinstance(x, Held) else x
+            x = x.it if isinstance(x, Boxed) else x
             what = f"a {type(x).__module__}.{type(x).__qualname__}"
             raise CaptureError(
                 f"an argument is, or holds, {what}, whose content autotp cannot see: pass tensors, numbers and "
@@ -79,7 +79,7 @@ def are_distinct(objects: Sequence[Any]) -> bool:
             visit(each)
 
     for x in objects:
-        if isinstance(x, (Held, Remembered)):
+        if isinstance(x, (Boxed, ModuleState)):
             visit(x)
     return len(set(seen)) == len(seen)
 

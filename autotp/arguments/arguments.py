@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from autotp.arguments.boxed import Remembered
+from autotp.arguments.boxed import ModuleState
 from autotp.arguments.object_tree import Counts, Slot
-from autotp.arguments.spec import opened
+from autotp.arguments.spec import flatten_call
 from autotp.errors import AutoTPError
 from autotp.weights.slicing import own_part
 from passes import Layout
@@ -47,7 +47,7 @@ class Arguments:
         slots: Mapping[str, Layout] | None = None,
         rank: int | None = None,
     ) -> None:
-        self.leaves, self.spec, self.objects = opened(args, kwargs, counts)
+        self.leaves, self.spec, self.objects = flatten_call(args, kwargs, counts)
         self.tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
         self.shapes: list[Sequence[int]] = [x.shape for x in self.tensors]
         self.error: AutoTPError | None = None
@@ -79,7 +79,7 @@ class Arguments:
         shape = self.shapes[i]
         held, whole = shards.counts[rank], shards.size
         fits = dim < len(shape) and shape[dim] in (held, whole)
-        if not fits and issubclass(self.owners().get(i, object), Remembered):  # another than was there, and whole
+        if not fits and issubclass(self.owners().get(i, object), ModuleState):  # another than was there, and whole
             return
         self._split.add(id(self.tensors[i]))
         if not fits:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["NUMBER", "Held", "Remembered", "held", "released"]
+__all__ = ["NUMBER", "Boxed", "ModuleState", "box", "unbox"]
 
 
-class Held:
+class Boxed:
     """A plain argument that a call changes: a tensor that is written to, or a container that gets other tensors; or a
     number that calls take for a size (:mod:`autotp.arguments.dynamic_ints`).
 
@@ -24,25 +24,25 @@ class Held:
         self.it = it
 
 
-NUMBER = (Held, "it")
+NUMBER = (Boxed, "it")
 """The attribute that is a number, if it is one that counts (:data:`autotp.arguments.object_tree.Counts`)."""
 
 
-class Remembered:
+class ModuleState:
     """What modules keep from one call to the next, by name (:mod:`autotp.arguments.module_state`)."""
 
 
-def held(
+def box(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Collection[int | str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with those at some places, numbers and keywords, as :class:`Held`."""
-    return tuple(Held(x) if i in places else x for i, x in enumerate(args)), {
-        k: Held(x) if k in places else x for k, x in kwargs.items()
+    """Arguments with those at some places, numbers and keywords, as :class:`Boxed`."""
+    return tuple(Boxed(x) if i in places else x for i, x in enumerate(args)), {
+        k: Boxed(x) if k in places else x for k, x in kwargs.items()
     }
 
 
-def released(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with what :func:`held` has put around some of them taken off."""
-    return tuple(x.it if type(x) is Held else x for x in args), {
-        k: x.it if type(x) is Held else x for k, x in kwargs.items()
+def unbox(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with what :func:`box` has put around some of them taken off."""
+    return tuple(x.it if type(x) is Boxed else x for x in args), {
+        k: x.it if type(x) is Boxed else x for k, x in kwargs.items()
     }

@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autotp.arguments.boxed import Held
+from autotp.arguments.boxed import Boxed
 
-__all__ = ["Numbers"]
+__all__ = ["DynamicInts"]
 
 
 def _is_number(x: Any) -> bool:
-    return type(x) is Held and type(x.it) is int
+    return type(x) is Boxed and type(x.it) is int
 
 
-class Numbers:
+class DynamicInts:
     """The plain arguments that are numbers, and not always the same.
 
     Attributes:
@@ -32,9 +32,9 @@ class Numbers:
         self._constant: set[int | str] = set()
         self._seen: dict[Any, dict[int | str, int]] = {}
 
-    def copied(self) -> Numbers:
+    def copied(self) -> DynamicInts:
         """What a copy of the module knows."""
-        copy = Numbers()
+        copy = DynamicInts()
         copy.places, copy._constant = set(self.places), set(self._constant)
         return copy
 

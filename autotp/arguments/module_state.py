@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from autotp.arguments.boxed import Remembered
-from autotp.arguments.mutations import Place
-from autotp.arguments.object_tree import Opener, UnseenError, sharded_state
+from autotp.arguments.boxed import ModuleState
+from autotp.arguments.mutations import StateLocation
+from autotp.arguments.object_tree import ObjectFlattener, UnseenError, sharded_state
 from autotp.weights.slicing import local_part
 from passes import Layout, Shards
 
 if TYPE_CHECKING:
     from autotp.arguments.arguments import Arguments
 
-__all__ = ["Memory"]
+__all__ = ["ModuleStateTracker"]
 
 
 @sharded_state
-class Shares(Remembered):
+class ShardedModuleState(ModuleState):
     """What ranks keep their own shares of."""
 
 
@@ -60,12 +60,12 @@ def _is_in(path: str, name: str) -> bool:
 
 
 _SHARED, _WHOLE = "what ranks keep shares of", "what ranks keep whole"
-_KEYWORDS: dict[str, type[Remembered]] = {_SHARED: Shares, _WHOLE: Remembered}
+_KEYWORDS: dict[str, type[ModuleState]] = {_SHARED: ShardedModuleState, _WHOLE: ModuleState}
 """What no argument of a model's is called."""
 
 
-def _class_of(place: Place) -> type[Remembered]:
-    return Shares if place.sharded else Remembered
+def _class_of(place: StateLocation) -> type[ModuleState]:
+    return ShardedModuleState if place.sharded else ModuleState
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class _Known:
         holders: what has it under which key, by its name in the model, and by the keyword of the object.
     """
 
-    places: dict[str, Place]
-    own: dict[Place, Place]
+    places: dict[str, StateLocation]
+    own: dict[StateLocation, StateLocation]
     keys: dict[str, frozenset[str]]
     holders: dict[str, dict[str, tuple[dict[str, Any], str]]]
 
 
-class Memory:
+class ModuleStateTracker:
     """The places in which a model keeps something from one call to the next, as far as they are known.
 
     Args:
@@ -94,28 +94,28 @@ class Memory:
         places: the places in the model, by name, which those who share them may add to.
     """
 
-    def __init__(self, model: nn.Module, path: str = "", places: dict[str, Place] | None = None) -> None:
+    def __init__(self, model: nn.Module, path: str = "", places: dict[str, StateLocation] | None = None) -> None:
         self.model, self.path = model, path
-        self.places: dict[str, Place] = {} if places is None else places
+        self.places: dict[str, StateLocation] = {} if places is None else places
         self._known: _Known | None = None
 
-    def inside(self, module: nn.Module, path: str) -> Memory:
+    def inside(self, module: nn.Module, path: str) -> ModuleStateTracker:
         """The memory of a module in the model, of which both know the same."""
-        return Memory(module, path, self.places)
+        return ModuleStateTracker(module, path, self.places)
 
-    def copied(self, model: nn.Module) -> Memory:
+    def copied(self, model: nn.Module) -> ModuleStateTracker:
         """The memory of a copy of the model."""
-        return Memory(model, self.path, dict(self.places))
+        return ModuleStateTracker(model, self.path, dict(self.places))
 
-    def add(self, places: Iterable[Place]) -> set[Place]:
+    def add(self, places: Iterable[StateLocation]) -> set[StateLocation]:
         """Take some places of this module's into account; those that were not known."""
         prefix = f"{self.path}." if self.path else ""
-        full = (Place((prefix + p.module).rstrip("."), p.key, p.buffer, p.sharded) for p in places)
+        full = (StateLocation((prefix + p.module).rstrip("."), p.key, p.buffer, p.sharded) for p in places)
         added = {p for p in full if p.name not in self.places}
         self.places.update({p.name: p for p in added})
         return added
 
-    def forget(self, places: Iterable[Place]) -> None:
+    def forget(self, places: Iterable[StateLocation]) -> None:
         """Take some places out again."""
         for place in places:
             del self.places[place.name]
@@ -129,7 +129,7 @@ class Memory:
         """
         inputs, owners, read = graph.find_nodes(op="placeholder"), of.owners(), set[str]()
         for i, slot in of.slots().items():
-            if owners[i] is Remembered and not slot.count and any(user.op != "output" for user in inputs[i].users):
+            if owners[i] is ModuleState and not slot.count and any(user.op != "output" for user in inputs[i].users):
                 read |= {name for name in self.places if _is_in(slot.path, name)}
         self.places.update({name: replace(self.places[name], sharded=True) for name in read})
         return bool(read)
@@ -138,24 +138,24 @@ class Memory:
         """Whether autotp can see into all that is kept."""
         try:
             for each in self.arguments().values():
-                Opener().open(each)
+                ObjectFlattener().open(each)
         except UnseenError:
             return False
         return True
 
     @property
-    def own(self) -> dict[Place, Place]:
+    def own(self) -> dict[StateLocation, StateLocation]:
         """The places in this module, in order, as they are called in it and as they are called in the model."""
         return self._look().own
 
     def _look(self) -> _Known:
         """What follows from which places are known."""
         if self._known is None or self._known.places != self.places:
-            own: dict[Place, Place] = {}
+            own: dict[StateLocation, StateLocation] = {}
             for _, place in sorted(self.places.items()):
                 if not self.path or place.module == self.path or place.module.startswith(f"{self.path}."):
                     local = place.module.removeprefix(self.path).removeprefix(".") if self.path else place.module
-                    own[Place(local, place.key, place.buffer, place.sharded)] = place
+                    own[StateLocation(local, place.key, place.buffer, place.sharded)] = place
             keys: dict[str, frozenset[str]] = {}
             holders: dict[str, dict[str, tuple[dict[str, Any], str]]] = {}
             for place, full in own.items():
@@ -173,15 +173,15 @@ class Memory:
         """Whether what is under a key of this very dict is in a place that is known."""
         return any(place.key == key and place.holder(self.model) is holder for place in self.own)
 
-    def arguments(self) -> dict[str, Remembered]:
+    def arguments(self) -> dict[str, ModuleState]:
         """The objects that a call is given, by the keywords that it is given them by."""
-        found: dict[str, Remembered] = {}
+        found: dict[str, ModuleState] = {}
         for keyword, holders in self._look().holders.items():
             made = found[keyword] = _KEYWORDS[keyword]()
             made.__dict__ = _Live(holders)
         return found
 
-    def put(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[Remembered]]:
+    def put(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[ModuleState]]:
         """Put what is in such objects on the modules; the other keyword arguments, and the objects."""
         kept = [kwargs[k] for k in _KEYWORDS if k in kwargs]
         values = {name: x for each in kept for name, x in each.__dict__.items()}
@@ -193,7 +193,7 @@ class Memory:
                 holder.pop(place.key, None)
         return {k: x for k, x in kwargs.items() if k not in _KEYWORDS}, kept
 
-    def take(self, kept: list[Remembered]) -> None:
+    def take(self, kept: list[ModuleState]) -> None:
         """Put what is on the modules into such objects."""
         for each in kept:
             each.__dict__.clear()
@@ -243,7 +243,7 @@ class Memory:
         """
         found: dict[str, torch.Tensor] = {}
         for each in self.arguments().values():
-            opener = Opener()
+            opener = ObjectFlattener()
             opener.open(each)
             found |= {p: x for p, x in zip(opener.paths, opener.leaves, strict=True) if isinstance(x, torch.Tensor)}
         return found

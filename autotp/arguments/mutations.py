@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp.arguments.object_tree import Box, Constant, Count, Form, Leaf, UnseenError, build
+from autotp.arguments.object_tree import (
+    ConstantLeaf,
+    ContainerSpec,
+    IntLeaf,
+    ObjectSpec,
+    TensorLeaf,
+    UnseenError,
+    build,
+)
 from autotp.errors import CaptureError
 
-__all__ = ["GONE", "Change", "Place", "changes", "overwrite", "reached"]
+__all__ = ["GONE", "Change", "StateLocation", "changes", "overwrite", "reached"]
 
-GONE = Constant(type(None), "gone", None)
+GONE = ConstantLeaf(type(None), "gone", None)
 """What is in a place that is empty now."""
 
 
@@ -49,7 +57,7 @@ class Change:
 
     path: tuple[Any, ...]
     key: Any
-    form: Form
+    form: ObjectSpec
     inside: bool = False
 
     def make(self, of: Any, results: Sequence[Any]) -> None:
@@ -60,7 +68,7 @@ class Change:
         if self.form is GONE:
             del of[self.key]
         elif self.inside:
-            assert isinstance(self.form, Leaf)
+            assert isinstance(self.form, TensorLeaf)
             overwrite(of, self.key, results[self.form.index])
         elif isinstance(of, list) and self.key == len(of):
             of.append(build(self.form, results))
@@ -68,12 +76,12 @@ class Change:
             of[self.key] = build(self.form, results)
 
 
-def _stays(before: Form | None, after: Form, same: Collection[tuple[int, int]]) -> bool:
+def _stays(before: ObjectSpec | None, after: ObjectSpec, same: Collection[tuple[int, int]]) -> bool:
     """Whether what is in a place stays what it is, whatever changes in it: a tuple only if all in it does."""
-    if isinstance(before, Leaf) and isinstance(after, Leaf):
+    if isinstance(before, TensorLeaf) and isinstance(after, TensorLeaf):
         return (before.index, after.index) in same
-    if not isinstance(before, Box) or not isinstance(after, Box):
-        return isinstance(before, Constant) and before == after
+    if not isinstance(before, ContainerSpec) or not isinstance(after, ContainerSpec):
+        return isinstance(before, ConstantLeaf) and before == after
     if before.cls is not after.cls or not issubclass(before.cls, tuple):
         return before.cls is after.cls
     alike = len(before.forms) == len(after.forms)
@@ -81,7 +89,7 @@ def _stays(before: Form | None, after: Form, same: Collection[tuple[int, int]]) 
 
 
 def changes(
-    before: Form, after: Form, same: Collection[tuple[int, int]], path: tuple[Any, ...] = ()
+    before: ObjectSpec, after: ObjectSpec, same: Collection[tuple[int, int]], path: tuple[Any, ...] = ()
 ) -> Iterator[Change]:
     """What is different about an object after a call.
 
@@ -94,18 +102,18 @@ def changes(
     Raises:
         UnseenError: the object itself would have to be another one.
     """
-    if not isinstance(before, Box) or not isinstance(after, Box) or before.cls is not after.cls:
+    if not isinstance(before, ContainerSpec) or not isinstance(after, ContainerSpec) or before.cls is not after.cls:
         raise UnseenError(f"{path} became another object")
     had, has = before.items, after.items
     for key in reversed([k for k in had if k not in has]):
         yield Change(path, key, GONE)
     for key, form in has.items():
         old = had.get(key)
-        if isinstance(old, Leaf) and isinstance(form, Leaf) and (old.index, form.index) in same:
+        if isinstance(old, TensorLeaf) and isinstance(form, TensorLeaf) and (old.index, form.index) in same:
             yield Change(path, key, form, inside=True)
-        elif isinstance(old, Box) and isinstance(form, Box) and _stays(old, form, same):
+        elif isinstance(old, ContainerSpec) and isinstance(form, ContainerSpec) and _stays(old, form, same):
             yield from changes(old, form, same, (*path, key))
-        elif isinstance(form, (Leaf, Count)) or old != form:
+        elif isinstance(form, (TensorLeaf, IntLeaf)) or old != form:
             yield Change(path, key, form)
 
 
@@ -128,13 +136,13 @@ class KeptError(CaptureError):
         places: where.
     """
 
-    def __init__(self, message: str, places: Collection[Place], *, reason: str = "") -> None:
+    def __init__(self, message: str, places: Collection[StateLocation], *, reason: str = "") -> None:
         super().__init__(message, reason=reason)
         self.places = frozenset(places)
 
 
 @dataclass(frozen=True)
-class Place:
+class StateLocation:
     """Where something is kept.
 
     Attributes:

@@ -27,14 +27,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "Box",
-    "Constant",
-    "Count",
+    "ConstantLeaf",
+    "ContainerSpec",
     "Counts",
-    "Form",
-    "Leaf",
-    "Opener",
+    "IntLeaf",
+    "ObjectFlattener",
+    "ObjectSpec",
     "Slot",
+    "TensorLeaf",
     "UnseenError",
     "build",
     "counted",
@@ -49,21 +49,21 @@ Counts = Collection[tuple[type, str]]
 
 
 @dataclass(frozen=True)
-class Leaf:
+class TensorLeaf:
     """The place of a tensor."""
 
     index: int
 
 
 @dataclass(frozen=True)
-class Count:
+class IntLeaf:
     """The place of a number that calls change."""
 
     index: int
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantLeaf:
     """A value that is all that its text says."""
 
     kind: type
@@ -72,20 +72,20 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Box:
+class ContainerSpec:
     """An object, list, tuple or dict: its class, and what is under which name, number or key."""
 
     cls: type
     keys: tuple[Any, ...]
-    forms: tuple[Form, ...]
+    forms: tuple[ObjectSpec, ...]
 
     @property
-    def items(self) -> dict[Any, Form]:
+    def items(self) -> dict[Any, ObjectSpec]:
         """What is in it."""
         return dict(zip(self.keys, self.forms, strict=True))
 
 
-Form = Leaf | Count | Constant | Box
+ObjectSpec = TensorLeaf | IntLeaf | ConstantLeaf | ContainerSpec
 
 _CONSTANTS = (bool, float, complex, str, bytes, type(None), type(...), enum.Enum, torch.dtype, torch.device,
               torch.layout, torch.memory_format, torch.Size, slice, range, type)  # fmt: skip
@@ -142,7 +142,7 @@ class UnseenError(Exception):
     """Something is in an object into which autotp cannot see."""
 
 
-class Opener:
+class ObjectFlattener:
     """Opens objects.
 
     Args:
@@ -163,7 +163,7 @@ class Opener:
         self._seen: dict[Any, int] = {}
         self._inside: set[int] = set()
 
-    def open(self, x: Any, path: str = "", owner: type = object, name: str = "") -> Form:
+    def open(self, x: Any, path: str = "", owner: type = object, name: str = "") -> ObjectSpec:
         """The form of an object, whose leaves are added to the others.
 
         Raises:
@@ -171,14 +171,14 @@ class Opener:
         """
         kind = type(x)
         if isinstance(x, torch.Tensor):
-            return Leaf(self._add(id(x), x, path))
+            return TensorLeaf(self._add(id(x), x, path))
         if isinstance(x, torch.SymInt) or kind is int:
             self.numbers[path] = (owner, name), x
             size = kind is int and 0 <= x < _LARGEST and self._counts is not None
             if kind is not int or (size and (x in (0, 1) or (owner, name) in self._counts)):  # type: ignore[operator]
-                return Count(self._add((owner, name, str(x)), x, path))
+                return IntLeaf(self._add((owner, name, str(x)), x, path))
         if isinstance(x, (int, *_CONSTANTS)):
-            return Constant(kind, repr(x), x)
+            return ConstantLeaf(kind, repr(x), x)
         if not (isinstance(x, _CONTAINERS) or hasattr(x, "__dict__")) or isinstance(x, torch.nn.Module) or callable(x):
             raise UnseenError(f"{path or 'it'} is a {kind.__module__}.{kind.__qualname__}")
         if isinstance(x, _CONTAINERS) and _is_more_than(x):
@@ -197,7 +197,7 @@ class Opener:
             keys = tuple(x.__dict__)
             forms = tuple(self.open(x.__dict__[k], f"{path}{dot}{k}", kind, k) for k in keys)
         self._inside.discard(id(x))
-        return Box(kind, keys, forms)
+        return ContainerSpec(kind, keys, forms)
 
     def slots(self, sharded: bool) -> list[Slot]:
         """The leaves' slots, in an object of which each rank keeps its own share or not."""
@@ -222,11 +222,11 @@ class Opener:
         return found
 
 
-def build(form: Form, leaves: Sequence[Any]) -> Any:
+def build(form: ObjectSpec, leaves: Sequence[Any]) -> Any:
     """A new object of this form."""
-    if isinstance(form, (Leaf, Count)):
+    if isinstance(form, (TensorLeaf, IntLeaf)):
         return leaves[form.index]
-    if isinstance(form, Constant):
+    if isinstance(form, ConstantLeaf):
         return form.value
     values = [build(f, leaves) for f in form.forms]
     if issubclass(form.cls, dict):

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from autotp.arguments.module_state import Memory
-from autotp.arguments.mutations import Place
-from autotp.arguments.object_tree import Opener, UnseenError
+from autotp.arguments.module_state import ModuleStateTracker
+from autotp.arguments.mutations import StateLocation
+from autotp.arguments.object_tree import ObjectFlattener, UnseenError
 from autotp.modules.hooks import HOOKS
 
 __all__ = ["Kept", "Snapshot", "Values", "is_alone", "kept_as_it_was", "left_as_it_was", "shares_memory", "storage_of"]
@@ -57,7 +57,7 @@ class Kept:
     key: Any
     old: Any
     new: Any
-    place: Place | None = None
+    place: StateLocation | None = None
 
     @property
     def has_tensors(self) -> bool:
@@ -76,7 +76,7 @@ class Kept:
         if self.place is None or grows:
             return False
         try:
-            Opener(None).open(None if self.new is _GONE else self.new)
+            ObjectFlattener(None).open(None if self.new is _GONE else self.new)
         except UnseenError:
             return False
         return True
@@ -149,11 +149,11 @@ _Where = tuple[str, str | None, bool] | None
 """A module's name, its attribute (None: that is the key), and whether that is a buffer."""
 
 
-def _place(where: _Where, key: Any) -> Place | None:
+def _place(where: _Where, key: Any) -> StateLocation | None:
     if where is None:
         return None
     module, attribute, buffer = where
-    return Place(module, key if attribute is None else attribute, buffer, False)
+    return StateLocation(module, key if attribute is None else attribute, buffer, False)
 
 
 class Snapshot:
@@ -225,7 +225,7 @@ class Snapshot:
         values = (x for _, _, held, _ in self._held for x in (held.values() if isinstance(held, dict) else held))
         return list({id(x): x for x in values if isinstance(x, torch.Tensor)}.values())
 
-    def places(self, tensors: Sequence[torch.Tensor]) -> set[Place]:
+    def places(self, tensors: Sequence[torch.Tensor]) -> set[StateLocation]:
         """The places that some tensors are in, if they are in any."""
         wanted, found = set(map(id, tensors)), set()
         for _, _, held, where in self._held:
@@ -303,7 +303,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         values.restore()
 
 
-def _held_in(memory: Memory) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
+def _held_in(memory: ModuleStateTracker) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
     """What is in known places, with what has it under which key; and a module that holds all of it, and no more."""
     places = [(place.holder(memory.model), place.key) for place in memory.own]
     values = [(holder, key, holder[key]) for holder, key in places if key in holder]
@@ -313,7 +313,7 @@ def _held_in(memory: Memory) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.
 
 
 @contextlib.contextmanager
-def kept_as_it_was(memory: Memory) -> Iterator[None]:
+def kept_as_it_was(memory: ModuleStateTracker) -> Iterator[None]:
     """The model with what it keeps in known places as it was."""
     values, by_itself = _held_in(memory)
     with left_as_it_was(by_itself):
@@ -328,7 +328,7 @@ def kept_as_it_was(memory: Memory) -> Iterator[None]:
                 holder[key] = x
 
 
-def _without(memory: Memory) -> Snapshot:
+def _without(memory: ModuleStateTracker) -> Snapshot:
     """What a model holds elsewhere than in known places."""
     values, _ = _held_in(memory)
     for holder, key, _ in values:
@@ -340,12 +340,12 @@ def _without(memory: Memory) -> Snapshot:
             holder[key] = x
 
 
-def shares_memory(memory: Memory, tensors: Sequence[torch.Tensor]) -> bool:
+def shares_memory(memory: ModuleStateTracker, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether some tensors share memory with something that a model holds elsewhere than in known places."""
     return bool(tensors) and not _without(memory).memory().isdisjoint(map(storage_of, tensors))
 
 
-def is_alone(memory: Memory) -> bool:
+def is_alone(memory: ModuleStateTracker) -> bool:
     """Whether what a model keeps in known places shares no memory, container or object with what else it holds."""
     _, by_itself = _held_in(memory)
     return _without(memory).memory().isdisjoint(Snapshot(by_itself).memory())

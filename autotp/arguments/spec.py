@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from autotp.arguments.boxed import Held, Remembered
+from autotp.arguments.boxed import Boxed, ModuleState
 from autotp.arguments.object_tree import (
-    Box,
+    ContainerSpec,
     Counts,
-    Form,
-    Opener,
+    ObjectFlattener,
+    ObjectSpec,
     Slot,
     UnseenError,
     build,
@@ -31,7 +31,7 @@ from autotp.arguments.object_tree import (
     plain_leaves,
 )
 
-__all__ = ["Opened", "Orders", "State", "opened", "reordered", "sorted_by_key"]
+__all__ = ["CallSpec", "ObjectLeaf", "Orders", "flatten_call", "reordered", "sorted_by_key"]
 
 Orders = tuple[tuple[str, ...], ...]
 """The keys of each dict that was sorted, as they were."""
@@ -78,16 +78,16 @@ def _reordered(tree: Any, orders: Iterator[tuple[str, ...]]) -> Any:
 
 
 @dataclass(frozen=True)
-class State:
+class ObjectLeaf:
     """An object among a call's arguments: its form, and its leaves' slots."""
 
-    form: Form
+    form: ObjectSpec
     slots: tuple[Slot, ...]
     numbers: tuple[tuple[str, int], ...] = field(compare=False)
 
 
 @dataclass(frozen=True)
-class Opened:
+class CallSpec:
     """How the leaves of a call's arguments go together.
 
     Attributes:
@@ -98,7 +98,7 @@ class Opened:
     """
 
     spec: Any
-    states: tuple[State | None, ...]
+    states: tuple[ObjectLeaf | None, ...]
     orders: Orders = field(default=(), repr=False)
 
     def close(self, leaves: Sequence[Any]) -> Any:
@@ -131,7 +131,7 @@ class Opened:
         found: dict[int, type] = {}
         at = 0
         for state in self.states:
-            if state is not None and isinstance(state.form, Box):
+            if state is not None and isinstance(state.form, ContainerSpec):
                 found |= dict.fromkeys(range(at, at + len(state.slots)), state.form.cls)
             at += 1 if state is None else len(state.slots)
         return found
@@ -151,9 +151,9 @@ class Opened:
         for name, state in zip(self.places(), self.states, strict=True):
             if state is None:
                 found.append(name)
-            elif isinstance(state.form, Box) and state.form.cls is Held:
+            elif isinstance(state.form, ContainerSpec) and state.form.cls is Boxed:
                 found += [name + slot.path.removeprefix("it") for slot in state.slots]
-            elif isinstance(state.form, Box) and issubclass(state.form.cls, Remembered):
+            elif isinstance(state.form, ContainerSpec) and issubclass(state.form.cls, ModuleState):
                 found += [f"state.{slot.path}" for slot in state.slots]
             else:
                 found += [f"{name}.{slot.path}" for slot in state.slots]
@@ -170,9 +170,9 @@ class Opened:
         return found
 
 
-def opened(
+def flatten_call(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: Counts = ()
-) -> tuple[list[Any], Opened, list[Any]]:
+) -> tuple[list[Any], CallSpec, list[Any]]:
     """The leaves of arguments, how they go together, and the objects among them.
 
     Args:
@@ -183,20 +183,20 @@ def opened(
     args, kwargs, orders = sorted_by_key(args, kwargs)
     plain, spec = plain_leaves((args, kwargs))
     leaves: list[Any] = []
-    states: list[State | None] = []
+    states: list[ObjectLeaf | None] = []
     objects = []
     for x in plain:
         state = None
         if is_state(x):
-            opener = Opener(counts)
+            opener = ObjectFlattener(counts)
             with contextlib.suppress(UnseenError):  # a leaf then, which is refused where it matters
                 form = opener.open(x)
                 numbers = tuple((path, n) for path, (_, n) in opener.numbers.items())
-                state = State(form, tuple(opener.slots(is_sharded(type(x)))), numbers)
+                state = ObjectLeaf(form, tuple(opener.slots(is_sharded(type(x)))), numbers)
         states.append(state)
         if state is None:
             leaves.append(x)
         else:
             leaves += [x if isinstance(x, torch.Tensor) else counted(x) for x in opener.leaves]
             objects.append(x)
-    return leaves, Opened(spec, tuple(states), orders), objects
+    return leaves, CallSpec(spec, tuple(states), orders), objects

@@ -5,9 +5,9 @@ captured graph is dense.
 """
 
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Captured, Dense
+from autotp.capture.captured_graph import CapturedGraph, DenseShapes
 from autotp.capture.example_inputs import ExampleInputs, example_call
-from autotp.capture.graph_breaks import Seam
-from autotp.capture.outputs import Outputs
+from autotp.capture.graph_breaks import GraphBreak
+from autotp.capture.outputs import OutputSpec
 
-__all__ = ["Captured", "Dense", "ExampleInputs", "Outputs", "Seam", "capture", "example_call"]
+__all__ = ["CapturedGraph", "DenseShapes", "ExampleInputs", "GraphBreak", "OutputSpec", "capture", "example_call"]

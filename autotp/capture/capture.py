@@ -20,13 +20,13 @@ from torch.nn.utils import stateless
 from torch.utils._sympy.printers import PythonPrinter
 
 from autotp.arguments.arguments import Arguments
-from autotp.arguments.module_state import Memory
+from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.mutations import ChangedError
 from autotp.arguments.object_tree import Counts, Slot
 from autotp.arguments.snapshot import Snapshot, Values
-from autotp.capture.captured_graph import Captured, Dense
+from autotp.capture.captured_graph import CapturedGraph, DenseShapes
 from autotp.capture.export import trace
-from autotp.capture.outputs import Outputs
+from autotp.capture.outputs import OutputSpec
 from autotp.capture.side_effects import (
     more_than_a_function,
     refuse_computed,
@@ -40,14 +40,14 @@ from autotp.modules.device import device_of
 from autotp.modules.forward_patching import as_dense
 from autotp.modules.hooks import refuse_hooks
 from autotp.modules.names import tied_names
-from autotp.utils.graph_hash import meaning
+from autotp.utils.graph_hash import graph_hash
 from passes import Layout, canonicalize, differentiable, functionalize, inline, simplify
 from passes.graphs import is_random, is_tensor, op_name, where
 
 __all__ = ["capture"]
 
 
-def _stand_ins(model: nn.Module, dense: Dense, device: torch.device) -> dict[str, torch.Tensor]:
+def _stand_ins(model: nn.Module, dense: DenseShapes, device: torch.device) -> dict[str, torch.Tensor]:
     """Tensors of the dense shapes in place of all parameters and buffers; parameters' take no memory."""
     made: dict[int, torch.Tensor] = {}
 
@@ -86,13 +86,13 @@ def capture(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    dense: Dense | None = None,
+    dense: DenseShapes | None = None,
     *,
     counts: Counts = (),
     sharded: bool = True,
     layouts: Mapping[str, Layout] | None = None,
-    memory: Memory | None = None,
-) -> Captured:
+    memory: ModuleStateTracker | None = None,
+) -> CapturedGraph:
     """Capture one call of a model as a functional fx graph.
 
     No weight is read: stand-ins of the dense shapes take their places while torch.export traces, so the
@@ -114,7 +114,7 @@ def capture(
         ChangedError: it changes arguments that are not opened yet (:mod:`autotp.arguments.boxed`).
         KeptError: it keeps something in other places.
     """
-    memory = memory or Memory(model)
+    memory = memory or ModuleStateTracker(model)
     of = Arguments(args, kwargs, counts)
     leaves, spec = of.leaves, of.spec
     device = device_of(model)
@@ -129,7 +129,7 @@ def capture(
     tied = tied_names(model)
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not a checkpoint's around us
     with as_dense(model), _quiet(), torch.enable_grad(), as_it_is:
-        stand_ins = _stand_ins(model, dense or Dense.of(model), device)
+        stand_ins = _stand_ins(model, dense or DenseShapes.of(model), device)
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             snapshot = Snapshot(model)
@@ -161,7 +161,7 @@ def capture(
     if again is not None:
         other = _flat_graph(again[0], again[1], tied, slots)
         _prepare(other)
-        if meaning(other.graph, other.constants) != meaning(captured.graph, captured.constants):
+        if graph_hash(other.graph, other.constants) != graph_hash(captured.graph, captured.constants):
             raise more_than_a_function(outputs.kept)
     refuse_statistics(captured.graph)
     refuse_views(captured)
@@ -198,7 +198,7 @@ def _is_of_functorch(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
-def _prepare(captured: Captured) -> list[fx.Node]:
+def _prepare(captured: CapturedGraph) -> list[fx.Node]:
     """Make a graph functional and plain; the nodes for which that did not succeed."""
     inline(captured.graph)
     left = functionalize(captured.graph)
@@ -256,7 +256,7 @@ def _unprefixed(name: str) -> str:
     return name.removeprefix("model.") if name != "model" else ""
 
 
-def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str], slots: dict[int, Slot]) -> Captured:
+def _flat_graph(exported: Any, outputs: OutputSpec, tied: Mapping[str, str], slots: dict[int, Slot]) -> CapturedGraph:
     """The exported graph with parameters as ``get_attr`` nodes and names as in the user's model."""
     signature = exported.graph_signature
     for spec in signature.output_specs:
@@ -267,7 +267,7 @@ def _flat_graph(exported: Any, outputs: Outputs, tied: Mapping[str, str], slots:
             )
     graph: fx.Graph = copy.deepcopy(exported.graph_module.graph)  # exported stays, to be functionalized if need be
     graph.owning_module = exported.graph_module
-    captured = Captured(graph, {}, {}, set(), outputs, slots)
+    captured = CapturedGraph(graph, {}, {}, set(), outputs, slots)
     kinds = {spec.arg.name: spec for spec in signature.input_specs}
     dims: dict[str, tuple[int, int]] = {}
     attributes: dict[str, fx.Node] = {}

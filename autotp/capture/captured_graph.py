@@ -10,25 +10,25 @@ import torch
 from torch import fx, nn
 
 from autotp.arguments.object_tree import Slot
-from autotp.capture.outputs import Outputs
+from autotp.capture.outputs import OutputSpec
 
-__all__ = ["Captured", "Dense"]
+__all__ = ["CapturedGraph", "DenseShapes"]
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseShapes:
     """What capture must know of the dense model after its weights have been split: their shapes."""
 
     shapes: Mapping[str, torch.Size]
 
     @staticmethod
-    def of(model: nn.Module) -> Dense:
+    def of(model: nn.Module) -> DenseShapes:
         """The shapes of a model's parameters as they are now, tied ones under each of their names."""
-        return Dense({n: p.shape for n, p in model.named_parameters(remove_duplicate=False)})
+        return DenseShapes({n: p.shape for n, p in model.named_parameters(remove_duplicate=False)})
 
 
 @dataclass
-class Captured:
+class CapturedGraph:
     """A captured model.
 
     Attributes:
@@ -51,7 +51,7 @@ class Captured:
     constants: dict[str, torch.Tensor]
     regions: dict[str, nn.Module]
     parameters: set[str]
-    outputs: Outputs
+    outputs: OutputSpec
     slots: dict[int, Slot]
     inputs: list[str] = field(default_factory=list)
     guards: list[tuple[Any, tuple[tuple[int, int], ...]]] = field(default_factory=list)

@@ -15,14 +15,14 @@ from torch import nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
-from autotp.arguments.boxed import Remembered, released
-from autotp.arguments.module_state import Memory
+from autotp.arguments.boxed import ModuleState, unbox
+from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.object_tree import plain_leaves
 from autotp.arguments.snapshot import Kept, Snapshot
-from autotp.arguments.spec import Opened, sorted_by_key
+from autotp.arguments.spec import CallSpec, sorted_by_key
 from autotp.capture.custom_backward import OwnBackward, checked_functions, refuse_function, refuse_own_backward
-from autotp.capture.outputs import Outputs
-from autotp.capture.trace_cache import Repeats
+from autotp.capture.outputs import OutputSpec
+from autotp.capture.trace_cache import TraceCache
 from autotp.errors import CaptureError
 from autotp.modules.forward_patching import capturing
 
@@ -36,7 +36,7 @@ def _held_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, l
     return {key: plain_leaves(x)[0] for key, x in named}
 
 
-def _refuse_passed_on(objects: Sequence[Any], remembered: Sequence[Remembered], kept: Sequence[Kept]) -> None:
+def _refuse_passed_on(objects: Sequence[Any], remembered: Sequence[ModuleState], kept: Sequence[Kept]) -> None:
     """Raise if forward puts an object that it is given where it keeps something: there would be two then."""
     given, seen = set(map(id, objects)), set[int]()
     pending = [*(x.__dict__ for x in remembered), *(k.new for k in kept)]
@@ -60,10 +60,10 @@ class _Flat(nn.Module):
         self,
         model: nn.Module,
         leaves: list[Any],
-        spec: Opened,
-        outputs: Outputs,
+        spec: CallSpec,
+        outputs: OutputSpec,
         around: Sequence[contextlib.AbstractContextManager[Any]],
-        memory: Memory,
+        memory: ModuleStateTracker,
     ) -> None:
         super().__init__()
         self.model = model
@@ -82,7 +82,7 @@ class _Flat(nn.Module):
         with contextlib.ExitStack() as stack:
             for context in self._around:
                 stack.enter_context(context)
-            own_args, own_kwargs = released(args, kwargs)
+            own_args, own_kwargs = unbox(args, kwargs)
             own_kwargs, remembered = self._memory.put(own_kwargs)
             try:
                 result = self.model.forward(*own_args, **own_kwargs)  # no call: the model's own hooks run around ours
@@ -96,7 +96,7 @@ class _Flat(nn.Module):
         refills = {key for key, was in before.items() if list(map(id, was)) != list(map(id, after[key]))}
         every = [x for leaves in before.values() for x in leaves]
         objects = [(s, x) for s, x in zip(self._spec.states, every, strict=True) if s is not None]
-        _refuse_passed_on([x for _, x in objects if not isinstance(x, Remembered)], remembered, self._outputs.kept)
+        _refuse_passed_on([x for _, x in objects if not isinstance(x, ModuleState)], remembered, self._outputs.kept)
         numbers = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
         held = [(numbers[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
         written = {id(t) for _, t in held if t._version != versions[id(t)]}
@@ -164,11 +164,11 @@ def _causal_as_told(mask: Any = None, is_causal: bool | None = None, size: int |
 def trace(
     model: nn.Module,
     leaves: list[Any],
-    spec: Opened,
+    spec: CallSpec,
     tensors: list[torch.Tensor],
-    memory: Memory,
+    memory: ModuleStateTracker,
     fixed: Container[tuple[int, int]] = (),
-) -> tuple[Any, Outputs]:
+) -> tuple[Any, OutputSpec]:
     """torch's export of a call, and how its outputs go together; dims of tensors that are ``fixed`` are constants.
 
     What the model is known to keep is in the call's objects, and where the modules have it while forward runs.
@@ -186,7 +186,7 @@ def trace(
     for eagerly, repeating in itertools.product((True, False), (True, False)):
         if eagerly and first:
             continue
-        outputs, repeats = Outputs(), Repeats()
+        outputs, repeats = OutputSpec(), TraceCache()
         around: list[contextlib.AbstractContextManager[Any]] = [
             *([_Eagerly()] if eagerly else []),
             *([repeats] if repeating else []),

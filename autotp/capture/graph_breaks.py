@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from autotp.modules.names import block_of
 
-__all__ = ["Seam", "division_text"]
+__all__ = ["GraphBreak", "partition_text"]
 
 
 @dataclass(frozen=True)
-class Seam:
+class GraphBreak:
     """Where capture ended.
 
     Attributes:
@@ -29,15 +29,15 @@ class Seam:
         return f"{self.module or 'the model'}{f' ({self.place})' if self.place else ''}: {self.reason}"
 
 
-def folded_seams(seams: Sequence[Seam]) -> list[Seam]:
+def folded_breaks(seams: Sequence[GraphBreak]) -> list[GraphBreak]:
     """Seams, with those of repeated blocks as one."""
-    found: dict[Seam, list[Seam]] = defaultdict(list)
+    found: dict[GraphBreak, list[GraphBreak]] = defaultdict(list)
     for seam in seams:
         found[replace(seam, module=block_of(seam.module))].append(seam)
     return [folded if len(each) > 1 else each[0] for folded, each in found.items()]
 
 
-def division_text(model: str, parts: Sequence[str], seams: Sequence[Seam], outside: float) -> str:
+def partition_text(model: str, parts: Sequence[str], seams: Sequence[GraphBreak], outside: float) -> str:
     """What a user is told of a model that could not be captured whole.
 
     Args:
@@ -50,7 +50,7 @@ def division_text(model: str, parts: Sequence[str], seams: Sequence[Seam], outsi
         f"but in {len(parts)} parts: {', '.join(_counted(parts))}" if parts else "and no part of it is worth splitting"
     )
     lines = [f"{model} cannot be captured as one graph, {found}."]
-    lines += [f"  {seam}" for seam in folded_seams(seams)]
+    lines += [f"  {seam}" for seam in folded_breaks(seams)]
     lines.append(
         "The rest runs as the Python that it is, on whole values; "
         f"{100 * outside:.1f}% of the parameters stay whole because of this."

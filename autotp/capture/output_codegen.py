@@ -14,18 +14,18 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autotp.arguments.mutations import GONE, Change, overwrite
-from autotp.arguments.object_tree import Box, Count, Leaf, build
-from autotp.utils.codegen import written
+from autotp.arguments.object_tree import ContainerSpec, IntLeaf, TensorLeaf, build
+from autotp.utils.codegen import compile_function
 
 if TYPE_CHECKING:
-    from autotp.capture.outputs import Outputs
+    from autotp.capture.outputs import OutputSpec
 
-__all__ = ["Made", "giver"]
+__all__ = ["OutputFactory", "output_function"]
 
 Give = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 
-class Made:
+class OutputFactory:
     """Makes a dict with attributes, as transformers' outputs are, of its values.
 
     Its constructor takes several microseconds, more than all else that a call gives back. So what the first one made is
@@ -102,7 +102,7 @@ def _apart(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) 
 
 
 class _Writer:
-    def __init__(self, outputs: Outputs) -> None:
+    def __init__(self, outputs: OutputSpec) -> None:
         self.outputs = outputs
         self.lines: list[str] = []
         self.names: dict[str, Any] = {
@@ -123,7 +123,7 @@ class _Writer:
         leaves = iter(self.outputs.leaves)
         self.lines.append(f"return {self.tree(self.outputs.spec, leaves)}")
         body = "\n".join(f"    {line}" for line in self.lines)
-        function: Give = written("give", f"def give(results, objects):\n{body}\n", self.names)
+        function: Give = compile_function("give", f"def give(results, objects):\n{body}\n", self.names)
         return function
 
     def known(self, value: Any) -> str:
@@ -147,7 +147,7 @@ class _Writer:
         if change.form is GONE:
             self.lines.append(f"del {at}[{change.key!r}]")
         elif change.inside:
-            assert isinstance(change.form, Leaf)
+            assert isinstance(change.form, TensorLeaf)
             self.lines.append(f"overwrite({at}, {change.key!r}, results[{change.form.index}])")
         elif isinstance(change.key, int):  # a list, which may be as long as its next place
             value = self.form(change.form)
@@ -157,9 +157,9 @@ class _Writer:
             self.lines.append(f"{at}[{change.key!r}] = {self.form(change.form)}")
 
     def form(self, form: Any) -> str:
-        if isinstance(form, (Leaf, Count)):
+        if isinstance(form, (TensorLeaf, IntLeaf)):
             return f"results[{form.index}]"
-        return f"build({self.known(form)}, results)" if isinstance(form, Box) else self.known(form.value)
+        return f"build({self.known(form)}, results)" if isinstance(form, ContainerSpec) else self.known(form.value)
 
     def tree(self, spec: Any, leaves: Any) -> str:
         if spec.is_leaf():
@@ -179,11 +179,11 @@ class _Writer:
             return f"{{{', '.join(f'{self.known(k)}: {c}' for k, c in zip(spec.context, children, strict=True))}}}"
         unflatten = pytree.SUPPORTED_NODES[spec.type].unflatten_fn
         if issubclass(spec.type, OrderedDict) and spec.type is not OrderedDict:
-            return f"{self.known(Made(unflatten, spec.context))}({inner})"
+            return f"{self.known(OutputFactory(unflatten, spec.context))}({inner})"
         return f"{self.known(unflatten)}([{inner}], {self.known(spec.context)})"
 
 
-def giver(outputs: Outputs) -> Give:
+def output_function(outputs: OutputSpec) -> Give:
     """A function of a graph's results, and of the objects that the call was passed, that gives what the model gives.
 
     Args:

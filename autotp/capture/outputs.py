@@ -9,22 +9,31 @@ from typing import Any, Literal
 import torch
 from torch.utils import _pytree as pytree
 
-from autotp.arguments.boxed import Remembered
+from autotp.arguments.boxed import ModuleState
 from autotp.arguments.mutations import Change, changes, reached
-from autotp.arguments.object_tree import Form, Opener, Slot, UnseenError, build, is_sharded, is_state, plain_leaves
-from autotp.arguments.object_tree import Leaf as FormLeaf
+from autotp.arguments.object_tree import (
+    ObjectFlattener,
+    ObjectSpec,
+    Slot,
+    UnseenError,
+    build,
+    is_sharded,
+    is_state,
+    plain_leaves,
+)
+from autotp.arguments.object_tree import TensorLeaf as FormLeaf
 from autotp.arguments.snapshot import Kept
-from autotp.arguments.spec import State
+from autotp.arguments.spec import ObjectLeaf
 from autotp.errors import CaptureError
 
-__all__ = ["Outputs"]
+__all__ = ["OutputSpec"]
 
 
 Leaf = tuple[Literal["result", "given", "inside", "made", "constant"], Any]
 
 
 @dataclass
-class Outputs:
+class OutputSpec:
     """How the outputs of a traced call go together: export undoes what forward sets on the module itself.
 
     Attributes:
@@ -64,7 +73,7 @@ class Outputs:
     def take(
         self,
         result: Any,
-        objects: list[tuple[State, Any]],
+        objects: list[tuple[ObjectLeaf, Any]],
         held: list[tuple[int, torch.Tensor]],
         refills: set[int | str],
         written: Container[int],
@@ -104,7 +113,7 @@ class Outputs:
             own, held = held[: len(state.slots)], held[len(state.slots) :]
             first = len(results)
             form, opener = self._left(x, results)
-            self.own |= set(range(first, len(results))) if isinstance(x, Remembered) else set()
+            self.own |= set(range(first, len(results))) if isinstance(x, ModuleState) else set()
             tensors = {id(t): first + n for n, t in enumerate(opener.leaves)}
             same = {(n, tensors[id(t)]) for n, (_, t) in enumerate(own) if id(t) in tensors}
             found = list(changes(state.form, form, same))
@@ -137,9 +146,9 @@ class Outputs:
                 found.append(build(x, results) if kind == "made" else x)
         return pytree.tree_unflatten(found, self.spec)
 
-    def _left(self, x: Any, results: list[Any]) -> tuple[Form, Opener]:
+    def _left(self, x: Any, results: list[Any]) -> tuple[ObjectSpec, ObjectFlattener]:
         """The form in which forward leaves an object, whose leaves are results."""
-        opener = Opener(None, len(results))
+        opener = ObjectFlattener(None, len(results))
         try:
             form = opener.open(x)
         except UnseenError as error:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from autotp.arguments.mutations import ChangedError, KeptError, Place
+from autotp.arguments.mutations import ChangedError, KeptError, StateLocation
 from autotp.arguments.snapshot import Kept, Snapshot
 from autotp.errors import CaptureError
 from passes.graphs import is_tensor, op_name, where
 from passes.normalize.aliases import sources
 
 if TYPE_CHECKING:
-    from autotp.capture.captured_graph import Captured
-    from autotp.capture.outputs import Outputs
+    from autotp.capture.captured_graph import CapturedGraph
+    from autotp.capture.outputs import OutputSpec
 
 __all__ = [
     "more_than_a_function",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def traced_again(outputs: Outputs, trace: Callable[[], tuple[Any, Outputs]]) -> Any:
+def traced_again(outputs: OutputSpec, trace: Callable[[], tuple[Any, OutputSpec]]) -> Any:
     """The trace of a call that finds what the first one has kept on the modules; None if that is nothing.
 
     Raises:
@@ -75,7 +75,7 @@ def refuse_computed(written: Sequence[torch.Tensor], snapshot: Snapshot) -> None
     raise KeptError(said, places) if places else CaptureError(said)
 
 
-def refuse_views(captured: Captured) -> None:
+def refuse_views(captured: CapturedGraph) -> None:
     """Raise if what a forward keeps is a parameter, or shares memory with one, or with something else that it keeps:
     each would be a tensor of its own, and what happens to one later would not happen to the other."""
     results = captured.graph.output_node().args[0]
@@ -101,13 +101,13 @@ def refuse_statistics(graph: fx.Graph) -> None:
             )
 
 
-def refuse_written(captured: Captured, left: list[fx.Node], keys: Sequence[int | str], snapshot: Snapshot) -> None:
+def refuse_written(captured: CapturedGraph, left: list[fx.Node], keys: Sequence[int | str], snapshot: Snapshot) -> None:
     """Raise if what changes tensors in place are plain arguments, or are on the model's modules: a graph gives them
     back, if they are opened."""
     roots = {str(r.target): n for n in left for r in n.meta.get("roots", ()) if r.op == "get_attr"}
     if on_modules := {target: n for target, n in roots.items() if target not in captured.parameters}:
         buffers = (target.rpartition(".") for target in on_modules if target not in captured.constants)
-        kept = {Place(module, key, True, True) for module, _, key in buffers}
+        kept = {StateLocation(module, key, True, True) for module, _, key in buffers}
         held = snapshot.places([captured.constants[t] for t in on_modules if t in captured.constants])
         kept |= {replace(place, sharded=True) for place in held}
         names = ", ".join(sorted(p.name for p in kept)) or "made outside of it"

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Repeats"]
+__all__ = ["TraceCache"]
 
 _CONSTANTS = (bool, int, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _TRACING = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
@@ -145,7 +145,7 @@ def _place(frame: FrameType | None) -> Place:
     return tuple(found)
 
 
-class Repeats(TorchFunctionMode):
+class TraceCache(TorchFunctionMode):
     """A mode for the model's forward under ``torch.export``: repeated calls of torch functions are copied.
 
     The graph is the one that torch.export makes without it, node for node, with the same sizes, module
@@ -172,7 +172,7 @@ class Repeats(TorchFunctionMode):
         self._traces: dict[Place, str | None] = {}
         self._views: set[fx.Node] = set()
 
-    def __enter__(self) -> Repeats:
+    def __enter__(self) -> TraceCache:
         mode = proxy_tensor.get_proxy_mode()
         self._tracer: Any = mode.tracer if mode is not None else None
         self._modes = torch._C._len_torch_dispatch_stack()

@@ -17,9 +17,9 @@ from torch import nn
 
 from autotp.capture.example_inputs import example_call
 from autotp.cli.model_loader import BadModelError, Loaded, load
-from autotp.cli.reduced_config import reductions
+from autotp.cli.reduced_config import smaller_configs
 from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning, WholeWeightWarning
-from autotp.partition.partition import Division, divide
+from autotp.partition.partition import Partition, partition_model
 from autotp.plans.make_plan import plan_of
 from autotp.plans.plan import collectives_table, ranks_table, totals, weights_table
 from autotp.program.graph_text import graph_dot
@@ -93,18 +93,18 @@ def _progress(what: str) -> Iterator[None]:
         yield
 
 
-def _division(loaded: Loaded, tp: int, name: str, settings: Sequence[str], size: tuple[int, int]) -> Division:
+def _division(loaded: Loaded, tp: int, name: str, settings: Sequence[str], size: tuple[int, int]) -> Partition:
     """The model in parts; with weights, made at random if need be, where it must run once to find those."""
     args, kwargs = example_call(loaded.model, loaded.example_inputs)
     try:
-        return divide(loaded.model, tp, args, kwargs)
+        return partition_model(loaded.model, tp, args, kwargs)
     except CaptureError as error:
         need = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
         if not any(p.is_meta for p in loaded.model.parameters()) or 2 * need > _memory():
             raise
         print(f"autotp: {error.reason}: running it once, with weights, to find its parts", file=sys.stderr)
     loaded = load(name, settings, weights=True, size=size)
-    return divide(loaded.model, tp, *example_call(loaded.model, loaded.example_inputs))
+    return partition_model(loaded.model, tp, *example_call(loaded.model, loaded.example_inputs))
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -174,7 +174,7 @@ def _fitting(options: argparse.Namespace, dtype: torch.dtype | None, size: tuple
         return load(options.model, options.settings, weights=True, size=size), ""
     count = sum(p.numel() for p in whole.model.parameters())
     config = getattr(whole.model, "config", None)
-    for smaller in reductions(config) if hasattr(config, "to_dict") else ():
+    for smaller in smaller_configs(config) if hasattr(config, "to_dict") else ():
         settings = [*options.settings, *smaller]
         try:
             fits = _fits(load(options.model, settings, weights=False, size=size).model, dtype, ranks)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["reductions"]
+__all__ = ["smaller_configs"]
 
 _DEPTH = re.compile(r"num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_decoder_layers")
 _WIDTH = re.compile(
@@ -30,7 +30,7 @@ def _layers(config: Any, count: int) -> int:
     return min(count, max(2, *(kinds.index(k) + 1 for k in set(kinds))))
 
 
-def reductions(config: Any) -> Iterator[list[str]]:
+def smaller_configs(config: Any) -> Iterator[list[str]]:
     """Settings ``field=value`` that make a model smaller, the largest form first.
 
     First fewer layers, as many as have one of each kind; then widths, vocabularies and head sizes by two, four

@@ -6,7 +6,7 @@ compares fingerprints.
 
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.mesh import Mesh, join
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.distributed.tally import Tally
 
-__all__ = ["Agreement", "Mesh", "ProcessFabric", "Tally", "join"]
+__all__ = ["Agreement", "Mesh", "ProcessContext", "Tally", "join"]

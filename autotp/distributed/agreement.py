@@ -16,7 +16,7 @@ from autotp.distributed.process_groups import new_group
 from autotp.distributed.shared_memory import join_board
 from autotp.distributed.shared_memory_board import LINE, Board
 from autotp.errors import AutoTPError, MismatchError
-from autotp.utils.hashing import combined, digest
+from autotp.utils.hashing import combined, stable_hash
 
 __all__ = ["Agreement"]
 
@@ -110,8 +110,8 @@ class Agreement:
         if self._group is None:
             return True
         if (known := self._doings.get(doing)) is None:
-            known = self._doings[doing] = digest(doing)
-        own = combined(self.number, known, fingerprint, digest(_said(error)) if error is not None else 0)
+            known = self._doings[doing] = stable_hash(doing)
+        own = combined(self.number, known, fingerprint, stable_hash(_said(error)) if error is not None else 0)
         try:
             return self._board.same(own) if self._board is not None else self._same(own)
         except RuntimeError as failure:

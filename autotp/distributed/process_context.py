@@ -17,12 +17,12 @@ from autotp.distributed.shared_memory import SharedMemory, join_board
 from autotp.distributed.symmetric_memory import join_symmetric_memory
 from passes.ops import context
 
-__all__ = ["ProcessFabric"]
+__all__ = ["ProcessContext"]
 _CPU = torch.device("cpu")
 
 
 @dataclass
-class ProcessFabric:
+class ProcessContext:
     """The fabric of one process: process groups by name, and two streams of random numbers.
 
     Args:

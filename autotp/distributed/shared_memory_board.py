@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
-from autotp.utils.hashing import digest
+from autotp.utils.hashing import stable_hash
 
 __all__ = ["AbsentError", "Board", "exchange"]
 
@@ -135,7 +135,7 @@ class Board:
         if found is None:
             if len(self._slots) > 4096:
                 self._slots.clear()
-            kind = digest(f"{what} {dtype} {[tuple(s) for s in shapes]}")
+            kind = stable_hash(f"{what} {dtype} {[tuple(s) for s in shapes]}")
             with torch.inference_mode(False):
                 views = tuple([self._view(dtype, s, 2 * r + at) for r, s in enumerate(shapes)] for at in (0, 1))
             found = self._slots[what, dtype, shapes] = Slots(kind, views)

@@ -11,7 +11,7 @@ from pathlib import Path
 from autotp.errors import WholeWeightWarning
 from autotp.fuzz.model import build
 from autotp.fuzz.recipe import Recipe
-from autotp.partition.partition import divide
+from autotp.partition.partition import partition_model
 from autotp.verification.measure import Float64
 from autotp.verification.simulation import Simulation
 from autotp.verification.verify import compare
@@ -52,7 +52,7 @@ def judge(recipe: Recipe, tp: int, seed: int = 0) -> int:
     with warnings.catch_warnings(), Float64():
         warnings.simplefilter("ignore", WholeWeightWarning)
         try:
-            division = divide(model, tp, (), inputs)
+            division = partition_model(model, tp, (), inputs)
             verdicts = [p.programs.last.verdict for p in division.parts if p.programs.last is not None]
             report = compare(model, Simulation(model, tp, division, record=True), (), inputs)
         except Exception as error:
@@ -65,7 +65,7 @@ def judge(recipe: Recipe, tp: int, seed: int = 0) -> int:
             raise FuzzError("unproved", str(verdict))
     if not report.ok:
         raise FuzzError("wrong", str(report))
-    return sum(len(p.programs.stored or ()) for p in division.parts)
+    return sum(len(p.programs.weight_layouts or ()) for p in division.parts)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ ranks.
 """
 
 from autotp.modules.device import device_of
-from autotp.modules.forward_patching import capturing, install, own_forward, uninstall
-from autotp.modules.model_checks import admit
+from autotp.modules.forward_patching import capturing, own_forward, patch_forward, restore_forward
+from autotp.modules.model_checks import check_model
 from autotp.modules.names import tied_names
 
-__all__ = ["admit", "capturing", "device_of", "install", "own_forward", "tied_names", "uninstall"]
+__all__ = ["capturing", "check_model", "device_of", "own_forward", "patch_forward", "restore_forward", "tied_names"]

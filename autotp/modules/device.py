@@ -9,14 +9,14 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-__all__ = ["computing", "device_of", "headed_for"]
+__all__ = ["compute_device", "computing_on", "device_of"]
 
 
 _headed: ContextVar[torch.device | None] = ContextVar("_headed", default=None)
 
 
 @contextlib.contextmanager
-def headed_for(device: torch.device | None) -> Iterator[None]:
+def computing_on(device: torch.device | None) -> Iterator[None]:
     """Take models for being on a device already, to which their weights go later; None: take them as they are."""
     token = _headed.set(device)
     try:
@@ -25,7 +25,7 @@ def headed_for(device: torch.device | None) -> Iterator[None]:
         _headed.reset(token)
 
 
-def computing(device: torch.device) -> torch.device:
+def compute_device(device: torch.device) -> torch.device:
     """Where that will be computed which is on a device now; what is on the meta device, on the CPU."""
     if (headed := _headed.get()) is not None:
         return headed
@@ -35,4 +35,4 @@ def computing(device: torch.device) -> torch.device:
 def device_of(model: nn.Module) -> torch.device:
     """The device a model computes on; the CPU for a model on the meta device."""
     tensor = next(iter(model.parameters()), None)
-    return computing(tensor.device if tensor is not None else torch.device("cpu"))
+    return compute_device(tensor.device if tensor is not None else torch.device("cpu"))

@@ -16,16 +16,16 @@ from autotp.errors import AutoTPError
 
 __all__ = [
     "Carried",
+    "DeferredError",
     "Guard",
-    "HeldBack",
     "as_dense",
     "asked",
     "capturing",
     "in_call",
-    "install",
     "own_forward",
-    "reinstall",
-    "uninstall",
+    "patch_forward",
+    "repatch_forward",
+    "restore_forward",
 ]
 
 
@@ -68,12 +68,14 @@ class _Forward:
         return self.run(args, kwargs)
 
 
-def install(module: nn.Module, run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any], carried: Carried) -> None:
+def patch_forward(
+    module: nn.Module, run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any], carried: Carried
+) -> None:
     """Let ``run(args, kwargs)`` be a module's forward, and let it carry what knows its own forward."""
     module.__dict__["_autotp"], module.__dict__["forward"] = carried, _Forward(module, run)
 
 
-def uninstall(module: nn.Module) -> None:
+def restore_forward(module: nn.Module) -> None:
     """Give a module its own forward back."""
     del module.__dict__["forward"]
     if (own := module.__dict__.pop("_autotp").own_forward) is not None:
@@ -86,11 +88,11 @@ def own_forward(module: nn.Module) -> Any:
     return module.__dict__["_autotp"].own_forward if isinstance(found, _Forward) else found
 
 
-def reinstall(model: nn.Module) -> None:
+def repatch_forward(model: nn.Module) -> None:
     """Let modules whose forwards were replaced, and then deleted by others, run again what they ran."""
     for module in model.modules():
         if (carried := module.__dict__.get("_autotp")) is not None and "forward" not in module.__dict__:
-            install(module, carried, carried)
+            patch_forward(module, carried, carried)
 
 
 def in_call(error: BaseException | None) -> bool:
@@ -102,7 +104,7 @@ def in_call(error: BaseException | None) -> bool:
     return False
 
 
-class HeldBack:
+class DeferredError:
     """Holds an error back until the ranks have compared it, unless they know of it already.
 
     Args:
@@ -121,7 +123,7 @@ class HeldBack:
         self._known = known
         self.error: Exception | None = None
 
-    def __enter__(self) -> HeldBack:
+    def __enter__(self) -> DeferredError:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:

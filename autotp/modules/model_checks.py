@@ -12,10 +12,10 @@ from autotp.errors import AutoTPError
 from autotp.modules.hooks import refuse_global_hooks
 from autotp.utils.value_types import DTENSOR, is_a
 
-__all__ = ["admit"]
+__all__ = ["check_model"]
 
 
-def admit(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Refuse a model of which a graph would not compute what its Python does.
 
     Adapters, parametrizations and whatever else is modules, tensors and functions of them is captured as any

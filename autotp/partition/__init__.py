@@ -4,7 +4,7 @@ How parts are found and chosen is changed here. It must not know which op ended 
 modules, calls and errors.
 """
 
-from autotp.partition.partition import Division, Part, divide
-from autotp.partition.partitioned_runtime import Divided
+from autotp.partition.partition import CapturedModule, Partition, partition_model
+from autotp.partition.partitioned_runtime import PartitionedRuntime
 
-__all__ = ["Divided", "Division", "Part", "divide"]
+__all__ = ["CapturedModule", "Partition", "PartitionedRuntime", "partition_model"]

@@ -24,22 +24,22 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autotp.capture.captured_graph import Captured, Dense
-from autotp.capture.graph_breaks import Seam
+from autotp.capture.captured_graph import CapturedGraph, DenseShapes
+from autotp.capture.graph_breaks import GraphBreak
 from autotp.errors import CaptureError, PlanError
-from autotp.modules.forward_patching import install, uninstall
+from autotp.modules.forward_patching import patch_forward, restore_forward
 from autotp.modules.names import tied_names
 from autotp.partition.module_calls import Call, Observed, observe
-from autotp.runtime.eager_region import Touches, outside_of_parts
-from autotp.runtime.graph_cache import Programs
+from autotp.runtime.eager_region import ParameterReads, outside_of_parts
+from autotp.runtime.graph_cache import GraphCache
 from passes import Layout
 from passes.layouts.layout import WHOLE
 
-__all__ = ["Division", "Part", "divide", "divide_in_parts"]
+__all__ = ["CapturedModule", "Partition", "partition_into_modules", "partition_model"]
 
 
 @dataclass(eq=False)
-class Part:
+class CapturedModule:
     """A module that runs as rewritten graphs.
 
     Attributes:
@@ -53,14 +53,14 @@ class Part:
 
     path: str
     module: nn.Module
-    programs: Programs
+    programs: GraphCache
     calls: list[Call]
     aliases: dict[str, str]
     names: dict[str, str]
 
 
 @dataclass
-class Division:
+class Partition:
     """A model as parts.
 
     Attributes:
@@ -72,17 +72,17 @@ class Division:
     """
 
     model: nn.Module
-    parts: list[Part]
-    seams: list[Seam] = field(default_factory=list)
+    parts: list[CapturedModule]
+    seams: list[GraphBreak] = field(default_factory=list)
     outside: frozenset[str] = frozenset()
-    idle: list[Part] = field(default_factory=list)
+    idle: list[CapturedModule] = field(default_factory=list)
 
     @staticmethod
-    def whole(model: nn.Module, programs: Programs, calls: Sequence[Call] = ()) -> Division:
+    def whole(model: nn.Module, programs: GraphCache, calls: Sequence[Call] = ()) -> Partition:
         """A model that is one part."""
         aliases = tied_names(model)
         names = {n: n for n in aliases.values()}
-        return Division(model, [Part("", model, programs, list(calls), aliases, names)])
+        return Partition(model, [CapturedModule("", model, programs, list(calls), aliases, names)])
 
     @property
     def is_whole(self) -> bool:
@@ -90,37 +90,37 @@ class Division:
         return not self.seams
 
     @property
-    def stored(self) -> dict[str, Layout]:
+    def weight_layouts(self) -> dict[str, Layout]:
         """The split weights' layouts, by their first names in the model."""
-        return {p.names[n]: layout for p in self.parts for n, layout in (p.programs.stored or {}).items()}
+        return {p.names[n]: layout for p in self.parts for n, layout in (p.programs.weight_layouts or {}).items()}
 
     @property
     def share_outside(self) -> float:
         """The share of the model's parameters that stays whole because of the seams: no part that is split has them."""
         sizes = {n: p.numel() for n, p in self.model.named_parameters()}
-        idle = {n for part in self.idle for n in part.names.values()} - self.stored.keys()
+        idle = {n for part in self.idle for n in part.names.values()} - self.weight_layouts.keys()
         return sum(sizes[n] for n in self.outside | idle) / max(sum(sizes.values()), 1)
 
     def __str__(self) -> str:
-        from autotp.capture.graph_breaks import division_text
+        from autotp.capture.graph_breaks import partition_text
 
-        return division_text(type(self.model).__name__, [p.path for p in self.parts], self.seams, self.share_outside)
+        return partition_text(type(self.model).__name__, [p.path for p in self.parts], self.seams, self.share_outside)
 
-    def outside_of_parts(self) -> Touches:
+    def outside_of_parts(self) -> ParameterReads:
         """A mode for the Python between parts: it raises where that reads a split weight."""
-        tied, stored = tied_names(self.model), {} if self.is_whole else self.stored
-        return outside_of_parts(self.model, lambda name: tied.get(name, name) in stored)
+        tied, weight_layouts = tied_names(self.model), {} if self.is_whole else self.weight_layouts
+        return outside_of_parts(self.model, lambda name: tied.get(name, name) in weight_layouts)
 
     @contextlib.contextmanager
-    def running(self, run: Callable[[Part, tuple[Any, ...], Mapping[str, Any]], Any]) -> Iterator[None]:
+    def running(self, run: Callable[[CapturedModule, tuple[Any, ...], Mapping[str, Any]], Any]) -> Iterator[None]:
         """The model with ``run(part, args, kwargs)`` as its parts' forwards."""
         for part in self.parts:  # from here on they carry no more than the forwards of their own
-            install(part.module, functools.partial(run, part), _Installed(part.module.__dict__.get("forward")))
+            patch_forward(part.module, functools.partial(run, part), _Installed(part.module.__dict__.get("forward")))
         try:
             yield
         finally:
             for part in self.parts:
-                uninstall(part.module)
+                restore_forward(part.module)
 
 
 @dataclass
@@ -130,14 +130,14 @@ class _Installed:
     own_forward: Any
 
 
-def divide(
+def partition_model(
     model: nn.Module,
     tp: int,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    stored: Mapping[str, Layout] | None = None,
+    weight_layouts: Mapping[str, Layout] | None = None,
     in_parts: bool = True,
-) -> Division:
+) -> Partition:
     """Capture a model, whole or in parts, and decide how its weights are split.
 
     Args:
@@ -145,32 +145,32 @@ def divide(
         tp: the number of ranks.
         args: positional example inputs.
         kwargs: keyword example inputs.
-        stored: the weights' layouts by their first names in the model, where a plan gives them.
+        weight_layouts: the weights' layouts by their first names in the model, where a plan gives them.
         in_parts: whether to go on with the parts of a model that cannot be captured whole.
 
     Raises:
         CaptureError: the model cannot be captured, and none of its parts either.
         PlanError: the plan splits a weight that must stay whole here.
     """
-    programs = Programs(model, tp, Dense.of(model), stored)
+    programs = GraphCache(model, tp, DenseShapes.of(model), weight_layouts)
     try:
         programs.find(args, kwargs)
-        return Division.whole(model, programs, [Call(args, kwargs)])
+        return Partition.whole(model, programs, [Call(args, kwargs)])
     except CaptureError as error:
         if not in_parts:
             raise
-        return divide_in_parts(model, tp, args, kwargs, error, stored)
+        return partition_into_modules(model, tp, args, kwargs, error, weight_layouts)
 
 
-def divide_in_parts(
+def partition_into_modules(
     model: nn.Module,
     tp: int,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     failed: CaptureError,
-    stored: Mapping[str, Layout] | None = None,
-) -> Division:
-    """:func:`divide` for a model that cannot be captured whole, because it ``failed``. The model is run once."""
+    weight_layouts: Mapping[str, Layout] | None = None,
+) -> Partition:
+    """:func:`partition_model` for a model that cannot be captured whole, because it ``failed``. Runs it once."""
     if any(p.is_meta for p in model.parameters()):
         raise CaptureError(
             f"{failed}\nautotp would capture it in parts, but must run it once for that, and it is on the meta device: "
@@ -185,7 +185,7 @@ def divide_in_parts(
     division = _Search(model, tp, observed).division(failed)
     if not division.parts:
         raise failed
-    _decide(division, stored)
+    _decide(division, weight_layouts)
     return division
 
 
@@ -195,13 +195,13 @@ class _Search:
     def __init__(self, model: nn.Module, tp: int, observed: Observed) -> None:
         self.model, self.tp, self.observed = model, tp, observed
         self.tied = tied_names(model)
-        self.parts: list[Part] = []
-        self.seams: list[Seam] = []
+        self.parts: list[CapturedModule] = []
+        self.seams: list[GraphBreak] = []
         self._done: set[int] = set()
 
-    def division(self, failed: CaptureError) -> Division:
+    def division(self, failed: CaptureError) -> Partition:
         """The parts, and the seams between them."""
-        self.seams.append(Seam("", failed.place, failed.reason))
+        self.seams.append(GraphBreak("", failed.place, failed.reason))
         self._descend("", self.model)
         for part in list(self.parts):  # what runs only inside of other parts, under another name, is none
             others = {id(p.module) for p in self.parts if p is not part}
@@ -213,13 +213,13 @@ class _Search:
         touched = self.observed.touched
         outside = {n for i, n in names.items() if any(not running & inside for running in touched.get(i, ()))}
         outside |= set(names.values()) - {n for part in self.parts for n in part.names.values()}
-        return Division(self.model, self.parts, self.seams, frozenset(outside))
+        return Partition(self.model, self.parts, self.seams, frozenset(outside))
 
     def _seam(self, path: str, error: CaptureError) -> None:
         """Note why a module is descended into; a module around it that failed for the same reason goes unnamed."""
-        seam = Seam(path, error.place, error.reason)
+        seam = GraphBreak(path, error.place, error.reason)
         around = [m for m in ("", *itertools.accumulate(path.split("."), "{}.{}".format)) if m != path]
-        same = [Seam(m, seam.place, seam.reason) for m in around]
+        same = [GraphBreak(m, seam.place, seam.reason) for m in around]
         self.seams = [s for s in self.seams if s not in same] + [seam]
 
     def _descend(self, path: str, module: nn.Module) -> None:
@@ -237,35 +237,40 @@ class _Search:
             self._done.add(id(child))
             self._descend(inner, child)
 
-    def _part(self, path: str, module: nn.Module, calls: list[Call]) -> Part:
+    def _part(self, path: str, module: nn.Module, calls: list[Call]) -> CapturedModule:
         """A module as a part, captured for each structure that it was called with."""
-        programs = _PartPrograms(module, self.tp, Dense.of(module), path=path)
+        programs = _PartPrograms(module, self.tp, DenseShapes.of(module), path=path)
         programs.root = self.model
         for call in calls:
             programs.capture(call.args, call.kwargs)
         aliases = tied_names(module)
         names = {n: self.tied[f"{path}.{n}"] for n in aliases.values()}
-        return Part(path, module, programs, calls, aliases, names)
+        return CapturedModule(path, module, programs, calls, aliases, names)
 
 
-class _PartPrograms(Programs):
+class _PartPrograms(GraphCache):
     """The programs of a part, whose graphs must do all that the module does to what is around it."""
 
     root: nn.Module
     keeps_parts = False  # the Python between parts may read all that there is
 
     def _made(
-        self, model: nn.Module, root: nn.Module, dense: Dense, stored: Mapping[str, Layout] | None, path: str
-    ) -> Programs:
+        self,
+        model: nn.Module,
+        root: nn.Module,
+        dense: DenseShapes,
+        weight_layouts: Mapping[str, Layout] | None,
+        path: str,
+    ) -> GraphCache:
         """Programs of the same kind, of a module in ``root``."""
-        programs = _PartPrograms(model, self.tp, dense, stored, path or self.path)
+        programs = _PartPrograms(model, self.tp, dense, weight_layouts, path or self.path)
         programs.root = root
         return programs
 
     def _root(self) -> nn.Module:
         return self.root
 
-    def _check(self, captured: Captured) -> None:
+    def _check(self, captured: CapturedGraph) -> None:
         if captured.constants:
             held = _storages(self.root)
             if any(t.untyped_storage()._cdata in held for t in captured.constants.values()):
@@ -284,30 +289,30 @@ def _storages(model: nn.Module) -> set[Any]:
     return {t.untyped_storage()._cdata for t in tensors}
 
 
-def _decide(division: Division, stored: Mapping[str, Layout] | None) -> None:
+def _decide(division: Partition, weight_layouts: Mapping[str, Layout] | None) -> None:
     """Rewrite all parts, with one layout for each weight, and set those aside in which nothing is split."""
-    refused = next((n for n in stored or {} if n in division.outside), None)
+    refused = next((n for n in weight_layouts or {} if n in division.outside), None)
     if refused is not None:
         raise PlanError(f"the plan splits {refused}, which code outside of the captured parts reads: plan it again")
     uses = Counter(full for part in division.parts for full in part.names.values())
     chosen: dict[str, Layout] = dict.fromkeys(division.outside, WHOLE)
-    if stored is not None:
-        chosen |= dict.fromkeys(uses, WHOLE) | dict(stored)
+    if weight_layouts is not None:
+        chosen |= dict.fromkeys(uses, WHOLE) | dict(weight_layouts)
     for part in division.parts:
         chosen |= _rewritten(part, chosen)
     chosen = {n: chosen.get(n, WHOLE) for n in uses if uses[n] > 1 or n in chosen}
     for part in division.parts:  # again, where a later part has split what they left whole
-        mine = part.programs.stored or {}
+        mine = part.programs.weight_layouts or {}
         if any(chosen.get(full, WHOLE) != mine.get(n, WHOLE) for n, full in part.names.items()):
             _rewritten(part, chosen)
-    split = division.stored
+    split = division.weight_layouts
     idle = [p for p in division.parts if all(full not in split for full in p.names.values())]
     division.parts, division.idle = [p for p in division.parts if p not in idle], idle
 
 
-def _rewritten(part: Part, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
+def _rewritten(part: CapturedModule, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
     """Make a part's programs with some layouts given; the layouts of what is split, by the names in the model."""
     part.programs.settle({n: chosen[full] for n, full in part.names.items() if full in chosen})
     for call in part.calls:
         part.programs.find(call.args, call.kwargs)
-    return {part.names[n]: layout for n, layout in (part.programs.stored or {}).items()}
+    return {part.names[n]: layout for n, layout in (part.programs.weight_layouts or {}).items()}

@@ -13,23 +13,23 @@ from torch import nn
 
 from autotp.arguments.arguments import Arguments
 from autotp.distributed.agreement import Agreement
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.modules.device import device_of
-from autotp.modules.forward_patching import Guard, HeldBack
-from autotp.partition.partition import Division
-from autotp.runtime.broadcast_inputs import take_inputs
-from autotp.runtime.call_agreement import Comparison, kinds
-from autotp.runtime.eager_region import Touches, outside_of_parts
-from autotp.runtime.graph_runtime import Whole
-from autotp.runtime.module_guards import Watch
+from autotp.modules.forward_patching import DeferredError, Guard
+from autotp.partition.partition import Partition
+from autotp.runtime.broadcast_inputs import broadcast_inputs
+from autotp.runtime.call_agreement import CallAgreement, kinds
+from autotp.runtime.eager_region import ParameterReads, outside_of_parts
+from autotp.runtime.graph_runtime import GraphRuntime
+from autotp.runtime.module_guards import ModuleGuards
 from autotp.runtime.runtime import Runtime
 from autotp.weights.registry import register
 from passes import Layout
 
-__all__ = ["Divided"]
+__all__ = ["PartitionedRuntime"]
 
 
-class Divided(Runtime):
+class PartitionedRuntime(Runtime):
     """The runtime of a model with parts, which runs its own Python between them.
 
     That Python must do the same on every rank. It draws its random numbers from a stream of its own that all
@@ -45,10 +45,10 @@ class Divided(Runtime):
         fabric: how the parts communicate.
     """
 
-    def __init__(self, division: Division, agreement: Agreement, seed: int, fabric: ProcessFabric) -> None:
+    def __init__(self, division: Partition, agreement: Agreement, seed: int, fabric: ProcessContext) -> None:
         super().__init__(division.model, agreement, fabric)
-        self._stored = division.stored
-        self.between = ProcessFabric(
+        self._stored = division.weight_layouts
+        self.between = ProcessContext(
             self.mesh, seed + 1 + self.mesh.tp, agreement.missing, fabric.timeout, fabric.shared_memory
         )
         self.devices = {torch.device("cpu"), device_of(self.model)}
@@ -57,13 +57,13 @@ class Divided(Runtime):
 
     def _take(self, parts: list[_Part]) -> None:
         self.parts, self.running = parts, False
-        self.touches = Touches((), lambda *_: None)
+        self.touches = ParameterReads((), lambda *_: None)
         self._raised: Exception | None = None
-        self.watch = Watch(self.model, self._shape, {p.programs.path: p.model for p in parts})
-        self.comparison = Comparison(self.agreement, self.watch, self.shards)
+        self.watch = ModuleGuards(self.model, self._shape, {p.programs.path: p.model for p in parts})
+        self.comparison = CallAgreement(self.agreement, self.watch, self.shards)
 
     @property
-    def stored(self) -> Mapping[str, Layout]:
+    def weight_layouts(self) -> Mapping[str, Layout]:
         """The split parameters' layouts, by their first names in the model."""
         return self._stored
 
@@ -92,7 +92,7 @@ class Divided(Runtime):
         args, kwargs = self._compared(args, kwargs)
         before = self.running, self.touches
         self.running, self.touches = True, outside_of_parts(self.model, self.shards)
-        result, held = None, HeldBack(lambda error: _stems(error, self._raised))  # or they wait for no word of it
+        result, held = None, DeferredError(lambda error: _stems(error, self._raised))  # or they wait for no word of it
         try:
             with held, contextlib.ExitStack() as around:
                 for device in self.devices:
@@ -114,7 +114,7 @@ class Divided(Runtime):
         of = self.arguments(args, kwargs)
         key, error = self._keyed(of)
         if not self.comparison.call(key, of, error):
-            args, kwargs = take_inputs(self.agreement, args, kwargs, device_of(self.model))
+            args, kwargs = broadcast_inputs(self.agreement, args, kwargs, device_of(self.model))
             of = self.arguments(args, kwargs)
             key, error = self._keyed(of)
             self.comparison.call(key, of, error, last=True)
@@ -154,12 +154,12 @@ class Divided(Runtime):
         return copied
 
 
-class _Part(Whole):
+class _Part(GraphRuntime):
     """The runtime of a part."""
 
     broadcasts = False  # what Python between parts makes of rank 0's inputs is the same everywhere, or a mistake
 
-    def __init__(self, divided: Divided, *args: Any) -> None:
+    def __init__(self, divided: PartitionedRuntime, *args: Any) -> None:
         self.divided = divided
         super().__init__(*args)
 
@@ -168,10 +168,10 @@ class _Part(Whole):
         return self.divided.run(self, args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """:class:`Whole`'s call."""
+        """:class:`GraphRuntime`'s call."""
         return super().__call__(args, kwargs)
 
-    def inside(self, name: str, module: nn.Module) -> Whole:
+    def inside(self, name: str, module: nn.Module) -> GraphRuntime:
         """The runtime of a submodule that is called by itself."""
         return _Part(self.divided, module, self.programs.inside(name), self.agreement, self.fabric)
 

@@ -13,10 +13,10 @@ from torch import fx, nn
 
 from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.errors import PartialCaptureWarning, PlanError, WholeWeightWarning, check_tp
-from autotp.modules.model_checks import admit
-from autotp.partition.partition import Division, Part, divide
+from autotp.modules.model_checks import check_model
+from autotp.partition.partition import CapturedModule, Partition, partition_model
 from autotp.plans.plan import Collective, Plan, Weight, obstacles_text
-from autotp.program.sharded_program import Rewritten
+from autotp.program.sharded_program import ShardedProgram
 from passes import Layout, Reason, ops
 from passes.graphs import op_name
 from passes.ops.norms import norm_over_shards
@@ -56,7 +56,7 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
         if node.op != "call_function":
             continue
         module = node.meta.get("module", "")
-        if node.target in (ops.all_reduce, ops.all_gather, ops.settle):
+        if node.target in (ops.all_reduce, ops.all_gather, ops.broadcast_from_first):
             kind = "all_gather" if node.target is ops.all_gather else "all_reduce"
             found.append(Collective(kind, "forward", node.name, module, *_elements(node.meta["global"]), node.args[-1]))
         elif node.target is vocab_parallel_cross_entropy:
@@ -123,13 +123,13 @@ def _why(weight: Layout, style: str, units: str) -> str:
 _UNUSED = "not used in the captured call"
 
 
-def _weights(rewritten: Rewritten, part: Part) -> Iterator[Weight]:
+def _weights(rewritten: ShardedProgram, part: CapturedModule) -> Iterator[Weight]:
     """What a part's program makes of each of its weights, under the model's names."""
     nodes = {str(n.target): n for n in rewritten.graph.nodes if n.op == "get_attr"}
     parameters = dict(part.module.named_parameters())
     for name, full in part.names.items():
         shape, itemsize = tuple(part.programs.dense.shapes[name]), parameters[name].element_size()
-        layout = rewritten.stored.get(name)
+        layout = rewritten.weight_layouts.get(name)
         if layout is None or layout.whole:
             reason = rewritten.reasons.get(name) or Reason(_UNUSED if name not in nodes else "as planned")
             yield Weight(full, shape, itemsize, "whole", {}, reason.text, reason.limit)
@@ -141,7 +141,7 @@ def _weights(rewritten: Rewritten, part: Part) -> Iterator[Weight]:
         yield Weight(full, shape, itemsize, style, layout.dims, why)
 
 
-def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
+def _fewest(rewritten: ShardedProgram) -> dict[str, tuple[int, int]]:
     """The fewest collectives in a forward and a backward, and their bytes at the example inputs' size."""
 
     def size(node: fx.Node, when: str) -> int:
@@ -155,7 +155,7 @@ def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
             return (3 + smoothed) * rows * rewritten.tp * max(itemsize, 4)
         elements, itemsize = _elements(node.meta["val"])
         if node.op == "get_attr":
-            for _, shards in rewritten.stored[str(node.target)].shards:
+            for _, shards in rewritten.weight_layouts[str(node.target)].shards:
                 elements = elements // shards.size * max(shards.counts)
         return elements * itemsize
 
@@ -165,7 +165,7 @@ def _fewest(rewritten: Rewritten) -> dict[str, tuple[int, int]]:
     return {when: (len(nodes), sum(size(n, when) for n in nodes)) for when, nodes in both.items()}
 
 
-def plan_of(division: Division, tp: int) -> Plan:
+def plan_of(division: Partition, tp: int) -> Plan:
     """The plan that a model follows, whole or in parts: a part's collectives count once for each of its calls."""
     found: dict[str, Weight] = {}
     collectives, gathered = [], []
@@ -204,7 +204,7 @@ BEARABLE = 0.01
 """The share of a model's parameters that may stay whole without a word: routers, small heads."""
 
 
-def announce(plan: Plan, division: Division, strict: bool = False, stacklevel: int = 3) -> None:
+def announce(plan: Plan, division: Partition, strict: bool = False, stacklevel: int = 3) -> None:
     """Tell the user what stays whole although it is worth splitting: because it has too few pieces for the ranks
     (where that makes ``BEARABLE`` of the parameters or more), or is not captured.
 
@@ -251,9 +251,9 @@ def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None
         >>> print(autotp.plan(model, tp=4))
     """
     check_tp(tp)
-    admit(model)
+    check_model(model)
     args, kwargs = example_call(model, example_inputs)
-    division = divide(model, tp, args, kwargs)
+    division = partition_model(model, tp, args, kwargs)
     plan = plan_of(division, tp)
     announce(plan, division, strict)
     return plan

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
-from autotp.capture.graph_breaks import Seam, folded_seams
+from autotp.capture.graph_breaks import GraphBreak, folded_breaks
 from autotp.errors import PlanError
 from autotp.modules.names import block_of, folded_text
 from autotp.utils.tables import bytes_text, render
@@ -116,10 +116,10 @@ class Plan:
     collectives: tuple[Collective, ...]
     fewest: Mapping[str, tuple[int, int]]
     gathered: tuple[str, ...] = ()
-    seams: tuple[Seam, ...] = ()
+    seams: tuple[GraphBreak, ...] = ()
 
     @property
-    def stored(self) -> dict[str, Layout]:
+    def weight_layouts(self) -> dict[str, Layout]:
         """The split weights' layouts, by name, as the passes take them."""
         return {w.name: Layout.of(dict(w.shards)) for w in self.weights if w.shards}
 
@@ -206,7 +206,7 @@ class Plan:
             weights.append(Weight(w["name"], shape, w["itemsize"], w["style"], shards, w["why"], w["limit"]))
         collectives = [Collective(**{k: v for k, v in c.items() if k != "bytes"}) for c in data["collectives"]]
         fewest = {when: (count, size) for when, (count, size) in data["fewest"].items()}
-        seams = tuple(Seam(**s) for s in data["seams"])
+        seams = tuple(GraphBreak(**s) for s in data["seams"])
         gathered = tuple(data["gathered"])
         return Plan(data["model"], data["tp"], tuple(weights), tuple(collectives), fewest, gathered, seams)
 
@@ -299,7 +299,7 @@ def totals(plan: Plan) -> str:
     if plan.obstacles:
         lines.append(obstacles_text(plan))
     if plan.seams:
-        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in folded_seams(plan.seams))]
+        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in folded_breaks(plan.seams))]
     if plan.gathered:
         lines.append("made whole: " + ", ".join(plan.gathered))
     return "\n".join(lines)

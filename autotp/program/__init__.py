@@ -7,6 +7,6 @@ and no calls: a program is made of a captured graph, a degree and layouts.
 from autotp.program.graph_text import graph_dot, graph_text
 from autotp.program.lowered_graph import LoweredGraph
 from autotp.program.rank_graph import RankGraph
-from autotp.program.sharded_program import Rewritten, rewrite
+from autotp.program.sharded_program import ShardedProgram, shard_graph
 
-__all__ = ["LoweredGraph", "RankGraph", "Rewritten", "graph_dot", "graph_text", "rewrite"]
+__all__ = ["LoweredGraph", "RankGraph", "ShardedProgram", "graph_dot", "graph_text", "shard_graph"]

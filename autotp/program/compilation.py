@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 
 from passes import Lowered
-from passes.lowering.local_values import MEETING
+from passes.lowering.local_values import COLLECTIVES
 from passes.ops import context
 
-__all__ = ["Region", "can_be_compiled", "can_repeat", "compiled"]
+__all__ = ["Region", "can_be_compiled", "can_repeat", "compile_graph"]
 
 _OPTIONS = {
     "size_asserts": False,  # calls are recognised, and torch.compile's guards say it again
@@ -38,7 +38,7 @@ def can_repeat(graph: fx.Graph, options: Mapping[str, Any]) -> bool:
     """
     graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
     graphs = graphs or bool((options.get("options") or {}).get("triton.cudagraphs"))
-    return not (graphs and any(n.target in MEETING for n in graph.nodes) and context.current().group("tp").by_host)
+    return not (graphs and any(n.target in COLLECTIVES for n in graph.nodes) and context.current().group("tp").by_host)
 
 
 class Region(nn.Module):
@@ -54,7 +54,7 @@ class Region(nn.Module):
         return self._run(self.program, *given)
 
 
-def compiled(
+def compile_graph(
     module: fx.GraphModule, grad: bool, options: Mapping[str, Any], without: Callable[[], Callable[..., Any]] | None
 ) -> Callable[..., Any]:
     """A graph as torch.compile makes it, whole.

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from autotp.program.compilation import Region, can_be_compiled, can_repeat
-from autotp.program.compilation import compiled as as_compiled
+from autotp.program.compilation import compile_graph as as_compiled
 from autotp.program.graph_text import lowered_text
 from passes import Lowering, lower
 

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from autotp.program.graph_text import graph_text
 from autotp.program.lowered_graph import LoweredGraph
-from autotp.program.sharded_program import Rewritten
-from autotp.program.weight_binding import Weights
+from autotp.program.sharded_program import ShardedProgram
+from autotp.program.weight_binding import WeightBinding
 from passes import Lowering, localize
 
 __all__ = ["RankGraph"]
@@ -30,7 +30,7 @@ class RankGraph(fx.GraphModule):
 
     note: str = ""
 
-    def __init__(self, rewritten: Rewritten, rank: int, model: nn.Module) -> None:
+    def __init__(self, rewritten: ShardedProgram, rank: int, model: nn.Module) -> None:
         super().__init__(nn.Module(), fx.Graph())
         self.__dict__ |= {k: model.__dict__[k] for k in ("_modules", "_parameters", "_buffers")}
         self.__dict__ |= rewritten.captured.constants | rewritten.captured.regions
@@ -40,7 +40,7 @@ class RankGraph(fx.GraphModule):
         self._held = captured.constants, captured.regions, captured.outputs.written
         self.__dict__["_model"] = model  # not a child: its dicts are this one's
         self._lowered: dict[tuple[Lowering, bool], LoweredGraph] = {}
-        self._bound: dict[tuple[bool, bool], tuple[LoweredGraph, Weights]] = {}
+        self._bound: dict[tuple[bool, bool], tuple[LoweredGraph, WeightBinding]] = {}
 
     def lowered(self, lowering: Lowering, grad: bool) -> LoweredGraph:
         """The program as it runs.
@@ -85,7 +85,7 @@ class RankGraph(fx.GraphModule):
             graph = self.lowered(lowering, key[0])
         else:
             graph = LoweredGraph(self.graph, self.rank, *self._held, lowering, key[0], compiled)
-        self._bound[key] = graph, Weights(self._model, graph.weights, compiled is not None)
+        self._bound[key] = graph, WeightBinding(self._model, graph.weights, compiled is not None)
 
     def __str__(self) -> str:
         return graph_text(self.graph, f"rank {self.rank} of {self.tp}{self.note}", self.rank)

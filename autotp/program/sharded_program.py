@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import fx
 
-from autotp.capture.captured_graph import Captured
-from autotp.capture.output_codegen import giver
+from autotp.capture.captured_graph import CapturedGraph
+from autotp.capture.output_codegen import output_function
 from autotp.errors import ProofError, UnprovedWarning
 from passes import Layout, Minimum, Reason, Verdict, assign, check, decide, enter, minimum, ops, propagate, shard
 
-__all__ = ["Rewritten", "prove", "rewrite"]
+__all__ = ["ShardedProgram", "prove", "shard_graph"]
 
 
-def prove(program: Rewritten, name: str, proof: bool | str) -> None:
+def prove(program: ShardedProgram, name: str, proof: bool | str) -> None:
     """Look whether a program is proved.
 
     Args:
@@ -42,13 +42,13 @@ def prove(program: Rewritten, name: str, proof: bool | str) -> None:
 
 
 @dataclass
-class Rewritten:
+class ShardedProgram:
     """A captured graph rewritten for all ranks.
 
     Attributes:
         captured: the captured graph.
         graph: the rewritten graph, in which constants that differ between ranks are ``PerRank``.
-        stored: each split weight's layout, by name.
+        weight_layouts: each split weight's layout, by name.
         reasons: why each other weight stays whole.
         gathered: the split values that some op needs whole, with that op's name.
         tp: the number of ranks.
@@ -58,9 +58,9 @@ class Rewritten:
         results: the same for results.
     """
 
-    captured: Captured
+    captured: CapturedGraph
     graph: fx.Graph
-    stored: Mapping[str, Layout]
+    weight_layouts: Mapping[str, Layout]
     reasons: Mapping[str, Reason]
     gathered: list[tuple[fx.Node, str]]
     tp: int
@@ -80,7 +80,7 @@ class Rewritten:
         return check(
             self.captured.graph,
             self.graph,
-            self.stored,
+            self.weight_layouts,
             self.captured.parameters,
             self.tp,
             self.inputs,
@@ -93,22 +93,22 @@ class Rewritten:
 
     @functools.cached_property
     def _give(self) -> Any:
-        return giver(self.captured.outputs)
+        return output_function(self.captured.outputs)
 
 
-def rewrite(
-    captured: Captured,
+def shard_graph(
+    captured: CapturedGraph,
     tp: int,
-    stored: Mapping[str, Layout] | None = None,
+    weight_layouts: Mapping[str, Layout] | None = None,
     settled: Mapping[str, Layout] | None = None,
     slots: Mapping[str, Layout] | None = None,
-) -> Rewritten:
+) -> ShardedProgram:
     """Rewrite a captured graph for ``tp`` ranks.
 
     Args:
         captured: the captured model.
         tp: the number of ranks.
-        stored: the weights' layouts, where they are settled (by a plan, or an earlier call); left out,
+        weight_layouts: the weights' layouts, where they are settled (by a plan, or an earlier call); left out,
             they are decided here.
         settled: layouts of some of the weights, where others are to be decided: what another part of the
             model has made of a weight that both use.
@@ -116,28 +116,30 @@ def rewrite(
     """
     facts = propagate(captured.graph)
     reasons: Mapping[str, Reason] = {}
-    if stored is None:
+    if weight_layouts is None:
         decision = decide(captured.graph, facts, tp)
         settled = settled or {}
-        stored = {n: x for n, x in (decision.stored | dict(settled)).items() if not x.whole}
+        weight_layouts = {n: x for n, x in (decision.weight_layouts | dict(settled)).items() if not x.whole}
         outside = {n: Reason("read by Python that is not captured") for n, x in settled.items() if x.whole}
         reasons = _confirmed(captured, decision.reasons) | outside
-    layouts = assign(captured.graph, facts, stored, tp, slots)
-    fewest = minimum(captured.graph, facts, layouts, stored)
-    sharder = shard(captured.graph, facts, layouts, dict(stored), tp, slots)
+    layouts = assign(captured.graph, facts, weight_layouts, tp, slots)
+    fewest = minimum(captured.graph, facts, layouts, weight_layouts)
+    sharder = shard(captured.graph, facts, layouts, dict(weight_layouts), tp, slots)
     sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     enter(sharder.graph)
-    return Rewritten(
-        captured, sharder.graph, stored, reasons, sharder.gathered, tp, fewest, sharder.slots, sharder.inputs,
+    return ShardedProgram(
+        captured, sharder.graph, weight_layouts, reasons, sharder.gathered, tp, fewest, sharder.slots, sharder.inputs,
         sharder.results,
     )  # fmt: skip
 
 
-def _confirmed(captured: Captured, reasons: Mapping[str, Reason]) -> dict[str, Reason]:
+def _confirmed(captured: CapturedGraph, reasons: Mapping[str, Reason]) -> dict[str, Reason]:
     """Reasons, with the limits only of those weights that are split where there are no more ranks than that."""
     limits = {reason.limit for reason in reasons.values()} - {None, 1}
-    stored = {n: decide(captured.graph, propagate(captured.graph), n).stored for n in limits if n is not None}
+    weight_layouts = {
+        n: decide(captured.graph, propagate(captured.graph), n).weight_layouts for n in limits if n is not None
+    }
     return {
-        name: reason if name in stored.get(reason.limit or 0, {name}) else replace(reason, limit=None)
+        name: reason if name in weight_layouts.get(reason.limit or 0, {name}) else replace(reason, limit=None)
         for name, reason in reasons.items()
     }

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Weights"]
+__all__ = ["WeightBinding"]
 
 
-class Weights:
+class WeightBinding:
     """The weights of a lowered graph where a module keeps them: what is assigned to the module later is seen.
 
     Weights that a graph takes as one lie side by side in memory. They are laid so when they are first asked for, and

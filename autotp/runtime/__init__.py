@@ -4,8 +4,8 @@ What happens between a user's call and the graph is changed here. It must not de
 of graphs knows no ranks.
 """
 
-from autotp.runtime.graph_cache import Programs
-from autotp.runtime.graph_runtime import Whole
+from autotp.runtime.graph_cache import GraphCache
+from autotp.runtime.graph_runtime import GraphRuntime
 from autotp.runtime.runtime import Runtime
 
-__all__ = ["Programs", "Runtime", "Whole"]
+__all__ = ["GraphCache", "GraphRuntime", "Runtime"]

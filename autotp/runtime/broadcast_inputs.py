@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from autotp.arguments.object_tree import Opener, UnseenError, is_sharded, is_state, plain_leaves
+from autotp.arguments.object_tree import ObjectFlattener, UnseenError, is_sharded, is_state, plain_leaves
 from autotp.distributed.agreement import Agreement
 from autotp.utils.value_types import is_constant
 
-__all__ = ["Call", "take_inputs"]
+__all__ = ["Call", "broadcast_inputs"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -33,7 +33,9 @@ class _Own:
     place: str
 
 
-def take_inputs(agreement: Agreement, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> Call:
+def broadcast_inputs(
+    agreement: Agreement, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
+) -> Call:
     """Rank 0's arguments, with this rank's own caches, and objects that cannot be sent, in their places.
 
     Args:
@@ -69,7 +71,7 @@ def _sendable(place: str, x: Any) -> Any:
 def _is_seen(x: Any) -> bool:
     """Whether an object is no more than what autotp sees in it, such as a config of transformers."""
     try:
-        Opener().open(x)
+        ObjectFlattener().open(x)
     except UnseenError:
         return False
     return True

@@ -11,11 +11,11 @@ from autotp.arguments.arguments import Arguments
 from autotp.distributed.agreement import Agreement
 from autotp.modules.names import dotted
 from autotp.runtime.call_guards import Recognized
-from autotp.runtime.module_guards import Watch
-from autotp.utils.hashing import checksum, combined, digest, shown, whole_numbers
+from autotp.runtime.module_guards import ModuleGuards
+from autotp.utils.hashing import checksum, combined, integer_checksum, preview, stable_hash
 from autotp.utils.value_types import is_constant
 
-__all__ = ["Comparison", "kinds"]
+__all__ = ["CallAgreement", "kinds"]
 
 
 def kinds(leaves: Iterable[Any], shapes: Iterable[Sequence[int]]) -> tuple[Any, ...]:
@@ -34,7 +34,7 @@ def kinds(leaves: Iterable[Any], shapes: Iterable[Sequence[int]]) -> tuple[Any, 
     )
 
 
-class Comparison:
+class CallAgreement:
     """The comparison of the calls of one module: a model, a part of one, or one with parts.
 
     Args:
@@ -48,9 +48,9 @@ class Comparison:
     def __init__(
         self,
         agreement: Agreement,
-        watch: Watch,
+        watch: ModuleGuards,
         split: Callable[[str], Any],
-        outer: Watch | None = None,
+        outer: ModuleGuards | None = None,
         broadcasts: bool = True,
     ) -> None:
         self.agreement, self.watch, self.path, self._broadcasts = agreement, watch, watch.path, broadcasts
@@ -88,9 +88,9 @@ class Comparison:
         else:
             of_call = (self._digest(key, of),) if place is None else (*place, self._grads())
         if self.agreement.debug:
-            values: tuple[int, ...] = (digest(str(self._values(of))),)
+            values: tuple[int, ...] = (stable_hash(str(self._values(of))),)
         else:
-            values = tuple(n for x in of.tensors if not of.is_split(x) and (n := whole_numbers(x)) is not None)
+            values = tuple(n for x in of.tensors if not of.is_split(x) and (n := integer_checksum(x)) is not None)
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in of.tensors)
         return self._check(of_call, values, grad, lambda: of, error, last)
 
@@ -106,9 +106,9 @@ class Comparison:
         if self.agreement.is_alone:
             return True
         if (places := self._integers.get(number)) is None:  # calls that were recognised are alike in dtypes and devices
-            whole = [i not in held and whole_numbers(x) is not None for i, x in enumerate(given.tensors)]
+            whole = [i not in held and integer_checksum(x) is not None for i, x in enumerate(given.tensors)]
             places = self._integers[number] = [i for i, is_whole in enumerate(whole) if is_whole]
-        values = tuple([whole_numbers(given.tensors[i]) or 0 for i in places])
+        values = tuple([integer_checksum(given.tensors[i]) or 0 for i in places])
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in given.tensors)
         return self._check((number, given.sizes, self._grads()), values, grad, of)
 
@@ -142,7 +142,7 @@ class Comparison:
         values = {
             f"values of {n.replace('args[0]', 'result', 1)}": f"{checksum(x):x}" for n, x in named if _is_tensor(x)
         }
-        self.agreement.check("end of the call", digest(str(values)), lambda: values, error)
+        self.agreement.check("end of the call", stable_hash(str(values)), lambda: values, error)
 
     def _digest(self, key: Any, of: Arguments) -> int:
         whole = key, tuple(of.shapes), torch.is_grad_enabled(), self.watch.trainable()
@@ -150,7 +150,7 @@ class Comparison:
         if found is None:
             if len(self._digests) > 4096:
                 self._digests.clear()
-            found = self._digests[whole] = digest(repr(whole))
+            found = self._digests[whole] = stable_hash(repr(whole))
         return found
 
     def _values(self, of: Arguments) -> dict[str, str]:
@@ -164,8 +164,8 @@ class Comparison:
     def _inputs(self, of: Arguments) -> dict[str, str]:
         """The values of the inputs that the ranks compare."""
         named = {n: x for n, x in zip(of.spec.paths(), of.leaves, strict=True) if _is_tensor(x) and not of.is_split(x)}
-        compared = {n: x for n, x in named.items() if self.agreement.debug or whole_numbers(x) is not None}
-        return {f"values of {n}": shown(x) for n, x in compared.items()}
+        compared = {n: x for n, x in named.items() if self.agreement.debug or integer_checksum(x) is not None}
+        return {f"values of {n}": preview(x) for n, x in compared.items()}
 
     def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
         return self.watch.model.named_parameters()

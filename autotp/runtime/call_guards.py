@@ -17,15 +17,15 @@ import torch
 
 from autotp.arguments.aliasing import overlapping
 from autotp.arguments.arguments import Arguments
-from autotp.arguments.boxed import Held, Remembered
-from autotp.arguments.object_tree import Box, Constant, Count, Form, Leaf, counted
-from autotp.arguments.spec import State
-from autotp.capture.captured_graph import Captured
-from autotp.runtime.module_guards import Watch
-from autotp.utils.codegen import written
+from autotp.arguments.boxed import Boxed, ModuleState
+from autotp.arguments.object_tree import ConstantLeaf, ContainerSpec, IntLeaf, ObjectSpec, TensorLeaf, counted
+from autotp.arguments.spec import ObjectLeaf
+from autotp.capture.captured_graph import CapturedGraph
+from autotp.runtime.module_guards import ModuleGuards
+from autotp.utils.codegen import compile_function
 from passes import Layout
 
-__all__ = ["Recognized", "Recognizers", "dynamic_sizes", "recognizer"]
+__all__ = ["CallGuards", "Recognized", "dynamic_sizes", "recognizer"]
 
 Alone = Callable[[Sequence[torch.Tensor]], bool]
 Recognize = Callable[[tuple[Any, ...], dict[str, Any]], "Recognized | None"]
@@ -56,7 +56,7 @@ class Recognized:
         return self.tensors
 
 
-def dynamic_sizes(captured: Captured, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def dynamic_sizes(captured: CapturedGraph, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Those of the inputs' sizes that the graph does not take for constants."""
     static = {(i, d) for i, d, _ in captured.static}
     return tuple(n for i, shape in enumerate(shapes) for d, n in enumerate(shape) if (i, d) not in static)
@@ -100,7 +100,9 @@ class _Writer:
         alone: whether tensors share no memory with what else the module holds.
     """
 
-    def __init__(self, of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int, alone: Alone) -> None:
+    def __init__(
+        self, of: Arguments, captured: CapturedGraph, held: Mapping[int, Layout], rank: int, alone: Alone
+    ) -> None:
         self.of, self.captured, self.held, self.rank, self.alone = of, captured, held, rank, alone
         self.lines: list[str] = []
         self.names: dict[str, Any] = {"counted": counted, "autocast": torch.is_autocast_enabled}
@@ -123,7 +125,7 @@ class _Writer:
             self.refuse_unless(f"{self._numbers[i, d]} == {self._numbers[j, e]}")
         for check, places in self.captured.guards:
             self.refuse_unless(f"{self.known(check)}({', '.join(self._numbers[p] for p in places)})")
-        opened = any(isinstance(x, type) and issubclass(x, (Held, Remembered)) for x in self.names.values())
+        opened = any(isinstance(x, type) and issubclass(x, (Boxed, ModuleState)) for x in self.names.values())
         if opened and (changed := self.captured.outputs.overwritten):
             apart = self.known(_Apart(changed, self.alone))
             self.refuse_unless(f"{apart}(({''.join(f'{t}, ' for t in self.tensors)}))")
@@ -135,7 +137,7 @@ class _Writer:
             "def recognize(args, kwargs):\n    try:\n"
             f"{body}\n    except (KeyError, IndexError, AttributeError, ValueError):\n        return None\n"
         )
-        function: Recognize = written(
+        function: Recognize = compile_function(
             "recognize", text, {**self.names, "Recognized": Recognized, "Tensor": torch.Tensor}
         )
         return function
@@ -196,12 +198,12 @@ class _Writer:
         else:
             self.constant(at, x)
 
-    def state(self, state: State, at: str) -> None:
+    def state(self, state: ObjectLeaf, at: str) -> None:
         """An object that the call may change."""
         held = [next(self._leaves) for _ in state.slots]
         names: dict[int, str] = {}
-        if isinstance(state.form, Box) and state.form.cls is Held:
-            self.objects.append(f"{self.known(Held)}({at})")
+        if isinstance(state.form, ContainerSpec) and state.form.cls is Boxed:
+            self.objects.append(f"{self.known(Boxed)}({at})")
             self.form(state.form.forms[0], at, held, names, {})
         else:
             self.objects.append(at)
@@ -210,17 +212,17 @@ class _Writer:
         if len(tensors) > 1:  # if two were one now, it would be another form
             self.refuse_unless(f"len({{{', '.join(f'id({n})' for n in tensors)}}}) == {len(tensors)}")
 
-    def form(self, form: Form, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
+    def form(self, form: ObjectSpec, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
         """What is in an object."""
-        if isinstance(form, Constant):
+        if isinstance(form, ConstantLeaf):
             self.constant(at, form.value)
-        elif isinstance(form, Leaf):
+        elif isinstance(form, TensorLeaf):
             if form.index in names:
                 self.refuse_unless(f"{at} is {names[form.index]}")
             else:
                 names[form.index] = at
                 self.tensor(at, held[form.index])
-        elif isinstance(form, Count):
+        elif isinstance(form, IntLeaf):
             if form.index in names:
                 self.refuse_unless(f"type({at}) is int and {at} == {counts[form.index]}")
             else:
@@ -230,7 +232,7 @@ class _Writer:
         else:
             self.box(form, at, held, names, counts)
 
-    def box(self, form: Box, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
+    def box(self, form: ContainerSpec, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
         """An object, list, tuple or dict."""
         if not issubclass(form.cls, (list, tuple, dict)):
             self.refuse_unless(f"type({at}) is {self.known(form.cls)}")
@@ -297,7 +299,7 @@ class _Writer:
             self.sizes.append(name)
 
 
-class Recognizers:
+class CallGuards:
     """The functions that recognise calls at sight, the last used first; of so many structures as they are fast for."""
 
     def __init__(self) -> None:
@@ -308,8 +310,8 @@ class Recognizers:
         self._known.clear()
 
     def add(
-        self, number: int, watches: Sequence[Watch], of: Arguments, captured: Captured, held: Mapping[int, Layout],
-        rank: int, alone: Alone,
+        self, number: int, watches: Sequence[ModuleGuards], of: Arguments, captured: CapturedGraph,
+        held: Mapping[int, Layout], rank: int, alone: Alone,
     ) -> None:  # fmt: skip
         """Recognise calls like one, by code made for it, if there can be such code.
 
@@ -330,7 +332,7 @@ class Recognizers:
             del self._known[_REMEMBERED:]
 
     def find(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watches: Sequence[Watch]
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watches: Sequence[ModuleGuards]
     ) -> tuple[int, Recognized] | None:
         """The number of the program of a call that is recognised, and its arguments."""
         for i, (recognize, number, texts) in enumerate(self._known):
@@ -351,7 +353,7 @@ def _children(spec: Any) -> list[Any]:
 
 
 def recognizer(
-    of: Arguments, captured: Captured, held: Mapping[int, Layout], rank: int, alone: Alone = lambda tensors: True
+    of: Arguments, captured: CapturedGraph, held: Mapping[int, Layout], rank: int, alone: Alone = lambda tensors: True
 ) -> Recognize | None:
     """A function that recognises calls of one structure.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Versions"]
+__all__ = ["DictVersions"]
 
 try:
     from torch._C._dynamo.guards import RootGuardManager, dict_version
@@ -24,7 +24,7 @@ _MANY = 100
 """Of fewer dicts the numbers are asked as quickly."""
 
 
-class Versions:
+class DictVersions:
     """The versions that some dicts have now.
 
     Args:

@@ -20,19 +20,19 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning
 from autotp.modules.device import device_of
-from autotp.modules.forward_patching import HeldBack
+from autotp.modules.forward_patching import DeferredError
 
 if TYPE_CHECKING:
-    from autotp.runtime.graph_runtime import Whole
+    from autotp.runtime.graph_runtime import GraphRuntime
 
-__all__ = ["Between", "Touches", "inside_of_python", "outside_of_parts"]
+__all__ = ["Between", "ParameterReads", "inside_of_python", "outside_of_parts"]
 
 
 class _Running(threading.local):
-    touches: Touches | None = None
+    touches: ParameterReads | None = None
 
 
 _running = _Running()
@@ -59,10 +59,10 @@ class Between:
         whole: the module's runtime.
     """
 
-    def __init__(self, whole: Whole) -> None:
+    def __init__(self, whole: GraphRuntime) -> None:
         self.whole = whole
         mesh, fabric = whole.mesh, whole.fabric
-        self.random = ProcessFabric(mesh, fabric.seed + 1 + mesh.tp, whole.agreement.missing, fabric.timeout, False)
+        self.random = ProcessContext(mesh, fabric.seed + 1 + mesh.tp, whole.agreement.missing, fabric.timeout, False)
         self._warned = False
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: CaptureError) -> Any:
@@ -85,7 +85,7 @@ class Between:
             )
         own = whole.own_forward or types.MethodType(type(model).forward, model)
         before, touches = _running.touches, outside_of_parts(model, whole.shards)
-        result, held = None, HeldBack()
+        result, held = None, DeferredError()
         try:
             with held, contextlib.ExitStack() as around:
                 for device in {torch.device("cpu"), device_of(model)}:
@@ -113,7 +113,7 @@ _SCALES = {torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.__imul__, torch.Te
 """What does to each shard what it does to the weight, if it does that by a number."""
 
 
-class Touches(TorchFunctionMode):
+class ParameterReads(TorchFunctionMode):
     """A mode that reports each torch function that is given one of some tensors, unless a shard would do as well.
 
     Args:
@@ -141,7 +141,7 @@ def _by_a_number(args: Any, kwargs: Any) -> bool:
     return not kwargs and len(args) == 2 and isinstance(args[1], (int, float))
 
 
-def outside_of_parts(model: nn.Module, split: Callable[[str], Any]) -> Touches:
+def outside_of_parts(model: nn.Module, split: Callable[[str], Any]) -> ParameterReads:
     """A mode for the Python between a model's parts: it raises where that reads a split weight.
 
     Args:
@@ -159,4 +159,4 @@ def outside_of_parts(model: nn.Module, split: Callable[[str], Any]) -> Touches:
             "example_inputs with which it does, and the weight stays whole"
         )
 
-    return Touches([p for p in model.parameters() if id(p) in names], refuse)
+    return ParameterReads([p for p in model.parameters() if id(p) in names], refuse)

@@ -16,12 +16,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from autotp.arguments.arguments import Arguments
-from autotp.arguments.object_tree import Box, Constant, Form
+from autotp.arguments.object_tree import ConstantLeaf, ContainerSpec, ObjectSpec
 from autotp.distributed.random_state import rank_0_draws
 from autotp.modules.device import device_of
-from autotp.modules.forward_patching import HeldBack
-from autotp.runtime.broadcast_inputs import take_inputs
-from autotp.utils.hashing import digest, shown
+from autotp.modules.forward_patching import DeferredError
+from autotp.runtime.broadcast_inputs import broadcast_inputs
+from autotp.utils.hashing import preview, stable_hash
 from autotp.utils.value_types import is_constant
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ class Generate:
             return own(*args, **kwargs)
         agreement = self.runtime.agreement
         facts = self._facts(args, kwargs)
-        if not agreement.check("generate", digest(str(facts)), dict, inputs=lambda: facts):
-            args, kwargs = take_inputs(agreement, args, kwargs, device_of(self.runtime.model))
+        if not agreement.check("generate", stable_hash(str(facts)), dict, inputs=lambda: facts):
+            args, kwargs = broadcast_inputs(agreement, args, kwargs, device_of(self.runtime.model))
             facts = self._facts(args, kwargs)
-            agreement.check("generate", digest(str(facts)), lambda: facts)
-        result, held = None, HeldBack()
+            agreement.check("generate", stable_hash(str(facts)), lambda: facts)
+        result, held = None, DeferredError()
         self._running = True
         try:
             with held, rank_0_draws(agreement, {torch.device("cpu"), device_of(self.runtime.model)}):
@@ -90,9 +90,9 @@ class Generate:
         finally:
             self._running = False
         made = {
-            f"values of result{pytree.keystr(p)}": shown(x) for p, x in _tensors(result) if not x.is_floating_point()
+            f"values of result{pytree.keystr(p)}": preview(x) for p, x in _tensors(result) if not x.is_floating_point()
         }
-        agreement.check("end of generate", digest(str(made)), lambda: made, held.error)
+        agreement.check("end of generate", stable_hash(str(made)), lambda: made, held.error)
         return result
 
     def _facts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
@@ -128,7 +128,7 @@ def _described(of: Arguments) -> Iterator[tuple[str, str]]:
             continue
         shape = tuple(next(shapes))
         seen = (i in slots and slots[i].count) or of.is_split(x)
-        yield name, f"{shape} {x.dtype}" if seen else f"{shape} {x.dtype} {shown(x)}"
+        yield name, f"{shape} {x.dtype}" if seen else f"{shape} {x.dtype} {preview(x)}"
     for place, state in zip(of.spec.places(), of.spec.states, strict=True):
         yield from _constants(_called(place), state.form) if state is not None else ()
 
@@ -138,11 +138,11 @@ def _called(place: str) -> str:
     return place.removeprefix("kwargs['").replace("']", "", 1)
 
 
-def _constants(name: str, form: Form) -> Iterator[tuple[str, str]]:
+def _constants(name: str, form: ObjectSpec) -> Iterator[tuple[str, str]]:
     """The constants that an object holds, by the way to them; private ones may be hashes, which processes differ in."""
-    if isinstance(form, Constant):
+    if isinstance(form, ConstantLeaf):
         yield name, form.text
-    elif isinstance(form, Box):
+    elif isinstance(form, ContainerSpec):
         for key, each in form.items.items():
             if not str(key).startswith("_"):
                 yield from _constants(f"{name}.{key}", each)
@@ -152,7 +152,7 @@ def _text(x: Any) -> str:
     """An argument in words: a constant is itself, of other things there is the class and what is plain in it."""
     if is_constant(x):
         return repr(x)
-    plain = {k: v if is_constant(v) else shown(v) for k, v in getattr(x, "__dict__", {}).items() if _is_plain(v)}
+    plain = {k: v if is_constant(v) else preview(v) for k, v in getattr(x, "__dict__", {}).items() if _is_plain(v)}
     each = f" of {', '.join(map(_text, x))}" if isinstance(x, (list, tuple)) else ""
     return f"a {type(x).__module__}.{type(x).__qualname__} {plain if plain else ''}{each}".strip()
 

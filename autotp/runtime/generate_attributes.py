@@ -11,13 +11,13 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["of_generate"]
+__all__ = ["generate_attributes"]
 
 _KEPT = frozenset({"generation_config", "_previous_max_cache_length"})
 
 
 @functools.lru_cache(maxsize=4096)
-def of_generate(cls: Any) -> frozenset[str]:
+def generate_attributes(cls: Any) -> frozenset[str]:
     """The attributes that only ``generate`` reads in a module of this class: no other code of the class names them."""
     if not callable(getattr(cls, "generate", None)):
         return frozenset()

@@ -13,27 +13,27 @@ from torch.utils import _pytree as pytree
 
 from autotp.arguments.aliasing import refuse_overlap, refuse_shared, refuse_unseen
 from autotp.arguments.arguments import Arguments
-from autotp.arguments.boxed import NUMBER, held
-from autotp.arguments.dynamic_ints import Numbers
-from autotp.arguments.module_state import Memory
+from autotp.arguments.boxed import NUMBER, box
+from autotp.arguments.dynamic_ints import DynamicInts
+from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.mutations import ChangedError, KeptError
 from autotp.arguments.snapshot import is_alone, shares_memory
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Captured, Dense
+from autotp.capture.captured_graph import CapturedGraph, DenseShapes
 from autotp.errors import CaptureError, UncapturedError
 from autotp.modules.device import device_of
 from autotp.modules.names import dotted, tied_names
 from autotp.program.graph_text import inputs_text
 from autotp.program.rank_graph import RankGraph
-from autotp.program.sharded_program import Rewritten, prove, rewrite
-from autotp.runtime.broadcast_inputs import Call, take_inputs
-from autotp.runtime.call_agreement import Comparison, kinds
-from autotp.runtime.call_guards import Recognized, Recognizers, dynamic_sizes
-from autotp.runtime.module_guards import Watch
-from autotp.utils.graph_hash import meaning
+from autotp.program.sharded_program import ShardedProgram, prove, shard_graph
+from autotp.runtime.broadcast_inputs import Call, broadcast_inputs
+from autotp.runtime.call_agreement import CallAgreement, kinds
+from autotp.runtime.call_guards import CallGuards, Recognized, dynamic_sizes
+from autotp.runtime.module_guards import ModuleGuards
+from autotp.utils.graph_hash import graph_hash
 from passes import Layout, Lowering
 
-__all__ = ["Programs"]
+__all__ = ["GraphCache"]
 
 _MANY = 16
 """How many captures of one module are no surprise."""
@@ -43,7 +43,7 @@ def _usable(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.is_inference() else x
 
 
-class Programs:
+class GraphCache:
     """The rewritten programs of one module, by call structure.
 
     A structure is: which arguments there are and which are None, the constants among them, dtypes, which
@@ -54,11 +54,11 @@ class Programs:
         model: the module.
         tp: the number of ranks.
         dense: the shapes of its whole weights.
-        stored: the weights' layouts, where they are settled.
+        weight_layouts: the weights' layouts, where they are settled.
         path: the module's name in the model (``""``: the model itself).
 
     Attributes:
-        stored: the weights' layouts, once the first program is made.
+        weight_layouts: the weights' layouts, once the first program is made.
         settled: the layouts of those weights about which the first program has no say.
         captures: how many times the module has been captured.
         rank: the rank whose shards the module's parameters are; None while they are whole.
@@ -80,61 +80,73 @@ class Programs:
     """Whether ranks keep their own shares of what objects hold between calls."""
 
     def __init__(
-        self, model: nn.Module, tp: int, dense: Dense, stored: Mapping[str, Layout] | None = None, path: str = ""
+        self,
+        model: nn.Module,
+        tp: int,
+        dense: DenseShapes,
+        weight_layouts: Mapping[str, Layout] | None = None,
+        path: str = "",
     ) -> None:
-        self.model, self.tp, self.dense, self.stored, self.path = model, tp, dense, stored, path
+        self.model, self.tp, self.dense, self.weight_layouts, self.path = model, tp, dense, weight_layouts, path
         self.settled: Mapping[str, Layout] = {}
         self.slots: dict[str, Layout] = {}
         self.counts: set[tuple[type, str]] = set()
         self.changed: set[int | str] = set()
-        self.numbers = Numbers()
-        self.memory = Memory(model, path)
-        self.outer: Programs | None = None
+        self.numbers = DynamicInts()
+        self.memory = ModuleStateTracker(model, path)
+        self.outer: GraphCache | None = None
         self.captures = 0
-        self._captured: dict[Any, list[Captured]] = {}
+        self._captured: dict[Any, list[CapturedGraph]] = {}
         self._by_structure: dict[Any, list[int]] = {}
-        self._made_so_far: list[Rewritten] = []
-        self._recognizers = Recognizers()
+        self._made_so_far: list[ShardedProgram] = []
+        self._recognizers = CallGuards()
         self._graphs: dict[tuple[int, int], RankGraph] = {}
-        self.watch = Watch(model, self.shape, path=path, kept=lambda module: self.memory.keys(module))
-        self.last: Rewritten | None = None
+        self.watch = ModuleGuards(model, self.shape, path=path, kept=lambda module: self.memory.keys(module))
+        self.last: ShardedProgram | None = None
         self.rank: int | None = None
-        self.comparison: Comparison | None = None
+        self.comparison: CallAgreement | None = None
         self.proof: bool | str = False
         self.lowering = Lowering()
         self.compiled: Mapping[str, Any] | None = None
         self.runs_python = False
         self._uncaptured: dict[Any, CaptureError] = {}
 
-    def anew(self, model: nn.Module, root: nn.Module) -> Programs:
+    def anew(self, model: nn.Module, root: nn.Module) -> GraphCache:
         """The programs of a copy of the module, in ``root``: the same layouts, and graphs yet to be made."""
-        copy = self._made(model, root, self.dense, self.stored, "")
+        copy = self._made(model, root, self.dense, self.weight_layouts, "")
         copy.slots, copy.counts, copy.changed = dict(self.slots), set(self.counts), set(self.changed)
         copy.memory, copy.numbers = self.memory.copied(model), self.numbers.copied()
         return self._set_up(copy)
 
-    def _set_up(self, made: Programs) -> Programs:
+    def _set_up(self, made: GraphCache) -> GraphCache:
         """Other programs, which are to be proved, made fast and run as these are."""
         made.proof, made.lowering, made.compiled = self.proof, self.lowering, self.compiled
         made.runs_python = self.runs_python
         return made
 
     def _made(
-        self, model: nn.Module, root: nn.Module, dense: Dense, stored: Mapping[str, Layout] | None, path: str
-    ) -> Programs:
+        self,
+        model: nn.Module,
+        root: nn.Module,
+        dense: DenseShapes,
+        weight_layouts: Mapping[str, Layout] | None,
+        path: str,
+    ) -> GraphCache:
         """Programs of the same kind, of a module in ``root``."""
-        return Programs(model, self.tp, dense, stored, path)
+        return GraphCache(model, self.tp, dense, weight_layouts, path)
 
-    def inside(self, name: str) -> Programs:
+    def inside(self, name: str) -> GraphCache:
         """The programs of a submodule that is called by itself: its weights are split as they are here.
 
         What objects keep in parts a call of either may have left there, so both know the same of it.
         """
         module, first = self.model.get_submodule(name), tied_names(self.model)
         names = {n: f"{name}.{n}" for n in tied_names(module)}
-        stored = {n: (self.stored or {}).get(first[names[n]]) for n in dict.fromkeys(tied_names(module).values())}
-        dense = Dense({n: self.dense.shapes[full] for n, full in names.items()})
-        split = {n: layout for n, layout in stored.items() if layout is not None}
+        weight_layouts = {
+            n: (self.weight_layouts or {}).get(first[names[n]]) for n in dict.fromkeys(tied_names(module).values())
+        }
+        dense = DenseShapes({n: self.dense.shapes[full] for n, full in names.items()})
+        split = {n: layout for n, layout in weight_layouts.items() if layout is not None}
         made = self._made(module, self._root(), dense, split, dotted(self.path, name))
         made.slots, made.counts, made.outer = self.slots, self.counts, self
         made.memory = self.memory.inside(module, made.path)
@@ -147,12 +159,12 @@ class Programs:
     def shape(self, name: str) -> Sequence[int]:
         """The shape that a parameter has here."""
         whole = self.dense.shapes[name]
-        layout = (self.stored or {}).get(name)
+        layout = (self.weight_layouts or {}).get(name)
         return whole if self.rank is None or layout is None else layout.local_shape(whole, self.rank)
 
     def settle(self, settled: Mapping[str, Layout]) -> None:
         """Give the layouts of some weights, before any call or to make all programs anew."""
-        self.settled, self.stored = settled, None
+        self.settled, self.weight_layouts = settled, None
         self._by_structure.clear()
         self._made_so_far.clear()
         self._recognizers.clear()
@@ -161,7 +173,7 @@ class Programs:
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """A call's arguments, flat."""
         if opened := self.changed | self.numbers.places:
-            args, kwargs = held(args, kwargs, opened)
+            args, kwargs = box(args, kwargs, opened)
         return Arguments(args, self._with_state(kwargs), self.counts, self.slots, self.rank)
 
     def _with_state(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -183,7 +195,7 @@ class Programs:
         around = self.outer.watch.look() if self.outer is not None else ""
         return kinds(of.leaves, of.shapes), of.spec, around, self.watch.look(), torch.is_autocast_enabled()
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CapturedGraph:
         """The captured graph of a call, made now if there is none.
 
         Raises:
@@ -191,7 +203,7 @@ class Programs:
         """
         return self._captured_anew(args, kwargs)[0]
 
-    def _captured_anew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Captured, Arguments, Any]:
+    def _captured_anew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, Arguments, Any]:
         """The captured graph of a call, its arguments and its key, as what it turns out to change makes them."""
         while True:
             of = self.arguments(args, kwargs)
@@ -218,7 +230,7 @@ class Programs:
                     return captured, of, key
                 self.counts |= captured.outputs.counts  # what was taken for constant is not
 
-    def _refuse_overlap(self, captured: Captured, of: Arguments) -> None:
+    def _refuse_overlap(self, captured: CapturedGraph, of: Arguments) -> None:
         """Raise if a call would write into a tensor that shares memory with another that it, or the module, has."""
         if self.changed or self.memory.places:
             refuse_overlap(of, captured.outputs.overwritten, self._is_alone)
@@ -235,7 +247,7 @@ class Programs:
         for watch in self._watches():
             watch.settle()
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Rewritten, Arguments | Recognized]:
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[ShardedProgram, Arguments | Recognized]:
         """The program for a call, made now if there is none, and the call's arguments.
 
         Raises:
@@ -277,7 +289,7 @@ class Programs:
                     raise
                 failed = error
             else:
-                program = rewrite(captured, self.tp, self.stored, self.settled, self.slots)
+                program = shard_graph(captured, self.tp, self.weight_layouts, self.settled, self.slots)
                 self._prove(program)
         if python and agreement is not None:
             everywhere = all(agreement.mesh.gathered(failed is not None))
@@ -288,9 +300,9 @@ class Programs:
                 if failed is not None:
                     raise failed
         if agreement is not None:
-            meant = meaning(program.graph, program.captured.constants)
+            meant = graph_hash(program.graph, program.captured.constants)
             agreement.check("capture", meant, lambda: {"the graph": f"{meant:x}"})
-        self.stored = program.stored
+        self.weight_layouts = program.weight_layouts
         self.slots.update(program.slots)
         if self.rank is not None and self.cut_state():
             of = self.arguments(args, kwargs)
@@ -316,7 +328,7 @@ class Programs:
     def _taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Rank 0's arguments."""
         assert self.comparison is not None
-        return take_inputs(self.comparison.agreement, args, kwargs, device_of(self.model))
+        return broadcast_inputs(self.comparison.agreement, args, kwargs, device_of(self.model))
 
     def _looked_up(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -334,7 +346,7 @@ class Programs:
                 return of, key, error, (number, dynamic_sizes(captured, of.shapes))
         return of, key, error, None
 
-    def _watches(self) -> list[Watch]:
+    def _watches(self) -> list[ModuleGuards]:
         return [self.watch] if self.outer is None else [self.outer.watch, self.watch]
 
     def _recognize_next(self, number: int, of: Arguments) -> None:
@@ -357,7 +369,7 @@ class Programs:
         except Exception as error:
             return None, error
 
-    def _capture(self, of: Arguments, key: Any) -> Captured:
+    def _capture(self, of: Arguments, key: Any) -> CapturedGraph:
         known = self._captured.setdefault(key, [])
         for captured in known:
             if captured.fits(of.shapes):
@@ -384,13 +396,13 @@ class Programs:
                 programs.watch.settle()
         return captured
 
-    def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CapturedGraph:
         return capture(
             self.model, args, kwargs, self.dense, counts=self.counts, sharded=self.keeps_parts, layouts=self.slots,
             memory=self.memory,
         )  # fmt: skip
 
-    def _check(self, captured: Captured) -> None:
+    def _check(self, captured: CapturedGraph) -> None:
         """Refuse a graph that would not do what the module does."""
 
     def prove(self, proof: bool | str) -> None:
@@ -403,18 +415,18 @@ class Programs:
         for program in self._made_so_far:
             self._prove(program)
 
-    def _prove(self, program: Rewritten) -> None:
+    def _prove(self, program: ShardedProgram) -> None:
         if self.proof:
             prove(program, f"{type(self.model).__name__}" + (f" ({self.path})" if self.path else ""), self.proof)
 
-    def graph(self, program: Rewritten, rank: int) -> RankGraph:
+    def graph(self, program: ShardedProgram, rank: int) -> RankGraph:
         """One rank's graph of a program."""
         key = (id(program), rank)
         if key not in self._graphs:
             self._graphs[key] = RankGraph(program, rank, self.model)
         return self._graphs[key]
 
-    def place(self, program: Rewritten) -> str:
+    def place(self, program: ShardedProgram) -> str:
         """Which of the module's graphs a program is: how many there are, and what calls it is for."""
         number = next(i for i, p in enumerate(self._made_so_far, start=1) if p is program)
         which = f"graph {number} of {len(self._made_so_far)}, {self.captures} captures"

@@ -17,22 +17,22 @@ from torch import nn
 
 from autotp.arguments.arguments import Arguments
 from autotp.distributed.agreement import Agreement
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.errors import UncapturedError
-from autotp.modules.forward_patching import Guard, asked, install
+from autotp.modules.forward_patching import Guard, asked, patch_forward
 from autotp.modules.names import dotted
-from autotp.runtime.call_agreement import Comparison
+from autotp.runtime.call_agreement import CallAgreement
 from autotp.runtime.eager_region import Between, inside_of_python
-from autotp.runtime.graph_cache import Programs
+from autotp.runtime.graph_cache import GraphCache
 from autotp.runtime.runtime import Runtime
 from autotp.weights.registry import register
 from passes import Layout, Shards
 from passes.ops import context
 
-__all__ = ["Inside", "Whole"]
+__all__ = ["GraphRuntime", "SubmoduleRuntime"]
 
 
-class Inside:
+class SubmoduleRuntime:
     """What a submodule that holds shards carries: a runtime of its own, made when it is first needed.
 
     Args:
@@ -44,13 +44,13 @@ class Inside:
         own_forward: the forward that was set on the submodule itself.
     """
 
-    def __init__(self, outer: Whole, name: str, module: nn.Module) -> None:
+    def __init__(self, outer: GraphRuntime, name: str, module: nn.Module) -> None:
         self.outer, self.name, self.module = outer, name, module
         self.own_forward = module.__dict__.get("forward")
-        self._runtime: Whole | None = None
+        self._runtime: GraphRuntime | None = None
 
     @property
-    def runtime(self) -> Whole:
+    def runtime(self) -> GraphRuntime:
         """The submodule's runtime."""
         if self._runtime is None:
             self._runtime = self.outer.inside(self.name, self.module)
@@ -61,16 +61,16 @@ class Inside:
         with inside_of_python():
             return self.runtime(args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inside:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SubmoduleRuntime:
         """What the submodule of a copy of the model carries."""
         outer, module = copy.deepcopy(self.outer, memo), copy.deepcopy(self.module, memo)
         if id(self) not in memo:
-            copied = memo[id(self)] = Inside(outer, self.name, module)
+            copied = memo[id(self)] = SubmoduleRuntime(outer, self.name, module)
             copied.own_forward = copy.deepcopy(self.own_forward, memo)
         return memo[id(self)]
 
 
-class Whole(Runtime):
+class GraphRuntime(Runtime):
     """The runtime of a module that runs as one graph a call structure: a model captured whole, or a part.
 
     Args:
@@ -83,21 +83,21 @@ class Whole(Runtime):
     broadcasts = True
     """Whether ranks may take rank 0's inputs in place of others."""
 
-    def __init__(self, model: nn.Module, programs: Programs, agreement: Agreement, fabric: ProcessFabric) -> None:
+    def __init__(self, model: nn.Module, programs: GraphCache, agreement: Agreement, fabric: ProcessContext) -> None:
         super().__init__(model, agreement, fabric)
         self._take(programs)
 
-    def _take(self, programs: Programs) -> None:
+    def _take(self, programs: GraphCache) -> None:
         self.programs = programs
         self._between: Between | None = None
         programs.rank = self.mesh.rank
         outer = programs.outer.watch if programs.outer is not None else None
-        programs.comparison = Comparison(self.agreement, programs.watch, self.shards, outer, self.broadcasts)
+        programs.comparison = CallAgreement(self.agreement, programs.watch, self.shards, outer, self.broadcasts)
 
     @property
-    def stored(self) -> Mapping[str, Layout]:
+    def weight_layouts(self) -> Mapping[str, Layout]:
         """The split parameters' layouts, by their first names in the module."""
-        return self.programs.stored or {}
+        return self.programs.weight_layouts or {}
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """Arguments, flat; what objects among them hold may be this rank's parts."""
@@ -115,14 +115,14 @@ class Whole(Runtime):
         for name, module in self.model.named_modules():
             held = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
             if "_autotp" not in module.__dict__ and any(self.shards(n) for n in held):
-                inside = Inside(self, name, module)
-                install(module, inside, inside)
+                inside = SubmoduleRuntime(self, name, module)
+                patch_forward(module, inside, inside)
                 module.register_forward_pre_hook(Guard(dotted(self.programs.path, name), self.is_running))
         self.programs.watch.settle()
 
-    def inside(self, name: str, module: nn.Module) -> Whole:
+    def inside(self, name: str, module: nn.Module) -> GraphRuntime:
         """The runtime of a submodule that is called by itself."""
-        return Whole(module, self.programs.inside(name), self.agreement, self.fabric)
+        return GraphRuntime(module, self.programs.inside(name), self.agreement, self.fabric)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the module, and the module's own kind of output."""

@@ -20,15 +20,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from autotp.errors import AutoTPError
-from autotp.modules.device import computing
-from autotp.modules.forward_patching import own_forward, reinstall
+from autotp.modules.device import compute_device
+from autotp.modules.forward_patching import own_forward, repatch_forward
 from autotp.modules.hooks import HOOKS, refuse_global_hooks
 from autotp.modules.names import dotted
-from autotp.runtime.dict_versions import Versions
-from autotp.runtime.generate_attributes import of_generate
-from autotp.utils.hashing import digest
+from autotp.runtime.dict_versions import DictVersions
+from autotp.runtime.generate_attributes import generate_attributes
+from autotp.utils.hashing import stable_hash
 
-__all__ = ["Watch"]
+__all__ = ["ModuleGuards"]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
@@ -38,7 +38,7 @@ _FORWARD = operator.itemgetter("forward")
 Place = tuple[str, str]
 
 
-class Watch:
+class ModuleGuards:
     """Looks at a model before each call: at the identities of things, and closer where one has changed.
 
     Args:
@@ -67,7 +67,7 @@ class Watch:
         self._first: dict[Place, Any] = {}
         self._last: Any = None
         self._settled: dict[Place, Any] | None = None
-        self._versions = Versions(())
+        self._versions = DictVersions(())
         self.seen: Any = None
         self._trainable: tuple[Any, int] = None, 0
         self.text = ""
@@ -104,9 +104,9 @@ class Watch:
             self._check()
             self._scan()
             self._changes = self._differing()
-        kinds = {f"{dtype} {computing(device).type}" for dtype, device in set(map(_KIND, self._parameters))}
+        kinds = {f"{dtype} {compute_device(device).type}" for dtype, device in set(map(_KIND, self._parameters))}
         self.text = f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
-        self._versions, self.seen = Versions(self._set), self._glance()
+        self._versions, self.seen = DictVersions(self._set), self._glance()
         return self.text
 
     def is_same(self) -> bool:
@@ -115,7 +115,7 @@ class Watch:
         if self.seen is None or self._glance() != self.seen:
             return False
         if not self._versions.same():  # something was set, perhaps to what it was
-            now = Versions(self._set)
+            now = DictVersions(self._set)
             if self._snapshot() != self._last:
                 return False
             self._versions, self.seen = now, self._glance()
@@ -138,7 +138,7 @@ class Watch:
         """:meth:`trainable` as a number."""
         found = self.trainable()
         if found != self._trainable[0]:
-            self._trainable = found, digest(str(found))
+            self._trainable = found, stable_hash(str(found))
         return self._trainable[1]
 
     def changes(self) -> dict[Place, str]:
@@ -161,7 +161,7 @@ class Watch:
         seen: set[int] = set()
         for name, module in modules:
             cls: Any = type(module)
-            skipped = of_generate(cls) | self._kept_on(name)
+            skipped = generate_attributes(cls) | self._kept_on(name)
             self._watch(name, module.__dict__, seen, skipped)
             for key, value in module.__dict__.items():
                 ours = key == "_autotp" or key in skipped
@@ -224,7 +224,7 @@ class Watch:
         return facts
 
     def _check(self) -> None:
-        reinstall(self.model)
+        repatch_forward(self.model)
         facts, settled = self._facts(), self._settled or {}
         for place in settled.keys() | facts.keys():
             before, now = settled.get(place), facts.get(place)

@@ -11,16 +11,16 @@ from torch import nn
 
 from autotp.arguments.arguments import Arguments
 from autotp.distributed.agreement import Agreement
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError
-from autotp.modules.forward_patching import install, own_forward
+from autotp.modules.forward_patching import own_forward, patch_forward
 from autotp.modules.names import tied_names
 from autotp.runtime.generate import wrap_generate
-from autotp.weights.grad_norm import count_once
-from autotp.weights.load_state_dict import accept_dense
-from autotp.weights.optimizer_state import check_steps
+from autotp.weights.grad_norm import patch_grad_norms
+from autotp.weights.load_state_dict import accept_dense_state
+from autotp.weights.optimizer_state import check_optimizers
 from autotp.weights.registry import register
-from autotp.weights.slicing import joined, shards_of
+from autotp.weights.slicing import shards_of, unshard
 from passes import Layout, Shards
 
 __all__ = ["Runtime"]
@@ -35,14 +35,14 @@ class Runtime:
         fabric: how they communicate.
     """
 
-    def __init__(self, model: nn.Module, agreement: Agreement, fabric: ProcessFabric) -> None:
+    def __init__(self, model: nn.Module, agreement: Agreement, fabric: ProcessContext) -> None:
         self.model, self.agreement, self.fabric = model, agreement, fabric
         self.mesh = agreement.mesh
         self.tied = tied_names(model)
         self.own_forward = own_forward(model)
 
     @property
-    def stored(self) -> Mapping[str, Layout]:
+    def weight_layouts(self) -> Mapping[str, Layout]:
         """The split parameters' layouts, by their first names in the module."""
         raise NotImplementedError
 
@@ -56,7 +56,7 @@ class Runtime:
 
     def attach(self) -> None:
         """Let the module run this in place of its forward."""
-        install(self.model, self, self)
+        patch_forward(self.model, self, self)
 
     def is_running(self) -> bool:
         """Whether the module's own Python is running, which may not read a shard unnoticed."""
@@ -65,14 +65,14 @@ class Runtime:
     def surround(self) -> None:
         """Let the model generate and load dense tensors, and what torch does to parameters know of this."""
         wrap_generate(self)
-        accept_dense(self.model, self.shards_of, self.mesh.rank)
-        count_once()
-        check_steps()
+        accept_dense_state(self.model, self.shards_of, self.mesh.rank)
+        patch_grad_norms()
+        check_optimizers()
         register(self)
 
     def shards(self, name: str) -> dict[int, Shards]:
         """The split dims of a parameter, by any of its names."""
-        return shards_of(self.stored, self.tied.get(name, name))
+        return shards_of(self.weight_layouts, self.tied.get(name, name))
 
     def shards_of(self, name: str, tensor: torch.Tensor) -> dict[int, Shards]:
         """The split dims of a parameter, or of a tensor that the module keeps, of which this rank holds ``tensor``."""
@@ -96,7 +96,7 @@ class Runtime:
         for dim, s in shards.items():
             for rank, count in enumerate(s.counts):
                 shapes[rank][dim] = count
-        return joined(self.fabric.group("tp").all_gather(local.detach(), shapes), shards)
+        return unshard(self.fabric.group("tp").all_gather(local.detach(), shapes), shards)
 
     def _copied(self, memo: dict[int, Any]) -> Any:
         """The beginning of a copy for the copy of the module: the same ranks and random streams."""

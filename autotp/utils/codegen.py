@@ -6,12 +6,12 @@ import itertools
 import linecache
 from typing import Any
 
-__all__ = ["written"]
+__all__ = ["compile_function"]
 
 _numbers = itertools.count()
 
 
-def written(name: str, text: str, known: dict[str, Any]) -> Any:
+def compile_function(name: str, text: str, known: dict[str, Any]) -> Any:
     """The function of a name that a text defines; a traceback shows its lines.
 
     Args:

@@ -13,16 +13,16 @@ import torch
 from torch import fx
 from torch.fx.node import _format_arg
 
-from autotp.utils.hashing import checksum, digest
+from autotp.utils.hashing import checksum, stable_hash
 from passes import ops
 
-__all__ = ["meaning"]
+__all__ = ["graph_hash"]
 
-_ORDERED = (ops.all_reduce, ops.all_gather, ops.enter, ops.enter_overlapping, ops.settle, ops.random_same,
+_ORDERED = (ops.all_reduce, ops.all_gather, ops.enter, ops.enter_overlapping, ops.broadcast_from_first, ops.random_same,
             ops.random_per_rank)  # fmt: skip
 
 
-def meaning(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> int:
+def graph_hash(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> int:
     """The same number for two graphs that compute, exchange and draw the same, and that in the same order.
 
     Args:
@@ -40,7 +40,7 @@ def meaning(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> int:
         else:
             called = f"{node.op} {node._pretty_print_target(node.target)}"
             text = f"{called} {_format_arg(node.args)} {_format_arg(node.kwargs)}"
-        meanings[node.name] = f"{digest(re.sub(r'%([A-Za-z_0-9]+)', lambda m: meanings[m[1]], text)):x}"
+        meanings[node.name] = f"{stable_hash(re.sub(r'%([A-Za-z_0-9]+)', lambda m: meanings[m[1]], text)):x}"
         if node.op == "output" or node.target in _ORDERED:
             steps.append(meanings[node.name])
-    return digest(" ".join(steps))
+    return stable_hash(" ".join(steps))

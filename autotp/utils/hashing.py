@@ -7,13 +7,13 @@ import zlib
 
 import torch
 
-__all__ = ["checksum", "combined", "digest", "shown", "whole_numbers"]
+__all__ = ["checksum", "combined", "integer_checksum", "preview", "stable_hash"]
 
 _MASK = (1 << 62) - 1
 _WHOLE = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
-def digest(text: str) -> int:
+def stable_hash(text: str) -> int:
     """62 bits of a text, the same in every process (unlike ``hash``).
 
     >>> digest("a") == digest("a")
@@ -23,7 +23,7 @@ def digest(text: str) -> int:
 
 
 def combined(*numbers: int | tuple[int, ...]) -> int:
-    """62 bits of numbers, the same in every process, and quicker than :func:`digest`.
+    """62 bits of numbers, the same in every process, and quicker than :func:`stable_hash`.
 
     >>> combined(3, (1, 2)) == combined(3, (1, 2))
     True
@@ -48,7 +48,7 @@ def checksum(tensor: torch.Tensor) -> int:
     return total
 
 
-def whole_numbers(tensor: torch.Tensor) -> int | None:
+def integer_checksum(tensor: torch.Tensor) -> int | None:
     """A quick sum of a tensor of integers or truth values on the CPU; None for any other.
 
     Such are token ids and masks, small and cheap to compare at each call.
@@ -58,7 +58,7 @@ def whole_numbers(tensor: torch.Tensor) -> int | None:
     return zlib.crc32(tensor.contiguous().numpy().data)
 
 
-def shown(tensor: torch.Tensor) -> str:
+def preview(tensor: torch.Tensor) -> str:
     """The beginning of a tensor, and its checksum, which differs where it does.
 
     >>> shown(torch.arange(9))

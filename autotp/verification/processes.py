@@ -24,7 +24,7 @@ from passes.ops import context
 if TYPE_CHECKING:
     from autotp.verification.measure import Measured
 
-__all__ = ["free_port", "hidden_values", "measure_spawned", "settle"]
+__all__ = ["free_port", "hidden_values", "join_as_rank", "measure_on_processes"]
 
 
 def free_port() -> int:
@@ -53,7 +53,7 @@ def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: each.whole(n, x) for each in of for n, x in each.programs.memory.kept().items()}
 
 
-def settle(rank: int, tp: int, port: int) -> None:
+def join_as_rank(rank: int, tp: int, port: int) -> None:
     """Make this process one of ``tp``, as torchrun would: one thread, and a seed of its own."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_RANK=str(rank)
@@ -68,7 +68,7 @@ def _work(
     import autotp
     from autotp.verification.measure import Float64, measure
 
-    settle(rank, tp, port)
+    join_as_rank(rank, tp, port)
     double = any(p.dtype is torch.float64 for p in model.parameters())
     try:
         with Float64() if double else contextlib.nullcontext(), torch.enable_grad():
@@ -84,7 +84,7 @@ def _work(
             dist.destroy_process_group()
 
 
-def measure_spawned(
+def measure_on_processes(
     model: nn.Module, tp: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Measured, str]:
     """Run the parallel form of a dense model once, forward and backward, on ``tp`` processes of this machine.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from autotp.capture.graph_breaks import Seam, folded_seams
+from autotp.capture.graph_breaks import GraphBreak, folded_breaks
 from autotp.verification.measure import Measured, relative_error
 
 __all__ = ["Report", "judge", "report_text"]
@@ -48,7 +48,7 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
         lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]
     lines += [f"    only on one side: {n}" for n in report.missing]
     if report.seams:
-        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in folded_seams(report.seams))]
+        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in folded_breaks(report.seams))]
     lines.append("verdict: " + ("the parallel model equals the dense one" if report.ok else "NOT EQUAL"))
     return "\n".join(lines)
 
@@ -84,7 +84,7 @@ class Report:
     tolerance: float
     dtype: torch.dtype
     missing: tuple[str, ...] = field(default=())
-    seams: tuple[Seam, ...] = field(default=())
+    seams: tuple[GraphBreak, ...] = field(default=())
 
     @property
     def worst_output(self) -> float:
@@ -112,7 +112,7 @@ class Report:
 
 def judge(
     model: nn.Module, tp: int, dense: Measured, parallel: Measured, tolerance: float, divergence: float,
-    diverging: str, seams: Sequence[Seam],
+    diverging: str, seams: Sequence[GraphBreak],
 ) -> Report:  # fmt: skip
     """The report on two runs.
 

@@ -11,13 +11,13 @@ from torch import fx, nn
 
 from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.errors import check_tp
-from autotp.modules.model_checks import admit
-from autotp.partition.partition import Division, Part, divide
+from autotp.modules.model_checks import check_model
+from autotp.partition.partition import CapturedModule, Partition, partition_model
 from autotp.plans.make_plan import announce, plan_of
-from autotp.program.sharded_program import Rewritten
-from autotp.runtime.graph_cache import Programs
+from autotp.program.sharded_program import ShardedProgram
+from autotp.runtime.graph_cache import GraphCache
 from autotp.verification.threads import World, lockstep
-from autotp.weights.slicing import joined, local_part, shards_of
+from autotp.weights.slicing import local_part, shards_of, unshard
 from passes import Layout, Lowering, Shards
 
 __all__ = ["Recorder", "Simulation", "simulate"]
@@ -60,7 +60,12 @@ class _AllRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, simulation: Simulation, part: Part, rewritten: Rewritten, tracking: bool, *tensors: torch.Tensor
+        ctx: Any,
+        simulation: Simulation,
+        part: CapturedModule,
+        rewritten: ShardedProgram,
+        tracking: bool,
+        *tensors: torch.Tensor,
     ) -> Any:
         count, names = len(part.names), list(part.names)
         weights, inputs = tensors[:count], tensors[count:]
@@ -70,7 +75,7 @@ class _AllRanks(torch.autograd.Function):
             local = {}
             leaves = []
             for name, weight, need in zip(names, weights, needs, strict=False):
-                held = local_part(weight.detach(), shards_of(rewritten.stored, name), rank)
+                held = local_part(weight.detach(), shards_of(rewritten.weight_layouts, name), rank)
                 held = held.clone().requires_grad_(need) if need else held
                 leaves.append(held)
                 local[name] = held
@@ -87,7 +92,7 @@ class _AllRanks(torch.autograd.Function):
         ctx.simulation, ctx.rewritten, ctx.ran, ctx.needs, ctx.part = simulation, rewritten, ran, needs, part
         simulation.compare([results for _, results in ran], rewritten.results)
         first = tuple(
-            joined([_detached(results[i]) for _, results in ran], places(rewritten.results, i))
+            unshard([_detached(results[i]) for _, results in ran], places(rewritten.results, i))
             for i in range(len(ran[0][1]))
         )
         ctx.mark_non_differentiable(
@@ -122,9 +127,9 @@ class _AllRanks(torch.autograd.Function):
                 out.append(None)
                 continue
             weight = i < len(names)
-            held = shards_of(rewritten.stored, names[i]) if weight else places(rewritten.inputs, i - len(names))
+            held = shards_of(rewritten.weight_layouts, names[i]) if weight else places(rewritten.inputs, i - len(names))
             simulation.compare_replicas(names[i] if weight else f"input {i - len(names)}", held, parts)
-            out.append(joined(parts, held))
+            out.append(unshard(parts, held))
         return tuple(out)
 
 
@@ -155,14 +160,14 @@ class Simulation(nn.Module):
         self,
         model: nn.Module,
         tp: int,
-        programs: Programs | Division,
+        programs: GraphCache | Partition,
         record: bool = False,
         lowering: Lowering | None = None,
     ) -> None:
         super().__init__()
         self.lowering = lowering
         self.__dict__["model"] = model  # not a child: its parameters are its own
-        self.division = programs if isinstance(programs, Division) else Division.whole(model, programs)
+        self.division = programs if isinstance(programs, Partition) else Partition.whole(model, programs)
         self.tp, self.record = tp, record
         self.world = World(tp)
         self.touches = self.division.outside_of_parts()
@@ -173,7 +178,7 @@ class Simulation(nn.Module):
     model: nn.Module
 
     @property
-    def programs(self) -> Programs:
+    def programs(self) -> GraphCache:
         """The programs of a model that was captured whole."""
         (part,) = self.division.parts
         return part.programs
@@ -185,7 +190,7 @@ class Simulation(nn.Module):
         with self.division.running(self._all_ranks), self.touches:
             return self.model(*args, **kwargs)
 
-    def _all_ranks(self, part: Part, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _all_ranks(self, part: CapturedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         suspended, self.touches.suspended = self.touches.suspended, True
         try:
             rewritten, of = part.programs.find(args, kwargs)
@@ -203,7 +208,12 @@ class Simulation(nn.Module):
             self.touches.suspended = suspended
 
     def run(
-        self, part: Part, rewritten: Rewritten, rank: int, weights: dict[str, torch.Tensor], inputs: list[torch.Tensor]
+        self,
+        part: CapturedModule,
+        rewritten: ShardedProgram,
+        rank: int,
+        weights: dict[str, torch.Tensor],
+        inputs: list[torch.Tensor],
     ) -> Any:
         """One rank's program on its weights."""
         own = {alias: weights[name] for alias, name in part.aliases.items()}
@@ -264,8 +274,8 @@ def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None,
         >>> parallel(input_ids=ids).logits  # as model(input_ids=ids).logits
     """
     check_tp(tp)
-    admit(model)
+    check_model(model)
     args, kwargs = example_call(model, example_inputs)
-    division = divide(model, tp, args, kwargs)
+    division = partition_model(model, tp, args, kwargs)
     announce(plan_of(division, tp), division)
     return Simulation(model, tp, division, record)

@@ -15,7 +15,7 @@ from passes.ops import context
 __all__ = ["lockstep"]
 
 
-class _Meeting:
+class _Exchange:
     """Where the threads of a group exchange tensors: a slot for each and a barrier."""
 
     def __init__(self, size: int) -> None:
@@ -33,7 +33,7 @@ class _Meeting:
 class _ThreadCommunicator:
     """One rank's end of a group of threads. Sums run in rank order, so that all get the same bits."""
 
-    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+    def __init__(self, rank: int, size: int, meeting: _Exchange) -> None:
         self.rank, self.size, self.by_host, self._meeting = rank, size, True, meeting
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class World:
 
     def __init__(self, tp: int) -> None:
         self.tp = tp
-        self.meetings: dict[Any, _Meeting] = {}
+        self.meetings: dict[Any, _Exchange] = {}
         self.lock = threading.Lock()
         self.broken = False
         self.restart(torch.initial_seed() % 2**62)
@@ -75,11 +75,11 @@ class World:
             for same in (True, False)
         }
 
-    def meeting(self, key: Any, size: int) -> _Meeting:
+    def meeting(self, key: Any, size: int) -> _Exchange:
         with self.lock:
             if self.broken:  # a rank has failed: nobody would come
                 raise threading.BrokenBarrierError
-            return self.meetings.setdefault(key, _Meeting(size))
+            return self.meetings.setdefault(key, _Exchange(size))
 
     def abort(self) -> None:
         with self.lock:
@@ -93,7 +93,7 @@ class World:
         self.broken = False
 
 
-class _ThreadFabric:
+class _ThreadContext:
     def __init__(self, rank: int, world: World) -> None:
         self.rank, self.world = rank, world
 
@@ -127,7 +127,7 @@ def lockstep(tp: int, world: World, work: Callable[[int], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            with context.use(_ThreadFabric(rank, world)), torch.set_grad_enabled(grad):
+            with context.use(_ThreadContext(rank, world)), torch.set_grad_enabled(grad):
                 results[rank] = work(rank)
         except threading.BrokenBarrierError:
             pass

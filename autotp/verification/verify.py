@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from autotp.arguments.snapshot import kept_as_it_was
 from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.errors import AutoTPError, check_tp
-from autotp.modules.model_checks import admit
-from autotp.partition.partition import divide
+from autotp.modules.model_checks import check_model
+from autotp.partition.partition import partition_model
 from autotp.plans.make_plan import announce, plan_of
 from autotp.verification.measure import Float64, Measured, detached_copy, measure
 from autotp.verification.report import Report, judge
@@ -101,7 +101,7 @@ def verify(
         raise AutoTPError(f"{meta} is on the meta device: verify compares numbers, so the model needs weights")
     if "_autotp" in model.__dict__:
         raise AutoTPError("verify takes the dense model, before autotp.parallelize")
-    admit(model)
+    check_model(model)
     dense = copy.deepcopy(model).eval()
     if dtype is not None:
         dense = dense.to(dtype)
@@ -114,13 +114,13 @@ def verify(
     with torch.enable_grad(), mode:
         if example_inputs is None:
             kwargs = with_labels(dense, args, kwargs)
-        division = divide(dense, tp, args, kwargs)
+        division = partition_model(dense, tp, args, kwargs)
         announce(plan_of(division, tp), division)
         graphs = [p.programs.last.captured.graph for p in division.parts if p.programs.last is not None]
         limit = rounding_error(dtype, depth(graphs), longest_sum(graphs))
         if not processes:
             return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
-        from autotp.verification.processes import measure_spawned
+        from autotp.verification.processes import measure_on_processes
 
         with contextlib.ExitStack() as around:
             for part in division.parts:
@@ -130,5 +130,5 @@ def verify(
                 lambda: {n: x.detach() for part in division.parts for n, x in part.programs.memory.kept().items()},
             )  # fmt: skip
         dense.zero_grad(set_to_none=True)
-        found, diverging = measure_spawned(dense, tp, args, kwargs)
+        found, diverging = measure_on_processes(dense, tp, args, kwargs)
         return judge(dense, tp, expected, found, limit, math.inf if diverging else 0.0, diverging, division.seams)

@@ -4,10 +4,10 @@ Formats of checkpoints and what dense tensors are cut by are changed here. Layou
 how a weight is split.
 """
 
-from autotp.weights.checkpoint import Source, opened
+from autotp.weights.checkpoint import Source, open_checkpoint
 from autotp.weights.empty_weights import empty_weights
-from autotp.weights.load_checkpoint import read
-from autotp.weights.shard_parameters import share_weights
-from autotp.weights.slicing import joined, local_part
+from autotp.weights.load_checkpoint import read_shards
+from autotp.weights.shard_parameters import broadcast_parameters
+from autotp.weights.slicing import local_part, unshard
 
-__all__ = ["Source", "empty_weights", "joined", "local_part", "opened", "read", "share_weights"]
+__all__ = ["Source", "broadcast_parameters", "empty_weights", "local_part", "open_checkpoint", "read_shards", "unshard"]

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autotp.errors import WeightsError
 from passes import Shards
 
-__all__ = ["PIECE", "Reader", "Source", "Stored", "opened"]
+__all__ = ["PIECE", "Reader", "Source", "TensorSource", "open_checkpoint"]
 
 Source = str | Path | Mapping[str, Any]
 """Where weights come from."""
@@ -45,7 +45,7 @@ _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorSource:
     """A tensor of a checkpoint, and how far from each other its elements lie."""
 
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class InFile(Stored):
+class FileTensor(TensorSource):
     """A tensor in a file, its first element at an offset in bytes."""
 
     path: Path
@@ -99,7 +99,7 @@ class InFile(Stored):
 
 
 @dataclass(frozen=True)
-class Given(Stored):
+class MappingTensor(TensorSource):
     """A tensor of a mapping, or what can be sliced like one."""
 
     value: Any
@@ -150,25 +150,25 @@ class Reader:
                 raise WeightsError(f"{path} ends {len(left)} bytes too early: copy or save it again")
             left = left[count:]
 
-    def part(self, stored: Stored, shards: Mapping[int, Shards], rank: int, out: torch.Tensor) -> None:
+    def part(self, source: TensorSource, shards: Mapping[int, Shards], rank: int, out: torch.Tensor) -> None:
         """Read a rank's share of a tensor.
 
         Args:
-            stored: the tensor.
+            source: the tensor.
             shards: its split dims.
             rank: the rank.
             out: a tensor of the share's shape.
         """
-        most, row = (max(n // stored.dtype.itemsize, 1) for n in (PIECE, ROW))
-        runs = [_placed(shards[d].ranks[rank].runs if d in shards else ((0, n),)) for d, n in enumerate(stored.shape)]
+        most, row = (max(n // source.dtype.itemsize, 1) for n in (PIECE, ROW))
+        runs = [_placed(shards[d].ranks[rank].runs if d in shards else ((0, n),)) for d, n in enumerate(source.shape)]
         for chosen in itertools.product(*runs):
             box = tuple(run for run, _ in chosen)
             there = out[tuple(slice(at, at + b - a) for (a, b), at in chosen)]
-            if not there.numel() or stored.straight(self, box, there):
+            if not there.numel() or source.straight(self, box, there):
                 continue
-            for piece in _pieces(box, stored.stride, most, row):
+            for piece in _pieces(box, source.stride, most, row):
                 own = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(piece, box, strict=True))
-                stored.read(self, piece, there[own])
+                source.read(self, piece, there[own])
 
 
 def _placed(runs: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
@@ -211,7 +211,7 @@ def _pieces(box: Box, stride: Sequence[int], most: int, row: int) -> Iterator[Bo
         yield from _pieces((*box[:outer], (a, min(a + step, stop)), *box[outer + 1 :]), stride, most, row)
 
 
-def opened(weights: Source) -> dict[str, Stored]:
+def open_checkpoint(weights: Source) -> dict[str, TensorSource]:
     """What a checkpoint holds, by name; of a file, only what it says of itself is read.
 
     Args:
@@ -234,14 +234,14 @@ def opened(weights: Source) -> dict[str, Stored]:
     return _in_index(path) if path.name.endswith(".index.json") else dict(_in_file(path))
 
 
-def _given(name: str, value: Any) -> Given:
+def _given(name: str, value: Any) -> MappingTensor:
     try:
         shape = tuple(int(n) for n in value.shape)
         dtype = value.dtype if isinstance(value.dtype, torch.dtype) else _of_numpy(value.dtype)
     except (AttributeError, TypeError):
         raise WeightsError(f"weights: {name} is a {type(value).__name__}, not a tensor: leave it out") from None
     strides = value.stride() if isinstance(value, torch.Tensor) else _strides(shape)
-    return Given(shape, tuple(strides), dtype, value)
+    return MappingTensor(shape, tuple(strides), dtype, value)
 
 
 def _of_numpy(dtype: Any) -> torch.dtype:
@@ -253,7 +253,7 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
-def _in_folder(folder: Path) -> dict[str, Stored]:
+def _in_folder(folder: Path) -> dict[str, TensorSource]:
     found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if found is None:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -261,7 +261,7 @@ def _in_folder(folder: Path) -> dict[str, Stored]:
     return _in_index(found) if found.suffix == ".json" else dict(_in_file(found))
 
 
-def _in_index(index: Path) -> dict[str, Stored]:
+def _in_index(index: Path) -> dict[str, TensorSource]:
     try:
         places = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError):
@@ -277,13 +277,13 @@ def _in_index(index: Path) -> dict[str, Stored]:
     return {name: files[file][name] for name, file in places.items()}
 
 
-def _in_file(path: Path) -> dict[str, InFile]:
+def _in_file(path: Path) -> dict[str, FileTensor]:
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
     return _in_state_dict(path) if is_zip else _in_safetensors(path)
 
 
-def _in_safetensors(path: Path) -> dict[str, InFile]:
+def _in_safetensors(path: Path) -> dict[str, FileTensor]:
     """The tensors of a file that begins with the length of a JSON text, and the text: dtype, shape, first and last byte
     of each tensor, counted from the text's end."""
     size = path.stat().st_size
@@ -305,7 +305,7 @@ def _in_safetensors(path: Path) -> dict[str, InFile]:
                     )
                 if end - start != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
                     raise WeightsError(f"weights: {path} is cut short or damaged at {name}: copy or save it again")
-                found[name] = InFile(shape, _strides(shape), dtype, path, 8 + length + start)
+                found[name] = FileTensor(shape, _strides(shape), dtype, path, 8 + length + start)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise WeightsError(
                 f"weights: {path} is neither a safetensors file nor one that torch.save has written since torch 1.6: "
@@ -330,7 +330,7 @@ def _records(path: Path) -> Callable[[int], int]:
     return lambda number: offset(f"data/{number}")
 
 
-def _in_state_dict(path: Path) -> dict[str, InFile]:
+def _in_state_dict(path: Path) -> dict[str, FileTensor]:
     """The tensors of a file that ``torch.save`` wrote, which torch reads without their content."""
     try:
         records = _records(path)
@@ -351,7 +351,7 @@ def _in_state_dict(path: Path) -> dict[str, InFile]:
             seen.setdefault(offset, len(seen))
         )  # torch reckons it, and does not look
         start = offset + t.storage_offset() * t.element_size()
-        found[name] = InFile(tuple(t.shape), tuple(t.stride()), t.dtype, path, start)
+        found[name] = FileTensor(tuple(t.shape), tuple(t.stride()), t.dtype, path, start)
     if other:
         raise WeightsError(
             f"weights: {path} has what is no plain tensor: {', '.join(other[:8])}. Pass the mapping from names to "

@@ -10,12 +10,12 @@ from torch import nn
 
 from autotp.utils.value_types import is_a
 
-__all__ = ["renamed"]
+__all__ = ["with_model_names"]
 
 T = TypeVar("T")
 
 
-def renamed(model: nn.Module, found: Mapping[str, T]) -> dict[str, T]:
+def with_model_names(model: nn.Module, found: Mapping[str, T]) -> dict[str, T]:
     """What a checkpoint holds, by the model's own names.
 
     A transformers model says itself how names in files become its own (``embed_out`` is ``lm_head`` in GPT-NeoX), and

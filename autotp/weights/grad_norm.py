@@ -16,15 +16,15 @@ import torch
 from torch.nn.utils import clip_grad
 
 from autotp.errors import AutoTPError
-from autotp.utils.hashing import digest
+from autotp.utils.hashing import stable_hash
 from autotp.utils.value_types import DTENSOR, is_a
 from autotp.weights.registry import Sharded, living
 from passes import Shards, ops
 
-__all__ = ["count_once"]
+__all__ = ["patch_grad_norms"]
 
 
-def count_once() -> None:
+def patch_grad_norms() -> None:
     """Let torch's gradient norms count the elements of parallelized models once over the ranks.
 
     Raises:
@@ -78,7 +78,7 @@ def _clip(
 
 
 def _compare(model: Sharded, doing: str, what: Mapping[str, str]) -> None:
-    model.agreement.check(doing, digest(str(what)), lambda: what)
+    model.agreement.check(doing, stable_hash(str(what)), lambda: what)
 
 
 def _total_norm(

@@ -9,21 +9,21 @@ from torch import nn
 
 from autotp.errors import AutoTPError, WeightsError
 from autotp.utils.hashing import checksum
-from autotp.weights.checkpoint import Reader, Stored
-from autotp.weights.checkpoint_names import renamed
+from autotp.weights.checkpoint import Reader, TensorSource
+from autotp.weights.checkpoint_names import with_model_names
 from autotp.weights.shard_parameters import named_tensors
 from autotp.weights.slicing import shards_of
 from passes import Layout
 
-__all__ = ["FIRST", "fitting", "read", "refuse_empty", "samples"]
+__all__ = ["FIRST", "first_elements", "match_checkpoint", "read_shards", "refuse_empty"]
 
 FIRST = 32
 """How many elements of each weight ranks compare before they read their shares."""
 
 
-def read(
+def read_shards(
     model: nn.Module,
-    stored: Mapping[str, Stored],
+    sources: Mapping[str, TensorSource],
     layouts: Mapping[str, Layout],
     rank: int,
     device: torch.device | None,
@@ -32,27 +32,27 @@ def read(
 
     Args:
         model: the model.
-        stored: what to read, by the first names of parameters and buffers (:func:`fitting`).
+        sources: what to read, by the first names of parameters and buffers (:func:`match_checkpoint`).
         layouts: the split weights' layouts.
         rank: this rank.
         device: where it goes; None: where the parameters and buffers are.
     """
     tensors, made = named_tensors(model), {}
     with Reader() as reader, torch.no_grad():
-        for name in sorted(stored, key=lambda n: stored[n].place):
+        for name in sorted(sources, key=lambda n: sources[n].place):
             tensor, shards = tensors[name], shards_of(layouts, name)
             shape = [len(shards[d].ranks[rank]) if d in shards else n for d, n in enumerate(tensor.shape)]
             made[name] = torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device)
-            reader.part(stored[name], shards, rank, made[name])
+            reader.part(sources[name], shards, rank, made[name])
     return made
 
 
-def samples(stored: Mapping[str, Stored]) -> dict[str, int]:
+def first_elements(sources: Mapping[str, TensorSource]) -> dict[str, int]:
     """For each of a checkpoint's tensors a number that tells its first elements from others."""
     found = {}
     with Reader() as reader, torch.no_grad():
-        for name in sorted(stored, key=lambda n: stored[n].place):
-            each = stored[name]
+        for name in sorted(sources, key=lambda n: sources[n].place):
+            each = sources[name]
             along = min((d for d, n in enumerate(each.shape) if n > 1), key=lambda d: each.stride[d], default=None)
             box = tuple((0, min(n, FIRST if d == along else 1)) for d, n in enumerate(each.shape))
             part = torch.zeros([b for _, b in box], dtype=each.dtype)
@@ -92,7 +92,7 @@ def refuse_empty(model: nn.Module, loads: bool) -> None:
         )
 
 
-def fitting(model: nn.Module, found: Mapping[str, Stored]) -> dict[str, Stored]:
+def match_checkpoint(model: nn.Module, found: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
     """What to read, by the first names of a model's parameters and persistent buffers.
 
     Args:
@@ -105,7 +105,7 @@ def fitting(model: nn.Module, found: Mapping[str, Stored]) -> dict[str, Stored]:
     Raises:
         WeightsError: the checkpoint does not fit; it names what is missing, unexpected, or has another shape or kind.
     """
-    found = renamed(model, found)
+    found = with_model_names(model, found)
     names: dict[int, list[str]] = {}
     first: dict[int, torch.Tensor] = {}
     own = set()
@@ -114,14 +114,14 @@ def fitting(model: nn.Module, found: Mapping[str, Stored]) -> dict[str, Stored]:
             names.setdefault(id(tensor), []).append(name)
             first.setdefault(id(tensor), tensor)
         own.add(name)
-    stored: dict[str, Stored] = {}
+    sources: dict[str, TensorSource] = {}
     missing, wrong = [], []
     for key, tensor in first.items():
         there = [n for n in names[key] if n in found]
         if not there:
             missing.append(names[key][0])
             continue
-        stored[names[key][0]] = found[there[-1]]  # the one that load_state_dict would take last
+        sources[names[key][0]] = found[there[-1]]  # the one that load_state_dict would take last
         for n in there:
             if found[n].shape != tuple(tensor.shape):
                 wrong.append(f"{n} has shape {found[n].shape} there, {tuple(tensor.shape)} in the model")
@@ -135,7 +135,7 @@ def fitting(model: nn.Module, found: Mapping[str, Stored]) -> dict[str, Stored]:
             f"the weights do not fit this {type(model).__name__}:\n{said}\nNames are those of state_dict(). Pass the "
             "model's own checkpoint, or a mapping from the model's names to tensors"
         )
-    return stored
+    return sources
 
 
 def _kind(dtype: torch.dtype) -> str:

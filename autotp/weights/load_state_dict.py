@@ -11,12 +11,12 @@ from torch import nn
 from autotp.weights.slicing import local_part
 from passes import Shards
 
-__all__ = ["accept_dense", "dense_shape"]
+__all__ = ["accept_dense_state", "dense_shape"]
 
 Split = Callable[[str, torch.Tensor], Mapping[int, Shards]]
 
 
-def accept_dense(model: nn.Module, shards: Split, rank: int) -> None:
+def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
     """Let the model, or whatever it is a part of, load dense state dicts: each tensor is cut to the rank's share.
 
     A tensor of the dense shape is cut, one of the local shape is taken as it is, and any other is an error

@@ -13,7 +13,7 @@ from autotp.weights.load_state_dict import dense_shape
 from autotp.weights.registry import Sharded, latest, living
 from autotp.weights.slicing import local_part
 
-__all__ = ["check_steps"]
+__all__ = ["check_optimizers"]
 
 _WHOLE = tuple(getattr(torch.optim, n) for n in ("Adafactor", "LBFGS", "Muon") if hasattr(torch.optim, n))
 """torch's optimizers whose step on an element depends on the parameter's other elements."""
@@ -22,7 +22,7 @@ _seen: weakref.WeakKeyDictionary[Optimizer, tuple[Any, int, list[weakref.ref[Sha
 _hooked: list[Any] = []
 
 
-def check_steps() -> None:
+def check_optimizers() -> None:
     """Look at every optimizer before its first step after a ``parallelize`` or a ``load_state_dict``.
 
     State of the dense shape, from steps taken before or from a checkpoint, is cut to the rank's share. Steps are

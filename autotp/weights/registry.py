@@ -12,7 +12,7 @@ from torch import nn
 
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.mesh import Mesh
-from autotp.distributed.process_context import ProcessFabric
+from autotp.distributed.process_context import ProcessContext
 from passes import Shards
 
 __all__ = ["Sharded", "latest", "living", "register"]
@@ -22,7 +22,7 @@ class Sharded(Protocol):
     """A parallelized model, as far as its parameters are concerned."""
 
     mesh: Mesh
-    fabric: ProcessFabric
+    fabric: ProcessContext
     agreement: Agreement
 
     def placed(self) -> Iterable[tuple[str, nn.Parameter, Mapping[int, Shards]]]:

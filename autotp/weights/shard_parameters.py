@@ -12,10 +12,10 @@ from autotp.utils.hashing import checksum
 from autotp.weights.slicing import local_part, shards_of
 from passes import Layout, Shards
 
-__all__ = ["cut", "install", "share_weights"]
+__all__ = ["assign_shards", "broadcast_parameters", "shard_parameters"]
 
 
-def install(model: nn.Module, made: Mapping[str, torch.Tensor]) -> None:
+def assign_shards(model: nn.Module, made: Mapping[str, torch.Tensor]) -> None:
     """Let parameters and buffers have other memory, and stay the objects that they are."""
     tensors = named_tensors(model)
     for name, local in made.items():
@@ -43,15 +43,15 @@ def _become(model: nn.Module, tensor: torch.Tensor, local: torch.Tensor) -> None
                 held.update({n: made for n, t in held.items() if t is tensor})  # type: ignore[misc]
 
 
-def share_weights(model: nn.Module, mesh: Mesh, stored: Collection[str] = ()) -> int:
+def broadcast_parameters(model: nn.Module, mesh: Mesh, loaded: Collection[str] = ()) -> int:
     """Overwrite parameters and buffers by rank 0's where they differ; how many did.
 
     Args:
         model: the model.
         mesh: the ranks.
-        stored: the names of those that come from a checkpoint, at which nobody looks.
+        loaded: the names of those that come from a checkpoint, at which nobody looks.
     """
-    tensors = {n: t for n, t in named_tensors(model).items() if n not in stored}
+    tensors = {n: t for n, t in named_tensors(model).items() if n not in loaded}
     sums = mesh.gathered({name: checksum(t) for name, t in tensors.items()})
     differing = [name for name in tensors if any(each[name] != sums[0][name] for each in sums)]
     with torch.no_grad():
@@ -64,7 +64,7 @@ def share_weights(model: nn.Module, mesh: Mesh, stored: Collection[str] = ()) ->
     return len(differing)
 
 
-def cut(
+def shard_parameters(
     model: nn.Module, layouts: Mapping[str, Layout], rank: int, device: torch.device | None, loaded: Collection[str]
 ) -> None:
     """Let parameters and their gradients be this rank's shares of what they are.

@@ -10,12 +10,12 @@ import torch
 from passes import Layout, Shards, ops
 from passes.ops import context
 
-__all__ = ["joined", "local_part", "own_part", "shards_of"]
+__all__ = ["local_part", "own_part", "shards_of", "unshard"]
 
 
-def shards_of(stored: Mapping[str, Layout], name: str) -> dict[int, Shards]:
+def shards_of(weight_layouts: Mapping[str, Layout], name: str) -> dict[int, Shards]:
     """The split dims of a weight, by dim of the weight."""
-    layout = stored.get(name)
+    layout = weight_layouts.get(name)
     return layout.dims if layout is not None else {}
 
 
@@ -38,7 +38,7 @@ class _OwnPart(torch.autograd.Function):
         for dim, s in ctx.shards.items():
             for rank, count in enumerate(s.counts):
                 shapes[rank][dim] = count
-        return joined(ctx.group.all_gather(gradient.contiguous(), shapes), ctx.shards), None, None
+        return unshard(ctx.group.all_gather(gradient.contiguous(), shapes), ctx.shards), None, None
 
 
 def own_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def own_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> to
     return made
 
 
-def joined(parts: Sequence[torch.Tensor], shards: Mapping[int, Shards]) -> torch.Tensor:
+def unshard(parts: Sequence[torch.Tensor], shards: Mapping[int, Shards]) -> torch.Tensor:
     """The whole tensor from all ranks' parts; of what several hold, the lowest rank's."""
     if not shards:
         return parts[0]

@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.layouts.layout import WHOLE, Layout
 
-__all__ = ["GROUP", "PerRank", "State", "varies"]
+__all__ = ["GROUP", "PerRank", "ShardedValue", "varies"]
 
 GROUP = "tp"
 """The name of the group of all tensor-parallel ranks in a rewritten graph."""
@@ -29,7 +29,7 @@ class PerRank:
 
 
 @dataclass
-class State:
+class ShardedValue:
     """Where a captured value stands in the rewritten graph.
 
     Attributes:

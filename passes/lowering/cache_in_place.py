@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.local_values import is_tensor, local, tidy
+from passes.lowering.local_values import is_tensor, local, remove_dead_code
 
 __all__ = ["cache_in_place", "grown", "overwritten"]
 
@@ -167,5 +167,5 @@ def cache_in_place(graph: fx.Graph, written: Mapping[int, int]) -> int:
             count += _grows(node, output) or (
                 held is not None and (_overwrites(node, held) or _overwrites_part(node, held))
             )
-    tidy(graph)
+    remove_dead_code(graph)
     return count

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.local_values import Size, cut, is_tensor, local, tidy
+from passes.lowering.local_values import Size, cut, is_tensor, local, remove_dead_code
 
 __all__ = ["causal"]
 
@@ -315,7 +315,7 @@ def causal(graph: fx.Graph) -> int:
             **({"is_causal": True} if said else {}),
         }
         count += 1
-    tidy(graph)
+    remove_dead_code(graph)
     return count
 
 

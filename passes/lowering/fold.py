@@ -9,7 +9,7 @@ from torch import fx
 
 from passes.graphs import op_name
 from passes.lowering.deduplicate import is_pure
-from passes.lowering.local_values import cut, is_tensor, local, numel, tidy
+from passes.lowering.local_values import cut, is_tensor, local, numel, remove_dead_code
 
 __all__ = ["fold"]
 
@@ -102,5 +102,5 @@ def fold(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> int:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     _evaluate(graph, constants)
-    tidy(graph)
+    remove_dead_code(graph)
     return before - len(graph.nodes)

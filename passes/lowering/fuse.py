@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.local_values import call, is_tensor, local, replace, tidy
+from passes.lowering.local_values import call, is_tensor, local, remove_dead_code, replace
 
 __all__ = ["fuse"]
 
@@ -233,5 +233,5 @@ def fuse(graph: fx.Graph, grad: bool) -> int:
     for node in list(graph.nodes):
         if node.op == "call_function" and not node._erased:
             count += any(fusion(node, grad) for fusion in _FUSIONS.get(op_name(node), ()))
-    tidy(graph)
+    remove_dead_code(graph)
     return count

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.local_values import Size, call, cut, is_tensor, local, numel, replace, tidy
+from passes.lowering.local_values import Size, call, cut, is_tensor, local, numel, remove_dead_code, replace
 
 __all__ = ["fuse_adjacent"]
 
@@ -224,7 +224,7 @@ def fuse_adjacent(graph: fx.Graph) -> int:
             return count
         count += step.count
         _unnested(graph)
-        tidy(graph)
+        remove_dead_code(graph)
 
 
 def _unnested(graph: fx.Graph) -> None:

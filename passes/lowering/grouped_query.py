@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.local_values import is_tensor, local, tidy
+from passes.lowering.local_values import is_tensor, local, remove_dead_code
 
 __all__ = ["grouped_query"]
 
@@ -58,5 +58,5 @@ def grouped_query(graph: fx.Graph) -> int:
         node.args = (query, keys[0], values[0], *rest)
         node.kwargs = {**node.kwargs, "enable_gqa": True}
         count += 1
-    tidy(graph)
+    remove_dead_code(graph)
     return count

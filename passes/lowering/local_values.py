@@ -22,7 +22,7 @@ from passes.ops.norms import norm_over_shards
 from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
 
 __all__ = [
-    "MEETING",
+    "COLLECTIVES",
     "Local",
     "Size",
     "call",
@@ -32,8 +32,8 @@ __all__ = [
     "local",
     "numel",
     "plain",
+    "remove_dead_code",
     "replace",
-    "tidy",
 ]
 
 Size = int | str
@@ -163,14 +163,14 @@ def cut(node: fx.Node) -> tuple[fx.Node, int, Any, Any, Any]:
     return source, int(dim) % len(local(source).shape), start or 0, stop, step
 
 
-def tidy(graph: fx.Graph) -> int:
+def remove_dead_code(graph: fx.Graph) -> int:
     """Take out what nothing reads, but nothing by which ranks meet; how many nodes went."""
     before = len(graph.nodes)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in MEETING)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in COLLECTIVES)
     return before - len(graph.nodes)
 
 
-MEETING = {ops.all_reduce, ops.start_all_reduce, ops.wait, ops.all_gather, ops.settle, ops.enter,
+COLLECTIVES = {ops.all_reduce, ops.start_all_reduce, ops.wait, ops.all_gather, ops.broadcast_from_first, ops.enter,
            ops.enter_overlapping, norm_over_shards, vocab_parallel_embedding, vocab_parallel_cross_entropy}  # fmt: skip
 """What ranks meet in, forward or backward: all of them in one order."""
 

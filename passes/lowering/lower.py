@@ -21,7 +21,7 @@ from passes.lowering.fold import fold
 from passes.lowering.fuse import fuse
 from passes.lowering.fuse_adjacent import fuse_adjacent
 from passes.lowering.grouped_query import grouped_query
-from passes.lowering.local_values import call, describe, is_tensor, local, plain, tidy
+from passes.lowering.local_values import call, describe, is_tensor, local, plain, remove_dead_code
 from passes.lowering.merge import merge
 from passes.lowering.overlap import overlap
 from passes.lowering.rematerialize import rematerialize
@@ -149,7 +149,7 @@ def _copied(graph: fx.Graph, kept: Collection[str]) -> fx.Graph:
     return own
 
 
-_BACKWARD_ONLY = (ops.enter, ops.enter_overlapping, ops.leave)
+_BACKWARD_ONLY = (ops.enter, ops.enter_overlapping, ops.deduplicate_gradient)
 
 
 def _forward_only(graph: fx.Graph) -> None:
@@ -241,7 +241,7 @@ def lower(
     if not grad:
         run("reuse", reuse)
     run("direct_calls", direct_calls)
-    tidy(own)
+    remove_dead_code(own)
     for node in own.find_nodes(op="placeholder"):
         if "weights" in node.meta and not node.users:
             own.erase_node(node)

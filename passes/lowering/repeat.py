@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.lowering.local_values import MEETING, call, local
+from passes.lowering.local_values import COLLECTIVES, call, local
 from passes.lowering.merge import apart, joined
 
 __all__ = ["repeat"]
@@ -101,7 +101,15 @@ def _stretches(tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     yield from sorted(found, key=lambda f: (f[0] - f[1], f[2]))
 
 
-_SAME = (operator.getitem, joined, ops.enter, ops.enter_overlapping, ops.leave, ops.settle, aten.dropout.default)
+_SAME = (
+    operator.getitem,
+    joined,
+    ops.enter,
+    ops.enter_overlapping,
+    ops.deduplicate_gradient,
+    ops.broadcast_from_first,
+    aten.dropout.default,
+)
 """What may give back its operand, or a view of it, beside the ops of torch that say so."""
 
 
@@ -162,7 +170,7 @@ def _is_one(run: _Run) -> bool:
     """Whether a run can be one call: no node between its own meets ranks or reads of it."""
     own, node = set(run), run[0]
     while node is not run[-1]:
-        if node not in own and (node.target in MEETING or not own.isdisjoint(node.all_input_nodes)):
+        if node not in own and (node.target in COLLECTIVES or not own.isdisjoint(node.all_input_nodes)):
             return False
         node = node.next
     return True

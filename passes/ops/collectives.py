@@ -30,11 +30,11 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_",
+    "broadcast_from_first",
+    "deduplicate_gradient",
     "enter",
     "enter_overlapping",
-    "leave",
     "narrow",
-    "settle",
     "start_all_reduce",
     "start_all_reduce_",
     "take",
@@ -115,7 +115,7 @@ def enter(x: torch.Tensor | tuple[torch.Tensor, ...], group: str) -> Any:
     return tensors if isinstance(x, tuple) else tensors[0]
 
 
-class _Settle(torch.autograd.Function):
+class _BroadcastFromFirst(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: context.Communicator) -> torch.Tensor:
         ctx.first = group.rank == 0
@@ -127,9 +127,9 @@ class _Settle(torch.autograd.Function):
         return grads[0] if ctx.first else torch.zeros_like(grads[0]), None
 
 
-def settle(x: torch.Tensor, group: str) -> torch.Tensor:
+def broadcast_from_first(x: torch.Tensor, group: str) -> torch.Tensor:
     """V -> I, of shards that each are the whole: the first rank's is everyone's, to the bit, and gets the gradient."""
-    return _Settle.apply(x, context.current().group(group))
+    return _BroadcastFromFirst.apply(x, context.current().group(group))
 
 
 class _EnterOverlapping(torch.autograd.Function):
@@ -155,7 +155,7 @@ def enter_overlapping(x: torch.Tensor, places: Places, group: str) -> torch.Tens
     return _EnterOverlapping.apply(x, places, context.current().group(group))
 
 
-class _Leave(torch.autograd.Function):
+class _DeduplicateGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, mine: Runs) -> torch.Tensor:
         ctx.dim, ctx.mine = dim, mine
@@ -170,10 +170,10 @@ class _Leave(torch.autograd.Function):
         return kept, None, None
 
 
-def leave(x: torch.Tensor, dim: int, mine: Runs) -> torch.Tensor:
+def deduplicate_gradient(x: torch.Tensor, dim: int, mine: Runs) -> torch.Tensor:
     """A shard that overlaps other ranks' is given to the caller, whose gradient of it is the same on each of them:
     only that at the local positions ``mine`` along ``dim`` counts, which the runs of one rank hold of each index."""
-    return _Leave.apply(x, dim, mine) if torch.is_grad_enabled() and x.requires_grad else x
+    return _DeduplicateGradient.apply(x, dim, mine) if torch.is_grad_enabled() and x.requires_grad else x
 
 
 def _indices(runs: Runs, device: torch.device) -> torch.Tensor:

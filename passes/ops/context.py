@@ -1,7 +1,7 @@
 """What a rewritten graph needs of the world it runs in: groups of ranks that communicate, by name.
 
 The graph names a group (``"tp"``; ``"tp:0,1|2,3"`` for its division into replica groups) and the op
-asks the current :class:`Fabric` for the rank's :class:`Communicator`. Processes and the lockstep
+asks the current :class:`ParallelContext` for the rank's :class:`Communicator`. Processes and the lockstep
 simulation are two fabrics; nothing in ``passes`` needs either.
 """
 
@@ -15,7 +15,16 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Communicator", "Fabric", "current", "parse_group", "register", "registered", "replica_group", "use"]
+__all__ = [
+    "Communicator",
+    "ParallelContext",
+    "current",
+    "parse_group",
+    "register",
+    "registered",
+    "replica_group",
+    "use",
+]
 
 
 class Communicator(Protocol):
@@ -44,7 +53,7 @@ class Communicator(Protocol):
         ...
 
 
-class Fabric(Protocol):
+class ParallelContext(Protocol):
     """One rank's view of its world."""
 
     def group(self, name: str) -> Communicator:
@@ -57,13 +66,13 @@ class Fabric(Protocol):
 
 
 class _Current(threading.local):
-    fabric: Fabric | None = None
+    fabric: ParallelContext | None = None
 
 
 _current = _Current()
 
 
-def current() -> Fabric:
+def current() -> ParallelContext:
     """The fabric that this thread runs in.
 
     Raises:
@@ -85,7 +94,7 @@ class use:  # noqa: N801
         ...     results = graph(*inputs)
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: ParallelContext) -> None:
         self._fabric = fabric
 
     def __enter__(self) -> None:
@@ -110,10 +119,10 @@ def parse_group(name: str) -> tuple[str, list[list[int]]]:
     return parent, [[int(r) for r in part.split(",")] for part in parts.split("|")] if parts else []
 
 
-_fabrics: weakref.WeakValueDictionary[int, Fabric] = weakref.WeakValueDictionary()
+_fabrics: weakref.WeakValueDictionary[int, ParallelContext] = weakref.WeakValueDictionary()
 
 
-def register(fabric: Fabric, name: str) -> str:
+def register(fabric: ParallelContext, name: str) -> str:
     """A key for a group of a fabric that says in any thread which one is meant (:func:`registered`)."""
     number = next((n for n, f in _fabrics.items() if f is fabric), len(_fabrics))
     while _fabrics.setdefault(number, fabric) is not fabric:

@@ -161,9 +161,9 @@ def enter(x: Any, key: str, rank: int, size: int) -> Any:
     return tensors if isinstance(x, tuple) else tensors[0]
 
 
-def settle(x: torch.Tensor, key: str, rank: int, size: int) -> torch.Tensor:
-    """:func:`passes.ops.settle`."""
-    return collectives._Settle.apply(x, Traced(key, rank, size))
+def broadcast_from_first(x: torch.Tensor, key: str, rank: int, size: int) -> torch.Tensor:
+    """:func:`passes.ops.broadcast_from_first`."""
+    return collectives._BroadcastFromFirst.apply(x, Traced(key, rank, size))
 
 
 def enter_overlapping(x: torch.Tensor, places: Any, key: str, rank: int, size: int) -> torch.Tensor:
@@ -195,7 +195,7 @@ _TRACED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
     collectives.all_reduce: (all_reduce, 1),
     collectives.all_gather: (all_gather, 2),
     collectives.enter: (enter, 1),
-    collectives.settle: (settle, 1),
+    collectives.broadcast_from_first: (broadcast_from_first, 1),
     collectives.enter_overlapping: (enter_overlapping, 2),
     vocabulary.vocab_parallel_cross_entropy: (cross_entropy, 6),
     norms.norm_over_shards: (norm_over_shards, 6),
@@ -203,7 +203,7 @@ _TRACED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
 """For each op by which ranks meet the one that can be compiled, and which of its arguments names the group."""
 
 
-def traced(graphs: Sequence[fx.Graph], of: context.Fabric) -> bool:
+def traced(graphs: Sequence[fx.Graph], of: context.ParallelContext) -> bool:
     """Let ranks meet through ops that a compiler can see.
 
     Args:

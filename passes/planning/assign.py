@@ -12,7 +12,7 @@ from passes.layouts.facts import Facts
 from passes.layouts.layout import WHOLE, IndexSet, Layout, Shards
 from passes.layouts.relayout import on_virtual
 from passes.layouts.units import Factor, services_of
-from passes.planning.persistent_state import kept
+from passes.planning.persistent_state import settled_layout
 
 __all__ = ["assign", "factor_shards", "spread_to_sources"]
 
@@ -63,11 +63,15 @@ def _shards_of(bits: bytes, shape: tuple[int, ...], tp: int) -> tuple[Shards | N
 
 
 def assign(
-    graph: fx.Graph, facts: Facts, stored: Mapping[str, Layout], tp: int, slots: Mapping[str, Layout] | None = None
+    graph: fx.Graph,
+    facts: Facts,
+    weight_layouts: Mapping[str, Layout],
+    tp: int,
+    slots: Mapping[str, Layout] | None = None,
 ) -> dict[fx.Node, Layout]:
-    """Give every value the layout that follows from how the weights are stored.
+    """Give every value the layout that follows from the layouts of the weights.
 
-    A unit lives where a stored weight puts it, or else where the units it serves live, or else
+    A unit lives where a weight_layouts weight puts it, or else where the units it serves live, or else
     everywhere. Where two weights disagree about a unit, or a value's indices on some rank are no
     product of per-dim sets, or two unrelated dims of one value would be split, the value stays whole;
     conversions then bridge the difference, so that the result is right if not fast.
@@ -75,7 +79,7 @@ def assign(
     Args:
         graph: the captured graph.
         facts: what :func:`passes.propagate` found out about it.
-        stored: each split weight's layout, by ``get_attr`` target.
+        weight_layouts: each split weight's layout, by ``get_attr`` target.
         tp: the number of ranks.
         slots: the layouts of inputs that ranks keep in parts, by slot.
     """
@@ -87,7 +91,7 @@ def assign(
     for node in graph.nodes:
         if node.op not in ("get_attr", "placeholder") or node not in facts.values:
             continue
-        held = stored.get(node.target) if node.op == "get_attr" else kept(node, slots or {})
+        held = weight_layouts.get(node.target) if node.op == "get_attr" else settled_layout(node, slots or {})
         layout = on_virtual(held or WHOLE, facts.values[node].axes).dims
         for factor in facts.values[node].factors:
             (v,) = factor.dims

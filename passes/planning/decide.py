@@ -28,10 +28,10 @@ __all__ = ["Decision", "decide"]
 class Decision:
     """The plan's core: each split weight's layout, and for the others why they stay whole.
 
-    ``stored`` maps ``get_attr`` targets to layouts on the weight's dims.
+    ``weight_layouts`` maps ``get_attr`` targets to layouts on the weight's dims.
     """
 
-    stored: dict[str, Layout] = field(default_factory=dict)
+    weight_layouts: dict[str, Layout] = field(default_factory=dict)
     reasons: dict[str, Reason] = field(default_factory=dict)
 
 
@@ -136,7 +136,7 @@ def _trouble(
     weights: list[fx.Node], facts: Facts, classes: Classes, ranks: np.ndarray, chosen: Iterable[object], tp: int
 ) -> tuple[fx.Node, list[Factor]] | None:
     """A value that the plan cannot lay out, with the one factor or the several that are at fault."""
-    stored = set(weights)
+    weight_layouts = set(weights)
     for node, value in facts.values.items():
         split = []
         for factor in value.factors:
@@ -145,7 +145,7 @@ def _trouble(
                 return node, [factor]
             if found:
                 split.append(factor)
-        if len(split) > 1 and node in stored:
+        if len(split) > 1 and node in weight_layouts:
             return node, split
     return None
 
@@ -173,7 +173,7 @@ def _decide(
         for factor in facts.values[node].factors:
             split.update(factor_shards(factor, ranks, tp) or {})
         if split and all(s.covers for s in split.values()):
-            decision.stored[name] = on_dims(Layout.of(split), facts.values[node].axes)
+            decision.weight_layouts[name] = on_dims(Layout.of(split), facts.values[node].axes)
         else:
             decision.reasons[name] = _reason(node, facts, classes, gains, chosen, banned, culprits, tp)
 

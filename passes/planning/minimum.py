@@ -47,14 +47,16 @@ class Minimum:
     norms: frozenset[fx.Node] = frozenset()
 
 
-def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], stored: Mapping[str, Layout]) -> Minimum:
+def minimum(
+    graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], weight_layouts: Mapping[str, Layout]
+) -> Minimum:
     """Count the collectives that the layouts of values make necessary.
 
     Args:
         graph: the captured graph.
         facts: what :func:`passes.propagate` found out about it.
         layouts: each value's layout (:func:`passes.assign`); those not in it are whole.
-        stored: the weights' layouts, by ``get_attr`` target.
+        weight_layouts: the weights' layouts, by ``get_attr`` target.
     """
 
     def split(node: fx.Node) -> bool:
@@ -100,7 +102,7 @@ def minimum(graph: fx.Graph, facts: Facts, layouts: Mapping[fx.Node, Layout], st
     shared: dict[object, fx.Node] = {}
     end = ends(graph, split, pending.__contains__)
     for node in graph.nodes:
-        layout = stored.get(str(node.target), WHOLE) if node.op == "get_attr" else WHOLE
+        layout = weight_layouts.get(str(node.target), WHOLE) if node.op == "get_attr" else WHOLE
         if not node.meta.get("grad"):
             continue
         for _, shards in layout.shards:

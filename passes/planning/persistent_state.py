@@ -15,10 +15,10 @@ from passes.graphs import shape
 from passes.layouts.axes import Size
 from passes.layouts.layout import Layout
 
-__all__ = ["kept"]
+__all__ = ["settled_layout"]
 
 
-def kept(node: fx.Node, slots: Mapping[str, Layout], name: str | None = None) -> Layout | None:
+def settled_layout(node: fx.Node, slots: Mapping[str, Layout], name: str | None = None) -> Layout | None:
     """The layout that a slot has already; None where it has none yet, or one that this value cannot have.
 
     Args:

@@ -75,14 +75,14 @@ class _Walk:
         self,
         captured: fx.Graph,
         graph: fx.Graph,
-        stored: Mapping[str, Layout],
+        weight_layouts: Mapping[str, Layout],
         parameters: Collection[str],
         tp: int,
         inputs: Mapping[int, Layout],
         results: Mapping[int, Layout],
     ) -> None:
         self.terms, self.dense = read(captured, parameters)
-        self.captured, self.graph, self.stored, self.tp = captured, graph, stored, tp
+        self.captured, self.graph, self.weight_layouts, self.tp = captured, graph, weight_layouts, tp
         self.given, self.wanted = inputs, results
         self.proof = Proof(self.terms, tp)
         self.inputs = itertools.count()
@@ -99,12 +99,12 @@ class _Walk:
         if node.op == "get_attr":
             name = str(node.target)
             term = self.terms.find(("attr", name))
-            return ("region", name) if term is None else self.leaf(term, self.stored.get(name, WHOLE))
+            return ("region", name) if term is None else self.leaf(term, self.weight_layouts.get(name, WHOLE))
         self.collectives += node.target in _COLLECTIVES
         return follow(self.proof, node)
 
     def leaf(self, term: int, layout: Layout) -> Claim:
-        """The claim of an input or a weight, as it is stored."""
+        """The claim of an input or a weight, as its ranks hold it."""
         grad = "complete" if self.terms.grads[term] else None
         return Claim(term, dims_by_layout(self.terms.shapes[term], layout)).with_grad(grad)
 
@@ -186,7 +186,7 @@ class _Walk:
 def check(
     captured: fx.Graph,
     graph: fx.Graph,
-    stored: Mapping[str, Layout],
+    weight_layouts: Mapping[str, Layout],
     parameters: Collection[str],
     tp: int,
     inputs: Mapping[int, Layout] | None = None,
@@ -197,7 +197,7 @@ def check(
     Args:
         captured: the dense model's graph.
         graph: the graph of all ranks, in which a constant that differs between them is a ``PerRank``.
-        stored: the layouts in which ranks hold parameters and buffers; others are whole.
+        weight_layouts: the layouts in which ranks hold parameters and buffers; others are whole.
         inputs: the layouts in which ranks are given inputs, by position; others are whole.
         results: the layouts in which ranks are to return results, by position; others are whole.
         parameters: the ``get_attr`` targets that gradients are wanted of.
@@ -206,4 +206,4 @@ def check(
     Returns:
         PROVED with counts, or the first node that cannot be proved.
     """
-    return _Walk(captured, graph, stored, parameters, tp, inputs or {}, results or {}).run()
+    return _Walk(captured, graph, weight_layouts, parameters, tp, inputs or {}, results or {}).run()

@@ -16,11 +16,11 @@ from passes.proof.terms import plain
 __all__ = [
     "all_gather",
     "all_reduce",
+    "broadcast_from_first",
+    "deduplicate_gradient",
     "enter",
     "enter_overlapping",
-    "leave",
     "norm_over_shards",
-    "settle",
     "vocab_embedding",
     "vocab_loss",
 ]
@@ -95,7 +95,7 @@ def all_gather(proof: Proof, step: Step) -> Claim:
     return Claim(claim.term, dims, "complete" if proof.terms.grads[claim.term] else None)
 
 
-def settle(proof: Proof, step: Step) -> Claim:
+def broadcast_from_first(proof: Proof, step: Step) -> Claim:
     """The first rank's copy of what each has made of its own shards."""
     source, group = list(step.args.values())[:2]
     claim = proof.settled(proof.claim(source))
@@ -107,7 +107,7 @@ def settle(proof: Proof, step: Step) -> Claim:
     return Claim(claim.term, claim.dims, "complete" if proof.terms.grads[claim.term] else None)
 
 
-def leave(proof: Proof, step: Step) -> Claim:
+def deduplicate_gradient(proof: Proof, step: Step) -> Claim:
     """R -> I, of a shard: of what several ranks hold one takes the gradient."""
     source, dim, mine = list(step.args.values())[:3]
     claim = proof.settled(proof.claim(source))

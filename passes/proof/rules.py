@@ -26,10 +26,10 @@ aten = torch.ops.aten
 _PARALLEL: dict[Any, Rule] = {
     ops.all_reduce: collectives.all_reduce,
     ops.all_gather: collectives.all_gather,
-    ops.settle: collectives.settle,
+    ops.broadcast_from_first: collectives.broadcast_from_first,
     ops.enter: collectives.enter,
     ops.enter_overlapping: collectives.enter_overlapping,
-    ops.leave: collectives.leave,
+    ops.deduplicate_gradient: collectives.deduplicate_gradient,
     ops.narrow: movement.narrow,
     ops.take: movement.take,
     norm_over_shards: collectives.norm_over_shards,

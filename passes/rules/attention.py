@@ -21,7 +21,7 @@ from passes.rules.alignment import Alignment, align, as_value, combine, keyed_fa
 from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Attention"]
 
@@ -127,7 +127,7 @@ class Attention(Rule):
             operands[i] = (axes[:dim] + (kept,) + axes[dim + 1 :], names[: end - count] + names[end:])
         return Alignment(tuple(operands), alignment.out, alignment.sizes)
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         layout = sharder.layout(node)
         if layout.whole or node not in sharder.facts.alignments:
             sharder.copy(node)

@@ -11,7 +11,7 @@ from passes.layouts.facts import Facts
 from passes.layouts.units import Value
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Rule", "register", "registered"]
 
@@ -20,14 +20,14 @@ class Rule:
     """How labels pass through one kind of op, and what stands for the op in the rewritten graph.
 
     ``propagate`` gives the labelled value of the result. ``shard`` emits, through the
-    :class:`~passes.shard.Sharder`, the node that computes each rank's part of the result.
+    :class:`~passes.shard.Builder`, the node that computes each rank's part of the result.
     """
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         """Label the result of ``node``, whose tensor inputs are already in ``facts.values``."""
         raise NotImplementedError
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         """Emit what stands for ``node``."""
         raise NotImplementedError
 

@@ -1,6 +1,6 @@
 """builder: the rewritten graph under construction: what a rule may ask, and emit.
 
-One walk over the graph. Each op's rule (:mod:`passes.rules`) asks the :class:`Sharder` for its inputs
+One walk over the graph. Each op's rule (:mod:`passes.rules`) asks the :class:`Builder` for its inputs
 in the layouts it needs and emits what stands for the op; a conversion is inserted where an input is not in
 the wanted layout (:mod:`passes.rules.conversion`).
 
@@ -27,17 +27,17 @@ from passes.layouts.axes import Axes, product
 from passes.layouts.facts import Facts
 from passes.layouts.layout import WHOLE, Layout, Shards
 from passes.layouts.relayout import flattened, on_virtual, relayout
-from passes.layouts.sharded_value import PerRank, State, varies
+from passes.layouts.sharded_value import PerRank, ShardedValue, varies
 from passes.layouts.units import Value
-from passes.planning.persistent_state import kept
+from passes.planning.persistent_state import settled_layout
 from passes.rules import rule_of
 from passes.rules.alignment import Alignment, Key
 from passes.rules.conversion import Conversion, readable
 
-__all__ = ["Sharder"]
+__all__ = ["Builder"]
 
 
-class Sharder(Conversion):
+class Builder(Conversion):
     """The rewritten graph under construction, and where each captured value stands in it."""
 
     def __init__(
@@ -45,12 +45,12 @@ class Sharder(Conversion):
         graph: fx.Graph,
         facts: Facts,
         layouts: dict[fx.Node, Layout],
-        stored: dict[str, Layout],
+        weight_layouts: dict[str, Layout],
         tp: int,
         slots: Mapping[str, Layout] | None = None,
     ) -> None:
         super().__init__(facts, layouts, tp)
-        self.captured, self.stored = graph, stored
+        self.captured, self.weight_layouts = graph, weight_layouts
         self.gathered: list[tuple[fx.Node, str]] = []
         self.slots: dict[str, Layout] = dict(slots or {})
         self.inputs: dict[int, Layout] = {}
@@ -109,7 +109,7 @@ class Sharder(Conversion):
     def stand(self, node: fx.Node, new: fx.Node, *, layout: Layout = WHOLE, pending: bool = False,
               addend: fx.Node | None = None) -> None:  # fmt: skip
         """Let an emitted node stand for ``node``."""
-        self.states[node] = State(new, layout, pending, addend)
+        self.states[node] = ShardedValue(new, layout, pending, addend)
 
     def emit_take(
         self, node: fx.Node, source: fx.Node, dim: int, positions: Sequence[np.ndarray], layout: Layout
@@ -149,7 +149,7 @@ class Sharder(Conversion):
             target, args = ops.random_same, (target, *args)
         new = self.graph.create_node(node.op, target, args, kwargs, readable(node))
         self._describe(new, node, "whole", WHOLE, self.facts.values.get(node))
-        self.states[node] = State(new)
+        self.states[node] = ShardedValue(new)
 
     def rest(self, args: Any) -> Any:
         """Arguments other than the tensors a rule has handled: sizes and scalars, mapped."""
@@ -186,7 +186,7 @@ class Sharder(Conversion):
         plain = self._plain(node)
         if not varies(plain):
             return plain
-        settled = self.graph.call_function(ops.settle, (plain, self.group))
+        settled = self.graph.call_function(ops.broadcast_from_first, (plain, self.group))
         self._describe(settled, node, "split", WHOLE, self.facts.values.get(node))
         settled.meta["state"] = "whole"
         return settled
@@ -195,7 +195,7 @@ class Sharder(Conversion):
         """The layout, on its dims, in which ranks are given an input; decided here for a slot that has none."""
         if "slot" not in node.meta:
             return WHOLE
-        layout = kept(node, self.slots)
+        layout = settled_layout(node, self.slots)
         if layout is None and node.meta["slot"] in self.slots:  # another shape than it had
             layout = WHOLE
         if layout is None:
@@ -216,7 +216,7 @@ class Sharder(Conversion):
     def _kept_result(self, node: fx.Node, position: int, name: str) -> fx.Node:
         """A result as ranks keep it in a slot: their parts, each index with its gradient on one rank only."""
         value = self.value(node)
-        layout = kept(node, self.slots, name)
+        layout = settled_layout(node, self.slots, name)
         if layout is None and name in self.slots:
             layout = WHOLE
         if layout is None:
@@ -238,7 +238,9 @@ class Sharder(Conversion):
             return held
         mine = PerRank.of([s.positions(o).runs for s, o in zip(shards.ranks, shards.owned.ranks, strict=True)])
         name = f"{held.name}_leave"
-        return self.call(ops.leave, (held, dim, mine), state="split", layout=layout, value=value, name=name)
+        return self.call(
+            ops.deduplicate_gradient, (held, dim, mine), state="split", layout=layout, value=value, name=name
+        )
 
     def _result(self, node: Any, position: int) -> Any:
         name = self._output_slots.get(position)
@@ -254,12 +256,12 @@ class Sharder(Conversion):
             if node.op in ("placeholder", "get_attr"):
                 new = self.graph.node_copy(node)
                 if node.op == "get_attr":
-                    layout = self.stored.get(node.target, WHOLE)
+                    layout = self.weight_layouts.get(node.target, WHOLE)
                 else:
                     layout = self._kept_input(node, next(positions))
                 layout = on_virtual(layout, self.value(node).axes) if not layout.whole else WHOLE
                 self._describe(new, node, "whole" if layout.whole else "split", layout, self.facts.values.get(node))
-                self.states[node] = State(new, layout)
+                self.states[node] = ShardedValue(new, layout)
             elif node.op == "output":
                 self._output_slots = node.meta.get("slots", {})
                 returned = [n for i, n in enumerate(node.args[0]) if i not in self._output_slots]
@@ -269,7 +271,7 @@ class Sharder(Conversion):
                 out = self.graph.output(tuple(self._result(n, i) for i, n in enumerate(node.args[0])))
                 out.meta = {"state": "whole", "origin": "output"}
             elif op_name(node) == "aten.sym_size" and is_tensor(node.args[0]):
-                self.states[node] = State(self.extent(*node.args))
+                self.states[node] = ShardedValue(self.extent(*node.args))
             else:
                 rule_of(node).shard(node, self)
         return self.graph

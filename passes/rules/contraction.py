@@ -21,7 +21,7 @@ from passes.rules.alignment import Alignment, Key, align, as_value, combine, key
 from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["MOVES", "Contraction", "contract"]
 
@@ -103,7 +103,7 @@ class Contraction(Rule):
         facts.opaque(node, operands)
         return facts.units.labelled(shape(node))
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         if node not in sharder.facts.alignments:
             sharder.copy(node)
             return
@@ -130,7 +130,7 @@ class Contraction(Rule):
         sharder.copy(node)
 
     @staticmethod
-    def _split_sum(node: fx.Node, alignment: Alignment, operands: list[fx.Node], sharder: Sharder) -> dict[Key, Shards]:
+    def _split_sum(node: fx.Node, alignment: Alignment, operands: list[fx.Node], sharder: Builder) -> dict[Key, Shards]:
         """Shards of the contracted letters that count every index once, as the plan splits one operand."""
         out = set(alignment.out[1])
         for i, operand in enumerate(operands):
@@ -143,11 +143,11 @@ class Contraction(Rule):
                 return {names[v]: s for v, s in owned.shards}
         return {}
 
-    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder, layout: Layout) -> None:
+    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder, layout: Layout) -> None:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or sharder.rest(n))
         sharder.emit(node, target, args, kwargs, layout=layout)
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or sharder.rest(n))
         sharder.emit(node, target or node.target, args, kwargs, pending=True)
 
@@ -165,7 +165,7 @@ class Linear(Contraction):
     def bias(self, node: fx.Node) -> Any:
         return node.args[2] if len(node.args) > 2 else None
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
         x, weight = (local[id(n)] for n in node.args[:2])
         bias = self.bias(node)
         addend = sharder.whole(bias) if bias is not None else None
@@ -223,7 +223,7 @@ class AddMatmul(Contraction):
     def bias(self, node: fx.Node) -> Any:
         return node.args[0]
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
         bias, left, right = node.args
         alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
         value = sharder.value(node)

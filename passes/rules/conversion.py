@@ -20,7 +20,7 @@ from passes.layouts.axes import Axes, common_refinement
 from passes.layouts.facts import Facts
 from passes.layouts.layout import WHOLE, Layout, Shards
 from passes.layouts.relayout import flattened, relayout
-from passes.layouts.sharded_value import GROUP, PerRank, State, varies
+from passes.layouts.sharded_value import GROUP, PerRank, ShardedValue, varies
 from passes.layouts.units import Value
 
 __all__ = ["Conversion", "readable"]
@@ -41,7 +41,7 @@ class Conversion:
         self.facts, self.layouts, self.tp = facts, layouts, tp
         self.group = GROUP
         self.graph = fx.Graph()
-        self.states: dict[fx.Node, State] = {}
+        self.states: dict[fx.Node, ShardedValue] = {}
         self._converted: dict[tuple[fx.Node, Layout], fx.Node] = {}
         self._current: fx.Node | None = None
 
@@ -81,7 +81,7 @@ class Conversion:
         if (node, layout) not in self._converted:
             have, value = state, self.value(node)
             if not (have.layout.whole or layout.whole or self._contains(have.layout, layout)):
-                have = State(self.local(node, WHOLE))
+                have = ShardedValue(self.local(node, WHOLE))
             if have.layout.whole and layout.whole:
                 converted = have.node
             elif layout.whole:
@@ -137,7 +137,7 @@ class Conversion:
 
     # Conversions ------------------------------------------------------------------------------
 
-    def _resolve(self, node: fx.Node) -> State:
+    def _resolve(self, node: fx.Node) -> ShardedValue:
         state = self.states[node]
         origin, self._current = self._current, node
         value = self.value(node)
@@ -146,7 +146,7 @@ class Conversion:
         if state.addend is not None:
             reduced = self.call(aten.add.Tensor, (reduced, state.addend), state="whole", value=value)
         self._current = origin
-        self.states[node] = State(reduced)
+        self.states[node] = ShardedValue(reduced)
         return self.states[node]
 
     @staticmethod

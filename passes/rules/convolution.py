@@ -17,7 +17,7 @@ from passes.rules.base import register
 from passes.rules.contraction import Contraction, contract
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Convolution", "GroupedMatmul"]
 
@@ -68,14 +68,14 @@ class Convolution(Contraction):
     def bias(self, node: fx.Node) -> Any:
         return node.args[2] if len(node.args) > 2 else None
 
-    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder, layout: Layout) -> None:
+    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder, layout: Layout) -> None:
         args = list(fx.map_arg(node.args, lambda n: local.get(id(n)) or sharder.rest(n)))
         if self.depthwise(node):
             channels = len(shape(node)) - len(shape(node.args[1])) + 1
             (args[6],) = sharder.local_sizes(node, [args[6]], channels)
         sharder.emit(node, node.target, tuple(args), dict(node.kwargs), layout=layout)
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Sharder) -> None:
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
         bias, addend = self.bias(node), None
         if bias is not None:
             sizes = [-1, *[1] * (len(shape(node.args[1])) - 2)]

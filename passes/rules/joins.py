@@ -17,7 +17,7 @@ from passes.rules.base import register
 from passes.rules.movement import Move, behind
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Complex", "Join", "Pad"]
 
@@ -126,7 +126,7 @@ class Join(Move):
         roots = facts.units.roots()
         return any((roots[x] != roots[labels[0]]).any() for x in labels)
 
-    def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
         layout, parts, dim = sharder.layout(node), list(node.args[0]), self.dim(node)
         all_axes, sizes = sharder.facts.alignments[node]
         place = sharder.value(node).offset(dim)

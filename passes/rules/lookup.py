@@ -20,7 +20,7 @@ from passes.rules.opaque import Opaque
 from passes.rules.pointwise import Pointwise
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Embedding", "Index", "Pick", "Place"]
 
@@ -48,7 +48,7 @@ class Embedding(Rule):
         facts.work[node] = (extra, pending)
         return Value(index.axes + table.axes[1:], tuple(factors))
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         weight, ids, *rest = node.args
         table, held, layout = sharder.value(weight), sharder.layout(weight), sharder.layout(node)
         rows = table.virtual(0)

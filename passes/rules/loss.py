@@ -14,7 +14,7 @@ from passes.ops.vocabulary import vocab_parallel_cross_entropy
 from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["CrossEntropy"]
 
@@ -43,7 +43,7 @@ class CrossEntropy(Rule):
             facts.alignments[node] = sorted(classes)
         return facts.units.labelled(shape(node))
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         logits, target = node.args[:2]
         rest: list[Any] = list(node.args[2:])
         held: Any = sharder.layout(logits)

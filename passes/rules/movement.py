@@ -18,7 +18,7 @@ from passes.layouts.units import Factor, Value
 from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Expand", "Move", "Part", "Permute", "Regroup", "behind"]
 
@@ -44,18 +44,18 @@ class Move(Rule):
             return facts.units.labelled(shape(node))
         return value
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         if node in sharder.facts.wanted_whole or sharder.layout(node).whole:
             sharder.copy(node)
         else:
             self.shard_split(node, sharder)
 
-    def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
         """Emit the move on the rank's part, given that the result is split."""
         self.emit(node, sharder, sharder.rest(node.args[1:]))
 
     @staticmethod
-    def emit(node: fx.Node, sharder: Sharder, args: tuple[Any, ...], target: Any = None) -> None:
+    def emit(node: fx.Node, sharder: Builder, args: tuple[Any, ...], target: Any = None) -> None:
         """Emit the move on the rank's part of its input, as the plan splits that."""
         source = node.args[0]
         if sharder.layout(source).whole:
@@ -101,7 +101,7 @@ class Regroup(Move):
             value = value.merged(dim, facts.units) or value
         return value
 
-    def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
         name, source = op_name(node), shape(node.args[0])
         if name == "aten.reshape":
             self.emit(node, sharder, (sharder.local_sizes(node, node.args[1]),))
@@ -170,7 +170,7 @@ class Expand(Move):
         facts.units.serve(labels, spread)
         return Factor(dims, labels)
 
-    def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
         layout, source = sharder.layout(node), node.args[0]
         value, before = sharder.value(node), sharder.value(source)
         shift = len(value.axes) - len(before.axes)
@@ -244,14 +244,14 @@ class Part(Move):
                 factors.append(Factor(moved, labels))
         return Value(value.axes[:dim] + remains + value.axes[dim + 1 :], tuple(factors))
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         if node in sharder.facts.alignments and sharder.layout(node).whole and self._held_by_all(node, sharder):
             self.shard_split(node, sharder)
         else:
             super().shard(node, sharder)
 
     @staticmethod
-    def _held_by_all(node: fx.Node, sharder: Sharder) -> bool:
+    def _held_by_all(node: fx.Node, sharder: Builder) -> bool:
         """Whether every rank's part of a split input has all of what is taken (the one key of multi-query)."""
         axes, dim, what = sharder.facts.alignments[node]
         have = sharder.layout(node.args[0])
@@ -262,7 +262,7 @@ class Part(Move):
         picked = np.arange(split.size)[what]
         return bool(picked.size) and all(np.isin(picked, held.indices).all() for held in split.ranks)
 
-    def shard_split(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
         source, layout = node.args[0], sharder.layout(node)
         have = sharder.layout(source)
         if node not in sharder.facts.alignments or have.whole:  # no label on the dim, so no split

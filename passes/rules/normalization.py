@@ -16,7 +16,7 @@ from passes.rules.base import register
 from passes.rules.pointwise import Pointwise
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Normalization"]
 
@@ -47,7 +47,7 @@ class Normalization(Pointwise):
         facts.alignments[node] = (alignment, operands)
         return as_value(alignment, combine(factors, facts.units))
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         value, layout, normalized = sharder.value(node), sharder.layout(node), len(node.args[1])
         inner = value.virtual(len(value.axes) - 1)
         last = {v for d in range(len(value.axes) - normalized, len(value.axes)) for v in value.virtual(d)}

@@ -12,7 +12,7 @@ from passes.layouts.units import Value
 from passes.rules.base import Rule
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Opaque"]
 
@@ -24,5 +24,5 @@ class Opaque(Rule):
         facts.opaque(node, [n for n in node.all_input_nodes if is_tensor(n)])
         return facts.units.labelled(shape(node)) if is_tensor(node) else Value(())
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         sharder.copy(node)

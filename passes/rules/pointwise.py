@@ -14,7 +14,7 @@ from passes.rules.alignment import align, as_value, combine, keyed_factors
 from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Pointwise"]
 
@@ -52,7 +52,7 @@ class Pointwise(Rule):
         factors = [f for each in keyed_factors(alignment, refined) for f in each]
         return as_value(alignment, combine(factors, facts.units))
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         if self._stays_pending(node, sharder):
             return
         local = self.local_operands(node, sharder)
@@ -62,12 +62,12 @@ class Pointwise(Rule):
         mapped = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local[n] if n in local else sharder.rest(n))
         self.emit_local(node, mapped[0], mapped[1], sharder)
 
-    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Sharder) -> None:
+    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Builder) -> None:
         """Emit the op on local operands."""
         sharder.emit(node, node.target, args, kwargs, layout=sharder.layout(node))
 
     @staticmethod
-    def local_operands(node: fx.Node, sharder: Sharder) -> dict[fx.Node, fx.Node] | None:
+    def local_operands(node: fx.Node, sharder: Builder) -> dict[fx.Node, fx.Node] | None:
         """The operands in the layouts that match the result's; None where the result is whole."""
         if sharder.layout(node).whole or node not in sharder.facts.alignments:
             return None
@@ -79,7 +79,7 @@ class Pointwise(Rule):
         return {n: sharder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
 
     @staticmethod
-    def _stays_pending(node: fx.Node, sharder: Sharder) -> bool:
+    def _stays_pending(node: fx.Node, sharder: Builder) -> bool:
         """Sums of pending sums, and what is whole beside them; multiples of a pending sum."""
         name, args = op_name(node), node.args
         if name in ("aten.add", "aten.sub") and len(args) == 2 and not node.kwargs:

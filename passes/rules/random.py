@@ -11,7 +11,7 @@ from passes.rules.base import register
 from passes.rules.pointwise import Pointwise
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 
 @register("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.bernoulli", "aten.rand_like",
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class Random(Pointwise):
     """Pointwise and random: on whole values all ranks draw the same, on shards each draws its own."""
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         if sharder.layout(node).whole or not all(s.disjoint for _, s in sharder.layout(node).shards):
             sharder.copy(node)
         else:
             super().shard(node, sharder)
 
-    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Sharder) -> None:
+    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Builder) -> None:
         sharder.emit(node, ops.random_per_rank, (node.target, *args), kwargs, layout=sharder.layout(node))

@@ -16,7 +16,7 @@ from passes.layouts.units import Factor, Value
 from passes.rules.base import Rule, register
 
 if TYPE_CHECKING:
-    from passes.rules.builder import Sharder
+    from passes.rules.builder import Builder
 
 __all__ = ["Reduction", "Scan", "Sum"]
 
@@ -95,7 +95,7 @@ class Reduction(Rule):
         facts.pending[node] = pending
         return reduced(value, dims, self.keeps(node), kept)
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         source, layout = node.args[0], sharder.layout(node)
         value, dims = sharder.value(source), self.dims(node)
         have = sharder.layout(source)
@@ -114,12 +114,12 @@ class Reduction(Rule):
         else:
             sharder.copy(node)
 
-    def emit_split(self, node: fx.Node, local: fx.Node, sharder: Sharder, layout: Layout) -> None:
+    def emit_split(self, node: fx.Node, local: fx.Node, sharder: Builder, layout: Layout) -> None:
         """Emit the reduction over dims that are whole."""
         sharder.emit(node, node.target, (local, *sharder.rest(node.args[1:])), sharder.rest(dict(node.kwargs)),
                      layout=layout)  # fmt: skip
 
-    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder, times: Sequence[int] | None = None) -> None:
+    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Builder, times: Sequence[int] | None = None) -> None:
         """Emit the rank's share of a sum, ``times[rank]`` times."""
         raise NotImplementedError
 
@@ -130,7 +130,7 @@ class Sum(Reduction):
 
     sums = True
 
-    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Sharder, times: Sequence[int] | None = None) -> None:
+    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Builder, times: Sequence[int] | None = None) -> None:
         dims, keep = self.dims(node), self.keeps(node)
         kwargs = {"dtype": node.kwargs["dtype"]} if node.kwargs.get("dtype") is not None else {}
         value = sharder.value(node)
@@ -167,7 +167,7 @@ class Scan(Rule):
                 facts.mix(node, factor, [v for v in factor.dims if v in inside])
         return value
 
-    def shard(self, node: fx.Node, sharder: Sharder) -> None:
+    def shard(self, node: fx.Node, sharder: Builder) -> None:
         source, layout = node.args[0], sharder.layout(node)
         value = sharder.value(source)
         inside = {v for d in self._dims(node) for v in value.virtual(d)}

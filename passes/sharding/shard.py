@@ -1,6 +1,6 @@
 """shard: rewrite a captured graph so that each rank computes its part.
 
-One walk over the graph. Each op's rule (:mod:`passes.rules`) asks the :class:`Sharder` for its inputs
+One walk over the graph. Each op's rule (:mod:`passes.rules`) asks the :class:`Builder` for its inputs
 in the layouts it needs and emits what stands for the op; a conversion is inserted where an input is not in
 the wanted layout (:mod:`passes.rules.conversion`).
 
@@ -20,7 +20,7 @@ from torch import fx
 
 from passes.layouts.facts import Facts
 from passes.layouts.layout import Layout
-from passes.rules.builder import Sharder
+from passes.rules.builder import Builder
 
 __all__ = ["shard"]
 
@@ -31,17 +31,17 @@ def shard(
     graph: fx.Graph,
     facts: Facts,
     layouts: dict[fx.Node, Layout],
-    stored: dict[str, Layout],
+    weight_layouts: dict[str, Layout],
     tp: int,
     slots: Mapping[str, Layout] | None = None,
-) -> Sharder:
+) -> Builder:
     """Rewrite a captured graph for ``tp`` ranks.
 
     Args:
         graph: the captured, simplified graph.
         facts: what :func:`passes.propagate` found out about it.
         layouts: each value's planned layout (:func:`passes.assign`), on its own virtual dims.
-        stored: the layout in which each ``get_attr`` target is held by the ranks.
+        weight_layouts: the layout in which each ``get_attr`` target is held by the ranks.
         tp: the number of ranks.
         slots: the layouts of inputs and results that ranks keep in parts, as far as they are decided
             (:mod:`passes.planning.persistent_state`).
@@ -51,6 +51,6 @@ def shard(
         values that had to be made whole, each with the op that wanted it; ``slots`` has the layouts of all slots,
         and ``inputs`` and ``results`` those of the split ones, by position.
     """
-    sharder = Sharder(graph, facts, layouts, stored, tp, slots)
+    sharder = Builder(graph, facts, layouts, weight_layouts, tp, slots)
     sharder.run()
     return sharder

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Captured
-from autotp.program.sharded_program import Rewritten, rewrite
+from autotp.capture.captured_graph import CapturedGraph
+from autotp.program.sharded_program import ShardedProgram, shard_graph
 from autotp.verification.measure import Float64
 from autotp.verification.simulation import Simulation
 from autotp.verification.verify import compare
@@ -40,14 +40,14 @@ class Subject:
 
     model: nn.Module
     inputs: dict[str, Any]
-    captured: Captured
-    program: Rewritten
+    captured: CapturedGraph
+    program: ShardedProgram
 
-    def verdict(self, program: Rewritten) -> Verdict:
+    def verdict(self, program: ShardedProgram) -> Verdict:
         """What the proof says of a program."""
-        return check(self.captured.graph, program.graph, program.stored, self.captured.parameters, program.tp)
+        return check(self.captured.graph, program.graph, program.weight_layouts, self.captured.parameters, program.tp)
 
-    def differs(self, program: Rewritten) -> bool:
+    def differs(self, program: ShardedProgram) -> bool:
         """Whether a program fails, or gives other values or gradients than the dense model."""
         parallel = Simulation(self.model, program.tp, OneProgram(self.model, program), record=True)
         with Float64():
@@ -73,7 +73,7 @@ def subject(name: str, tp: int) -> Subject:
     with Float64():
         model, inputs = _from_zoo(name) if "/" in name else make(name)
         captured = capture(model, (), inputs)
-    return Subject(model, inputs, captured, rewrite(captured, tp))
+    return Subject(model, inputs, captured, shard_graph(captured, tp))
 
 
 def judged(each: str) -> tuple[str, Counter[tuple[str, str]], list[str]]:

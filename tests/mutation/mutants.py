@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from autotp.program.sharded_program import Rewritten
+from autotp.program.sharded_program import ShardedProgram
 from passes import IndexSet, Layout, Shards, ops
 from passes.layouts.sharded_value import GROUP, PerRank
 from passes.ops.context import replica_group
@@ -24,7 +24,7 @@ from tests.breakages import strip
 __all__ = ["KINDS", "Mutant", "mutants"]
 
 aten = torch.ops.aten
-COLLECTIVES = (ops.all_reduce, ops.all_gather, ops.enter, ops.enter_overlapping, ops.settle)
+COLLECTIVES = (ops.all_reduce, ops.all_gather, ops.enter, ops.enter_overlapping, ops.broadcast_from_first)
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Mutant:
 
     kind: str
     place: str
-    program: Rewritten
+    program: ShardedProgram
 
 
-def copied(program: Rewritten) -> tuple[Rewritten, dict[str, fx.Node]]:
+def copied(program: ShardedProgram) -> tuple[ShardedProgram, dict[str, fx.Node]]:
     """A program with a graph of its own, and the nodes of that by name."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in program.graph.nodes:
@@ -45,21 +45,21 @@ def copied(program: Rewritten) -> tuple[Rewritten, dict[str, fx.Node]]:
 
 
 def _edited(
-    program: Rewritten, kind: str, node: fx.Node, edit: Callable[[fx.Graph, fx.Node], None], note: str = ""
+    program: ShardedProgram, kind: str, node: fx.Node, edit: Callable[[fx.Graph, fx.Node], None], note: str = ""
 ) -> Mutant:
     broken, names = copied(program)
     edit(broken.graph, names[node.name])
     return Mutant(kind, f"{node.name}{note}", broken)
 
 
-def dropped(program: Rewritten) -> Iterator[Mutant]:
+def dropped(program: ShardedProgram) -> Iterator[Mutant]:
     """A collective left out."""
     for node in program.graph.nodes:
         if node.target in COLLECTIVES:
             yield _edited(program, "drop", node, strip)
 
 
-def doubled(program: Rewritten) -> Iterator[Mutant]:
+def doubled(program: ShardedProgram) -> Iterator[Mutant]:
     """A collective done twice."""
 
     def twice(graph: fx.Graph, node: fx.Node) -> None:
@@ -69,11 +69,11 @@ def doubled(program: Rewritten) -> Iterator[Mutant]:
         again.args = (node, *node.args[1:])
 
     for node in program.graph.nodes:
-        if node.target in (ops.all_reduce, ops.enter, ops.settle) and not isinstance(node.args[0], tuple):
+        if node.target in (ops.all_reduce, ops.enter, ops.broadcast_from_first) and not isinstance(node.args[0], tuple):
             yield _edited(program, "double", node, twice)
 
 
-def moved(program: Rewritten) -> Iterator[Mutant]:
+def moved(program: ShardedProgram) -> Iterator[Mutant]:
     """A reduction before what is added to the sum, an ``enter`` behind its first reader's op."""
 
     def earlier(graph: fx.Graph, node: fx.Node) -> None:
@@ -101,9 +101,13 @@ def moved(program: Rewritten) -> Iterator[Mutant]:
             yield _edited(program, "move", node, later)
 
 
-def retyped(program: Rewritten) -> Iterator[Mutant]:
+def retyped(program: ShardedProgram) -> Iterator[Mutant]:
     """A collective replaced by one with another backward."""
-    others = {ops.all_reduce: ops.settle, ops.enter: ops.all_reduce, ops.settle: ops.all_reduce}
+    others = {
+        ops.all_reduce: ops.broadcast_from_first,
+        ops.enter: ops.all_reduce,
+        ops.broadcast_from_first: ops.all_reduce,
+    }
     for node in program.graph.nodes:
         if node.target in others and not isinstance(node.args[0], tuple):
 
@@ -113,7 +117,7 @@ def retyped(program: Rewritten) -> Iterator[Mutant]:
             yield _edited(program, "retype", node, other)
 
 
-def regrouped(program: Rewritten) -> Iterator[Mutant]:
+def regrouped(program: ShardedProgram) -> Iterator[Mutant]:
     """A collective over some of the ranks only, or over all of them instead of some."""
     halves = [list(range(program.tp))[i::2] for i in range(2)]
     for node in program.graph.nodes:
@@ -137,7 +141,7 @@ def _walk(value: Any, change: Callable[[Any], Iterator[tuple[str, Any]]]) -> Ite
 
 
 def _constants(
-    program: Rewritten, kind: str, change: Callable[[Any], Iterator[tuple[str, Any]]],
+    program: ShardedProgram, kind: str, change: Callable[[Any], Iterator[tuple[str, Any]]],
     nodes: Callable[[fx.Node], bool] = lambda n: n.op == "call_function",
 ) -> Iterator[Mutant]:  # fmt: skip
     for node in program.graph.nodes:
@@ -154,7 +158,7 @@ def _constants(
                 yield _edited(program, kind, node, put, f" argument {i}: {note}")
 
 
-def swapped(program: Rewritten) -> Iterator[Mutant]:
+def swapped(program: ShardedProgram) -> Iterator[Mutant]:
     """Two ranks with each other's constants."""
 
     def change(value: Any) -> Iterator[tuple[str, Any]]:
@@ -168,7 +172,7 @@ def swapped(program: Rewritten) -> Iterator[Mutant]:
     yield from _constants(program, "swap", change)
 
 
-def rotated(program: Rewritten) -> Iterator[Mutant]:
+def rotated(program: ShardedProgram) -> Iterator[Mutant]:
     """Every rank with its neighbour's constants: off by a shard."""
 
     def change(value: Any) -> Iterator[tuple[str, Any]]:
@@ -178,7 +182,7 @@ def rotated(program: Rewritten) -> Iterator[Mutant]:
     yield from _constants(program, "off by a shard", change)
 
 
-def left_global(program: Rewritten) -> Iterator[Mutant]:
+def left_global(program: ShardedProgram) -> Iterator[Mutant]:
     """A baked size that is the whole dim's on every rank."""
     views = (aten.reshape.default, aten.view.default, aten.expand.default, aten.unflatten.int)
     for node in program.graph.nodes:
@@ -195,7 +199,7 @@ def left_global(program: Rewritten) -> Iterator[Mutant]:
             yield _edited(program, "global size", node, put, f" size {i}")
 
 
-def averaged(program: Rewritten) -> Iterator[Mutant]:
+def averaged(program: ShardedProgram) -> Iterator[Mutant]:
     """A reduction that takes the mean instead of the sum."""
 
     def mean(graph: fx.Graph, node: fx.Node) -> None:
@@ -209,7 +213,7 @@ def averaged(program: Rewritten) -> Iterator[Mutant]:
             yield _edited(program, "mean", node, mean)
 
 
-def levelled(program: Rewritten) -> Iterator[Mutant]:
+def levelled(program: ShardedProgram) -> Iterator[Mutant]:
     """All ranks with the first one's constants."""
 
     def change(value: Any) -> Iterator[tuple[str, Any]]:
@@ -219,7 +223,7 @@ def levelled(program: Rewritten) -> Iterator[Mutant]:
     yield from _constants(program, "level", change)
 
 
-def off_by_one(program: Rewritten) -> Iterator[Mutant]:
+def off_by_one(program: ShardedProgram) -> Iterator[Mutant]:
     """A bound, an offset or a position one too high."""
     wanted = (aten.slice.Tensor, aten.select.int, ops.narrow, ops.take, vocab_parallel_embedding,
               vocab_parallel_cross_entropy, norm_over_shards)  # fmt: skip
@@ -233,7 +237,7 @@ def off_by_one(program: Rewritten) -> Iterator[Mutant]:
     yield from _constants(program, "off by one", change, lambda n: n.target in wanted)
 
 
-def misscaled(program: Rewritten) -> Iterator[Mutant]:
+def misscaled(program: ShardedProgram) -> Iterator[Mutant]:
     """A factor or divisor that counts what a rank holds instead of everything, or the other way round."""
     wanted = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
@@ -244,7 +248,7 @@ def misscaled(program: Rewritten) -> Iterator[Mutant]:
     yield from _constants(program, "scale", change, lambda n: n.target in wanted)
 
 
-def biased_early(program: Rewritten) -> Iterator[Mutant]:
+def biased_early(program: ShardedProgram) -> Iterator[Mutant]:
     """What is added once after a reduction, added before it."""
 
     def early(graph: fx.Graph, node: fx.Node) -> None:
@@ -262,16 +266,16 @@ def biased_early(program: Rewritten) -> Iterator[Mutant]:
 
 
 def _relaid(
-    program: Rewritten, kind: str, change: Callable[[Shards], Iterator[tuple[str, Shards]]]
+    program: ShardedProgram, kind: str, change: Callable[[Shards], Iterator[tuple[str, Shards]]]
 ) -> Iterator[Mutant]:
-    for name, layout in program.stored.items():
+    for name, layout in program.weight_layouts.items():
         for dim, shards in layout.shards:
             for note, new in change(shards):
-                stored = dict(program.stored) | {name: Layout.of({**layout.dims, dim: new})}
-                yield Mutant(kind, f"{name}: {note}", replace(program, stored=stored))
+                weight_layouts = dict(program.weight_layouts) | {name: Layout.of({**layout.dims, dim: new})}
+                yield Mutant(kind, f"{name}: {note}", replace(program, weight_layouts=weight_layouts))
 
 
-def shards_swapped(program: Rewritten) -> Iterator[Mutant]:
+def shards_swapped(program: ShardedProgram) -> Iterator[Mutant]:
     """Two ranks with each other's share of a weight."""
 
     def change(shards: Shards) -> Iterator[tuple[str, Shards]]:
@@ -284,7 +288,7 @@ def shards_swapped(program: Rewritten) -> Iterator[Mutant]:
     yield from _relaid(program, "shard swapped", change)
 
 
-def shards_shifted(program: Rewritten) -> Iterator[Mutant]:
+def shards_shifted(program: ShardedProgram) -> Iterator[Mutant]:
     """A weight cut one index further on."""
 
     def change(shards: Shards) -> Iterator[tuple[str, Shards]]:
@@ -294,7 +298,7 @@ def shards_shifted(program: Rewritten) -> Iterator[Mutant]:
     yield from _relaid(program, "shard shifted", change)
 
 
-def shards_rotated(program: Rewritten) -> Iterator[Mutant]:
+def shards_rotated(program: ShardedProgram) -> Iterator[Mutant]:
     """Every rank with its neighbour's share of a weight: heads of keys with the wrong queries, say."""
 
     def change(shards: Shards) -> Iterator[tuple[str, Shards]]:
@@ -305,7 +309,7 @@ def shards_rotated(program: Rewritten) -> Iterator[Mutant]:
     yield from _relaid(program, "shard of the neighbour", change)
 
 
-def shards_contiguous(program: Rewritten) -> Iterator[Mutant]:
+def shards_contiguous(program: ShardedProgram) -> Iterator[Mutant]:
     """A fused weight cut as if it were not."""
 
     def change(shards: Shards) -> Iterator[tuple[str, Shards]]:
@@ -317,7 +321,7 @@ def shards_contiguous(program: Rewritten) -> Iterator[Mutant]:
     yield from _relaid(program, "shard contiguous", change)
 
 
-def shards_replicated(program: Rewritten) -> Iterator[Mutant]:
+def shards_replicated(program: ShardedProgram) -> Iterator[Mutant]:
     """Every rank with the first one's share, where all have as much."""
 
     def change(shards: Shards) -> Iterator[tuple[str, Shards]]:
@@ -327,10 +331,10 @@ def shards_replicated(program: Rewritten) -> Iterator[Mutant]:
     yield from _relaid(program, "shard replicated", change)
 
 
-def split_apart(program: Rewritten) -> Iterator[Mutant]:
+def split_apart(program: ShardedProgram) -> Iterator[Mutant]:
     """A weight with several uses (tied embeddings) of which one is split otherwise: by the neighbour's share."""
     for node in program.graph.nodes:
-        layout = program.stored.get(str(node.target)) if node.op == "get_attr" else None
+        layout = program.weight_layouts.get(str(node.target)) if node.op == "get_attr" else None
         if layout is None or len(layout.shards) != 1 or len(node.users) < 2:
             continue
         ((dim, shards),) = layout.shards
@@ -350,7 +354,7 @@ def split_apart(program: Rewritten) -> Iterator[Mutant]:
             yield _edited(program, "one use split apart", node, partial(apart, user=user), f" in {user}")
 
 
-def crossed(program: Rewritten) -> Iterator[Mutant]:
+def crossed(program: ShardedProgram) -> Iterator[Mutant]:
     """An op that reads the other of two operands of one shape."""
     for node in program.graph.nodes:
         inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("global"), torch.Tensor)]
@@ -368,14 +372,14 @@ def crossed(program: Rewritten) -> Iterator[Mutant]:
         yield _edited(program, "operands", node, cross)
 
 
-KINDS: tuple[Callable[[Rewritten], Iterator[Mutant]], ...] = (
+KINDS: tuple[Callable[[ShardedProgram], Iterator[Mutant]], ...] = (
     dropped, doubled, moved, retyped, regrouped, averaged, swapped, rotated, levelled, left_global, off_by_one,
     misscaled, biased_early, shards_swapped, shards_rotated, shards_shifted, shards_contiguous, shards_replicated,
     split_apart, crossed,
 )  # fmt: skip
 
 
-def mutants(program: Rewritten) -> Iterator[Mutant]:
+def mutants(program: ShardedProgram) -> Iterator[Mutant]:
     """All mutants of a program."""
     for kind in KINDS:
         yield from kind(program)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Captured
+from autotp.capture.captured_graph import CapturedGraph
 from autotp.program.graph_text import graph_text
 from passes import (
     Layout,
@@ -227,7 +227,7 @@ def parts() -> str:
 # What belongs together -----------------------------------------------------------------------------
 
 
-def captured(model: nn.Module, *inputs: Tensor) -> Captured:
+def captured(model: nn.Module, *inputs: Tensor) -> CapturedGraph:
     """A captured model, as the passes after ``canonicalize`` see it."""
     return capture(model, inputs, {})
 
@@ -318,9 +318,9 @@ def propagate_fused() -> str:
 # The plan ------------------------------------------------------------------------------------------
 
 
-def layout_lines(stored: dict[str, Layout], reasons: dict[str, Reason]) -> str:
+def layout_lines(weight_layouts: dict[str, Layout], reasons: dict[str, Reason]) -> str:
     """The plan: each weight's layout, or why it is whole, and up to how many ranks would do."""
-    lines = [f"{name:<12} {layout}" for name, layout in stored.items()]
+    lines = [f"{name:<12} {layout}" for name, layout in weight_layouts.items()]
     for name, reason in reasons.items():
         limit = f" (at most {reason.limit} ranks)" if reason.limit else ""
         lines.append(f"{name:<12} whole{limit}: {settled_line(reason.text)}")
@@ -336,7 +336,9 @@ def decide_text(model: nn.Module, tp: int) -> str:
     """What is decided for a model of width 64."""
     graph = captured(model, x(2, 3, 64)).graph
     decision = decide(graph, propagate(graph), tp)
-    return f"{captured_text(graph)}\n\nOn {tp} ranks:\n\n{layout_lines(decision.stored, dict(decision.reasons))}"
+    return (
+        f"{captured_text(graph)}\n\nOn {tp} ranks:\n\n{layout_lines(decision.weight_layouts, dict(decision.reasons))}"
+    )
 
 
 @case("decide/mlp")
@@ -364,8 +366,8 @@ def rewritten(model: nn.Module, tp: int) -> tuple[fx.Graph, fx.Graph]:
     """The captured graph and the graph for all ranks, before ``enter``."""
     graph = captured(model, x(2, 3, 64)).graph
     facts = propagate(graph)
-    stored = decide(graph, facts, tp).stored
-    sharded = shard(graph, facts, assign(graph, facts, stored, tp), dict(stored), tp).graph
+    weight_layouts = decide(graph, facts, tp).weight_layouts
+    sharded = shard(graph, facts, assign(graph, facts, weight_layouts, tp), dict(weight_layouts), tp).graph
     sharded.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return graph, sharded
 
@@ -404,10 +406,10 @@ def assign_text(model: nn.Module, tp: int) -> str:
     """The layouts of the weights that were decided, and those that all values then have."""
     graph = captured(model, x(2, 3, 64)).graph
     facts = propagate(graph)
-    stored = decide(graph, facts, tp).stored
-    layouts = assign(graph, facts, stored, tp)
+    weight_layouts = decide(graph, facts, tp).weight_layouts
+    layouts = assign(graph, facts, weight_layouts, tp)
     lines = [f"{n.name:<32} {layouts[n]}" for n in graph.nodes if n.op == "call_function" and n in layouts]
-    weights = "\n".join(f"{name:<32} {layout}" for name, layout in stored.items())
+    weights = "\n".join(f"{name:<32} {layout}" for name, layout in weight_layouts.items())
     return f"{captured_text(graph)}\n\nWeights on {tp} ranks:\n\n{weights}\n\nValues:\n\n" + "\n".join(lines)
 
 

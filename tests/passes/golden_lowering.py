@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autotp.capture.capture import capture
 from autotp.program.graph_text import lowered_text
-from autotp.program.sharded_program import rewrite
+from autotp.program.sharded_program import shard_graph
 from passes import Lowering, localize, lower
 from tests.passes.golden_cases import Small, case, x
 
@@ -23,7 +23,7 @@ def lowered(
 ) -> str:  # fmt: skip
     """A rank's graph as the passes named in ``then`` leave it, and what the pass named in ``without`` makes of that."""
     captured = capture(model, inputs, {})
-    graph = localize(rewrite(captured, tp).graph, 0)
+    graph = localize(shard_graph(captured, tp).graph, 0)
     before = dataclasses.replace(Lowering.none(), **dict.fromkeys(then.split(), True))
     texts = []
     for title, lowering in (("Before", before), ("After", dataclasses.replace(before, **{without: True}))):

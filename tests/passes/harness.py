@@ -17,11 +17,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from autotp.arguments.arguments import Arguments
-from autotp.arguments.module_state import Memory
+from autotp.arguments.module_state import ModuleStateTracker
 from autotp.capture.capture import capture
-from autotp.capture.captured_graph import Captured, Dense
+from autotp.capture.captured_graph import CapturedGraph, DenseShapes
 from autotp.program.rank_graph import RankGraph
-from autotp.program.sharded_program import Rewritten, rewrite
+from autotp.program.sharded_program import ShardedProgram, shard_graph
 from autotp.verification.simulation import Simulation
 from passes import Layout, Lowering, Shards
 from passes import check as prove
@@ -33,17 +33,17 @@ MOVES = ("enter", "enter_overlapping", "narrow")
 
 
 class OneProgram:
-    """Stands where :class:`autotp.runtime.graph_cache.Programs` does, with one given program."""
+    """Stands where :class:`autotp.runtime.graph_cache.GraphCache` does, with one given program."""
 
-    def __init__(self, model: nn.Module, program: Rewritten) -> None:
+    def __init__(self, model: nn.Module, program: ShardedProgram) -> None:
         self.model, self.last, self._graphs = model, program, {}
-        self.dense = Dense.of(model)
-        self.memory = Memory(model)
+        self.dense = DenseShapes.of(model)
+        self.memory = ModuleStateTracker(model)
 
-    def find(self, args: Any, kwargs: Any) -> tuple[Rewritten, Arguments]:
+    def find(self, args: Any, kwargs: Any) -> tuple[ShardedProgram, Arguments]:
         return self.last, Arguments(args, kwargs)
 
-    def graph(self, program: Rewritten, rank: int) -> RankGraph:
+    def graph(self, program: ShardedProgram, rank: int) -> RankGraph:
         return self._graphs.setdefault(rank, RankGraph(program, rank, self.model))
 
 
@@ -62,10 +62,10 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
-_CAPTURED: WeakKeyDictionary[nn.Module, Captured] = WeakKeyDictionary()
+_CAPTURED: WeakKeyDictionary[nn.Module, CapturedGraph] = WeakKeyDictionary()
 
 
-def captured_of(model: nn.Module, *inputs: torch.Tensor) -> Captured:
+def captured_of(model: nn.Module, *inputs: torch.Tensor) -> CapturedGraph:
     """A model's capture, as :mod:`autotp` makes it; made once, for tests call a model in one way only."""
     if model not in _CAPTURED:
         _CAPTURED[model] = capture(model, inputs, {})
@@ -121,7 +121,7 @@ def called(graph: fx.Graph, names: Iterable[str]) -> dict[str, int]:
     return {name: count[name] for name in names if count[name]}
 
 
-def simulation(model: nn.Module, program: Rewritten, lowering: Lowering | None = None) -> Simulation:
+def simulation(model: nn.Module, program: ShardedProgram, lowering: Lowering | None = None) -> Simulation:
     """All ranks of a given program in lockstep, lowered or as it is."""
     return Simulation(model, program.tp, OneProgram(model, program), record=True, lowering=lowering)
 
@@ -133,8 +133,8 @@ def check(
     collectives: Mapping[str, int] | None = None,
     moves: Mapping[str, int] | None = None,
     tps: Iterable[int] = (2, 3, 4),
-    stored: Callable[[int], Mapping[str, Layout]] | None = None,
-) -> list[Rewritten]:
+    weight_layouts: Callable[[int], Mapping[str, Layout]] | None = None,
+) -> list[ShardedProgram]:
     """Compare all ranks with the dense model, for each number of ranks.
 
     Args:
@@ -144,7 +144,7 @@ def check(
         collectives: the collectives of the forward pass, by name (not looked at by default).
         moves: how many ``enter``, ``enter_overlapping``, ``narrow`` (not looked at by default).
         tps: the numbers of ranks.
-        stored: the weights' layouts for a number of ranks, instead of those that ``decide`` chooses.
+        weight_layouts: the weights' layouts for a number of ranks, instead of those that ``decide`` chooses.
 
     Returns:
         The rewritten programs.
@@ -154,15 +154,15 @@ def check(
     dense = run(model, model, inputs)
     programs = []
     for tp in tps:
-        program = rewrite(captured, tp, stored(tp) if stored is not None else None)
+        program = shard_graph(captured, tp, weight_layouts(tp) if weight_layouts is not None else None)
         if split is not None:
-            dims = {name: layout.shards[0][0] for name, layout in program.stored.items()}
+            dims = {name: layout.shards[0][0] for name, layout in program.weight_layouts.items()}
             assert dims == dict(split), f"tp {tp}: {dims}, {program.reasons}\n{program.graph}"
         if collectives is not None:
             assert called(program.graph, COLLECTIVES) == dict(collectives), f"tp {tp}\n{program.graph}"
         if moves is not None:
             assert called(program.graph, MOVES) == dict(moves), f"tp {tp}\n{program.graph}"
-        verdict = prove(captured.graph, program.graph, program.stored, captured.parameters, tp)
+        verdict = prove(captured.graph, program.graph, program.weight_layouts, captured.parameters, tp)
         assert verdict.proved, f"tp {tp}: {verdict}\n{program.graph}"
         parallel = simulation(model, program)
         for name, difference in dense.differences(run(parallel, model, inputs)).items():
@@ -173,7 +173,7 @@ def check(
     return programs
 
 
-def check_lowered(model: nn.Module, program: Rewritten, inputs: Iterable[torch.Tensor], dense: Results) -> None:
+def check_lowered(model: nn.Module, program: ShardedProgram, inputs: Iterable[torch.Tensor], dense: Results) -> None:
     """Compare all ranks' lowered programs with the dense model: with a backward, and forward only."""
     inputs = list(inputs)
     parallel = simulation(model, program, Lowering())
@@ -187,7 +187,7 @@ def check_lowered(model: nn.Module, program: Rewritten, inputs: Iterable[torch.T
     assert parallel.divergence == 0.0, f"lowered: the ranks differ in {parallel.diverging}"
 
 
-def texts(model: nn.Module, program: Rewritten, grad: bool) -> str:
+def texts(model: nn.Module, program: ShardedProgram, grad: bool) -> str:
     """A program of the first rank as it is and lowered."""
     graph = RankGraph(program, 0, model)
     return f"{graph}\n\n{graph.lowered(Lowering(), grad)}"

@@ -59,19 +59,21 @@ def some_plan(model: nn.Module, rng: random.Random, tp: int) -> Mapping[str, Lay
 @pytest.mark.parametrize("name", OPS)
 def test_any_plan(name: str) -> None:
     model = between(OPS[name])
-    check(model, randn(2, 3, 64), tps=(3, 4), stored=partial(some_plan, model, random.Random(name)))
+    check(model, randn(2, 3, 64), tps=(3, 4), weight_layouts=partial(some_plan, model, random.Random(name)))
 
 
 @pytest.mark.parametrize("by", ["gqa", "expand", "hand"])
 def test_any_plan_of_attention(by: str) -> None:
     model = Attention(8, 8 if by == "hand" else 2, 12, by=by, norm=True)
-    check(model, randn(2, 3, 64), tps=(2, 3, 4) * 2, stored=partial(some_plan, model, random.Random(by)))
+    check(model, randn(2, 3, 64), tps=(2, 3, 4) * 2, weight_layouts=partial(some_plan, model, random.Random(by)))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_any_plan_of_a_vocabulary(tied: bool) -> None:
     model = Language(61, tied=tied)
-    check(model, ids(61), ids(61, -100), tps=(2, 3, 4) * 2, stored=partial(some_plan, model, random.Random(tied)))
+    check(
+        model, ids(61), ids(61, -100), tps=(2, 3, 4) * 2, weight_layouts=partial(some_plan, model, random.Random(tied))
+    )
 
 
 def test_heads_of_which_only_some_weights_are_split() -> None:
@@ -79,5 +81,5 @@ def test_heads_of_which_only_some_weights_are_split() -> None:
     model = Attention(8, 2, 12)
     (program,) = check(model, randn(2, 3, 64), tps=(4,))
     for parts in ("qo", "q", "qko", "kv"):
-        stored = {name: layout for name, layout in program.stored.items() if name[0] in parts}
-        check(model, randn(2, 3, 64), tps=(4,), stored=lambda tp, stored=stored: stored)
+        weight_layouts = {name: layout for name, layout in program.weight_layouts.items() if name[0] in parts}
+        check(model, randn(2, 3, 64), tps=(4,), weight_layouts=lambda tp, weight_layouts=weight_layouts: weight_layouts)

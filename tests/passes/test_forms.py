@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autotp.program.sharded_program import rewrite
+from autotp.program.sharded_program import shard_graph
 from passes import minimum, ops
 from passes.planning.assign import assign
 from passes.planning.propagate import propagate
@@ -231,7 +231,7 @@ class CastLike(nn.Module):
 
 def test_the_dtype_of_a_split_value_is_read_without_a_gather() -> None:
     """In narrow dtypes: in float64 there is nothing to cast."""
-    program = rewrite(captured_of(CastLike().bfloat16(), randn(2, 5, HIDDEN).bfloat16()), 2)
+    program = shard_graph(captured_of(CastLike().bfloat16(), randn(2, 5, HIDDEN).bfloat16()), 2)
     targets = [n.target for n in program.graph.nodes]
     assert ops.all_gather not in targets
     assert targets.count(ops.all_reduce) == 1

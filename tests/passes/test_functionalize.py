@@ -124,7 +124,7 @@ AGAIN = {promoted, maybe_seen}
 @pytest.mark.parametrize("op", WAYS)
 def test_in_place_ops(op: Callable[[Tensor], Tensor]) -> None:
     programs = check(Between(op, 60), randn(2, 3, 64))
-    assert op is not chained or {n: s.shards[0][0] for n, s in programs[0].stored.items()} == PAIR
+    assert op is not chained or {n: s.shards[0][0] for n, s in programs[0].weight_layouts.items()} == PAIR
 
 
 @pytest.mark.parametrize("op", WAYS)

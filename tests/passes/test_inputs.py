@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autotp.capture.captured_graph import Dense
-from autotp.runtime.graph_cache import Programs
+from autotp.capture.captured_graph import DenseShapes
+from autotp.runtime.graph_cache import GraphCache
 from autotp.verification.measure import Float64
 from autotp.verification.report import Report
 from autotp.verification.simulation import Simulation
@@ -64,7 +64,7 @@ def compared(
 ) -> Report:
     """Compare each call on one graph, in which all weights whose names end so are split; the last report."""
     with Float64():
-        programs = Programs(model, tp, Dense.of(model))
+        programs = GraphCache(model, tp, DenseShapes.of(model))
         parallel = Simulation(model, tp, programs, record=True)
         for call in calls:
             report = compare(model, parallel, (), call, CLOSE)
@@ -75,7 +75,9 @@ def compared(
     for end, dim in split.items():
         found = [n for n, _ in model.named_parameters() if n.endswith(f"{end}.weight")]
         assert found, end
-        assert {n: program.stored[n].shards[0][0] for n in found if n in program.stored} == dict.fromkeys(found, dim)
+        assert {
+            n: program.weight_layouts[n].shards[0][0] for n in found if n in program.weight_layouts
+        } == dict.fromkeys(found, dim)
     assert called(program.graph, COLLECTIVES) == dict(collectives)
     return report
 

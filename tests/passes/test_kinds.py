@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from autotp.errors import CaptureError
-from autotp.program.sharded_program import rewrite
+from autotp.program.sharded_program import shard_graph
 from passes import ops
 from tests.passes.harness import captured_of, check, randn, run, scrambled, sets, simulation
 from tests.passes.test_rules import Attention, Fused, Language, attention_split, ids
@@ -208,14 +208,14 @@ def test_attention(name: str) -> None:
 @pytest.mark.parametrize(("count", "sizes"), [(14, (32, 32, 24, 24)), (6, (16, 16, 8, 8))])
 def test_heads_that_do_not_divide(count: int, sizes: tuple[int, ...]) -> None:
     program, *_ = check(Heads(count), randn(2, 5, D), split=HEADS, collectives=ONE, tps=(4,))
-    assert program.stored["q.weight"].shards[0][1].counts == sizes
-    assert program.stored["o.weight"].shards[0][1].counts == sizes
-    assert program.stored["k.bias"].shards[0][1].disjoint
+    assert program.weight_layouts["q.weight"].shards[0][1].counts == sizes
+    assert program.weight_layouts["o.weight"].shards[0][1].counts == sizes
+    assert program.weight_layouts["k.bias"].shards[0][1].disjoint
 
 
 def test_an_mlp_width_that_does_not_divide() -> None:
     program, *_ = check(Feed(115), randn(2, 5, D), split=FEED, collectives=ONE, moves={"enter": 1}, tps=(4,))
-    assert program.stored["up.weight"].shards[0][1].counts == (29, 29, 29, 28)
+    assert program.weight_layouts["up.weight"].shards[0][1].counts == (29, 29, 29, 28)
 
 
 FUSED = {"qkv.weight": 0, "qkv.bias": 0, "o.weight": 1}
@@ -230,8 +230,8 @@ def test_fused_projections_with_fewer_key_value_heads_than_ranks(
     order: str, count: int, kv: int, own: tuple[int, ...]
 ) -> None:
     program, *_ = check(Fused(order, count, kv), randn(2, 5, D), split=FUSED, collectives=ONE, tps=(len(own),))
-    assert program.stored["o.weight"].shards[0][1].counts == tuple(8 * n for n in own)
-    assert program.stored["qkv.weight"].shards[0][1].counts == tuple(8 * (n + 2) for n in own)
+    assert program.weight_layouts["o.weight"].shards[0][1].counts == tuple(8 * n for n in own)
+    assert program.weight_layouts["qkv.weight"].shards[0][1].counts == tuple(8 * (n + 2) for n in own)
 
 
 class BigCode(nn.Module):
@@ -281,7 +281,7 @@ def test_groups_of_queries_that_are_a_dim_of_their_own(by: str) -> None:
 
 def test_gradients_of_replicated_heads_summed_over_all_ranks_would_be_wrong() -> None:
     model, x = scrambled(Attention(8, 2)), randn(2, 5, D)
-    program, dense = rewrite(captured_of(model, x), 4), run(model, model, [x])
+    program, dense = shard_graph(captured_of(model, x), 4), run(model, model, [x])
     assert max(dense.differences(run(simulation(model, program), model, [x])).values()) < 1e-10
     replicated = [n for n in program.graph.nodes if n.target is ops.enter and n.args[1] == "tp:0,1|2,3"]
     assert replicated
@@ -314,11 +314,11 @@ class FusedFeed(nn.Module):
 def test_fused_gate_and_up(alternating: bool) -> None:
     split = {"both.weight": 0, "both.bias": 0, "down.weight": 1}
     program, *_ = check(FusedFeed(alternating), randn(2, 5, D), split=split, collectives=ONE, tps=(3,))
-    own = sets(program.stored["down.weight"].shards[0][1])
+    own = sets(program.weight_layouts["down.weight"].shards[0][1])
     assert [len(s) for s in own] == [17, 17, 16]
     pairs = [sorted([2 * i, 2 * i + 1] if alternating else [i, i + 50]) for i in range(50)]
     expected = [sorted(x for i in s for x in pairs[i]) for s in own]
-    assert sets(program.stored["both.weight"].shards[0][1]) == expected
+    assert sets(program.weight_layouts["both.weight"].shards[0][1]) == expected
 
 
 # Layers ------------------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ class Relative(nn.Module):
 def test_one_table_of_relative_biases_for_all_layers() -> None:
     split = {"table.weight": 1} | under("attention.*", HEADS, 0, 1)
     program, *_ = check(Relative(6), randn(2, 7, D), split=split, collectives={"all_reduce": 2}, tps=(4,))
-    assert program.stored["table.weight"].shards[0][1].counts == (2, 2, 1, 1)
+    assert program.weight_layouts["table.weight"].shards[0][1].counts == (2, 2, 1, 1)
 
 
 # Vocabulary and positions ------------------------------------------------------------------------------
@@ -517,7 +517,7 @@ def test_a_vocabulary_of_50257_words_on_4_ranks() -> None:
     collectives = {"all_reduce": 1, "vocab_parallel_cross_entropy": 1}
     program, *_ = check(model, tokens, tokens.roll(1, 1), split=VOCABULARY, collectives=collectives, tps=(4,))
     for name in VOCABULARY:
-        assert program.stored[name].shards[0][1].counts == (12565, 12564, 12564, 12564)
+        assert program.weight_layouts[name].shards[0][1].counts == (12565, 12564, 12564, 12564)
 
 
 def test_padding_of_a_tied_vocabulary_has_the_heads_gradient_only() -> None:
@@ -533,7 +533,7 @@ def test_padding_of_an_untied_vocabulary_has_no_gradient() -> None:
     tokens[0, :3] = 3
     model = Language(601, tied=False, padding=3)
     program, *_ = check(model, tokens, tps=(3,))
-    assert "embed.weight" in program.stored
+    assert "embed.weight" in program.weight_layouts
     gradient = run(simulation(model, program), model, [tokens]).gradients["embed.weight"]
     assert gradient is not None
     assert not gradient[3].any()
@@ -661,7 +661,7 @@ class Factored(nn.Module):
 def test_a_table_is_split_over_its_rows_though_its_columns_could_be() -> None:
     """Columns would save as much memory, and some of the projection's, for a wider reduction and a norm's exchange."""
     program, *_ = check(Factored(), torch.randint(0, 3001, (2, 5)), tps=(3,))
-    assert program.stored["table.weight"].shards[0][0] == 0
+    assert program.weight_layouts["table.weight"].shards[0][0] == 0
 
 
 # Torch's own attention and flex_attention ------------------------------------------------------------
@@ -687,7 +687,7 @@ OWN = {"m.in_proj_weight": 0, "m.in_proj_bias": 0, "m.out_proj.weight": 1}
 
 def test_attention_weights_averaged_over_heads_are_a_sum_too() -> None:
     program, *_ = check(Own(weights=True), randn(2, 5, D), split=OWN, collectives={"all_reduce": 2}, tps=(3,))
-    assert program.stored["m.in_proj_weight"].shards[0][1].counts == (72, 72, 48)
+    assert program.weight_layouts["m.in_proj_weight"].shards[0][1].counts == (72, 72, 48)
 
 
 def test_cross_attention_of_torch() -> None:

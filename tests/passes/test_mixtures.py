@@ -241,8 +241,8 @@ class PerHeadSteps(nn.Module):
 
 def test_a_small_weight_between_split_dims_stays_whole() -> None:
     (program,) = check(PerHeadSteps(), randn(2, 5, 48), tps=(3,))
-    assert set(program.stored) >= {"v.weight", "out.weight"}
-    assert "steps.weight" not in program.stored
+    assert set(program.weight_layouts) >= {"v.weight", "out.weight"}
+    assert "steps.weight" not in program.weight_layouts
     assert "two dims of it" in program.reasons["steps.weight"].text
 
 
@@ -262,7 +262,7 @@ class JoinedTables(nn.Module):
 
 def test_a_piece_that_cannot_be_split_keeps_no_vocabulary_from_it() -> None:
     (program,) = check(JoinedTables(), torch.arange(10).view(2, 5), tps=(3,))
-    assert program.stored["words.weight"].shards[0][0] == 0
+    assert program.weight_layouts["words.weight"].shards[0][0] == 0
 
 
 class _Alone:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from autotp.capture.captured_graph import Captured
-from autotp.program.sharded_program import Rewritten, rewrite
+from autotp.capture.captured_graph import CapturedGraph
+from autotp.program.sharded_program import ShardedProgram, shard_graph
 from passes import ops
 from passes.layouts.sharded_value import PerRank
 from tests import breakages
@@ -38,15 +38,15 @@ class Block(nn.Module):
 
 
 @cache
-def model_and_capture(kind: type[nn.Module]) -> tuple[nn.Module, Captured, Results]:
+def model_and_capture(kind: type[nn.Module]) -> tuple[nn.Module, CapturedGraph, Results]:
     """A model, its capture, and its dense results."""
     model = scrambled(kind())
     return model, captured_of(model, INPUT), run(model, model, [INPUT])
 
 
-def program_of(kind: type[nn.Module], tp: int) -> Rewritten:
+def program_of(kind: type[nn.Module], tp: int) -> ShardedProgram:
     """The rewritten program, made anew."""
-    return rewrite(model_and_capture(kind)[1], tp)
+    return shard_graph(model_and_capture(kind)[1], tp)
 
 
 def compared(breakage: Callable[[fx.Graph], None], kind: type[nn.Module] = Block, tp: int = 4) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autotp.program.sharded_program import rewrite
+from autotp.program.sharded_program import shard_graph
 from tests.passes.harness import called, captured_of, check, randn, run, scrambled, simulation
 
 B, S, D = 2, 3, 64
@@ -392,12 +392,12 @@ def test_grouped_attention(count: int, kv: int, tps: tuple[int, ...], by: str) -
 
 def test_more_ranks_than_key_value_heads() -> None:
     replicated, *_ = check(Attention(8, 2, 12), randn(B, S, D), split=attention_split(), tps=(4,))
-    assert [len(s) for s in replicated.stored["k.weight"].dims[0].ranks] == [12] * 4
-    assert replicated.stored["k.weight"].dims[0].replicas == ((0, 1), (2, 3))
-    assert replicated.stored["q.weight"].dims[0].disjoint
+    assert [len(s) for s in replicated.weight_layouts["k.weight"].dims[0].ranks] == [12] * 4
+    assert replicated.weight_layouts["k.weight"].dims[0].replicas == ((0, 1), (2, 3))
+    assert replicated.weight_layouts["q.weight"].dims[0].disjoint
     uneven, *_ = check(Attention(20, 5, 8), randn(B, S, D), split=attention_split(), tps=(8,))
-    assert uneven.stored["k.weight"].dims[0].replicas == ((0, 1), (2, 3), (4, 5), (6,), (7,))
-    assert uneven.stored["q.weight"].dims[0].counts == (16, 16, 16, 16, 16, 16, 32, 32)
+    assert uneven.weight_layouts["k.weight"].dims[0].replicas == ((0, 1), (2, 3), (4, 5), (6,), (7,))
+    assert uneven.weight_layouts["q.weight"].dims[0].counts == (16, 16, 16, 16, 16, 16, 32, 32)
 
 
 @pytest.mark.parametrize("by", ["gqa", "expand", "hand"])
@@ -407,7 +407,7 @@ def test_multi_query_attention(by: str) -> None:
 
 def test_25_heads_on_8_ranks() -> None:
     program, *_ = check(Attention(25, 25), randn(B, S, D), split=attention_split(), collectives=ONE, tps=(8,))
-    assert program.stored["q.weight"].dims[0].counts == (32, *[24] * 7)
+    assert program.weight_layouts["q.weight"].dims[0].counts == (32, *[24] * 7)
 
 
 @pytest.mark.parametrize("mask", ["", "boolean", "per head", "additive"])
@@ -644,7 +644,7 @@ def test_dropout_on_shards_differs_between_ranks_and_is_scaled() -> None:
         model.down.weight.zero_()
         model.down.weight[0] = 2.0 ** torch.arange(96)
     inputs = torch.randn(50, 40, D, dtype=torch.float64)
-    program = rewrite(captured_of(model, inputs), 2)
+    program = shard_graph(captured_of(model, inputs), 2)
     assert called(program.graph, ["random_per_rank"]) == {"random_per_rank": 1}
     parallel = simulation(model, program)
     with torch.no_grad():
@@ -668,7 +668,7 @@ def test_dropout_on_whole_values_is_the_same_on_all_ranks() -> None:
 
     model = scrambled(Model())
     inputs = randn(B, S, D)
-    program = rewrite(captured_of(model, inputs), 3)
+    program = shard_graph(captured_of(model, inputs), 3)
     assert called(program.graph, ["random_same"]) == {"random_same": 1}
     torch.manual_seed(7)
     parallel = simulation(model, program)

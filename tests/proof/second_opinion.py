@@ -41,7 +41,7 @@ from torch import fx, nn
 from torch.overrides import handle_torch_function
 from torch.utils import _pytree as pytree
 
-from autotp.program.sharded_program import Rewritten
+from autotp.program.sharded_program import ShardedProgram
 from autotp.weights.slicing import local_part, shards_of
 from passes import ops
 from passes.layouts.sharded_value import GROUP, PerRank
@@ -57,10 +57,10 @@ class Axes:
     parts: Mapping[str, list[list[int]]]
 
     @staticmethod
-    def of(program: Rewritten) -> Axes:
+    def of(program: ShardedProgram) -> Axes:
         """One axis; two if several ranks hold the same of a weight: along those ranks, and across from such to such."""
         tp = range(program.tp)
-        for _, layout in sorted(program.stored.items()):
+        for _, layout in sorted(program.weight_layouts.items()):
             held = [tuple(shards.ranks[rank] for _, shards in layout.shards) for rank in tp]
             alike = [[other for other in tp if held[other] == held[rank]] for rank in tp]
             along = [part for rank, part in enumerate(alike) if part[0] == rank]
@@ -152,7 +152,7 @@ RULES: Mapping[type, Callable[..., Any]] = {
     ops._AllReduce: lambda *, x, group: group.each(rules.all_reduce, x, src=P, dst=I),
     ops._Enter: lambda *, tensors, group: tuple(group.each(rules.convert, x, src=I, dst=R) for x in tensors),
     ops._EnterOverlapping: lambda *, x, group: group.each(rules.reinterpret, x, src=V, dst=V),
-    ops._Settle: _settle,
+    ops._BroadcastFromFirst: _settle,
     ops._AllGather: _all_gather,
     norms._Norm: _norm,
     vocabulary._CrossEntropy: _cross_entropy,
@@ -177,7 +177,7 @@ def checking(tp: int, axes: Axes) -> Iterator[None]:
 class Typed(fx.Interpreter):
     """Runs the first rank's program, with a type on every tensor."""
 
-    def __init__(self, model: nn.Module, program: Rewritten, axes: Axes) -> None:
+    def __init__(self, model: nn.Module, program: ShardedProgram, axes: Axes) -> None:
         super().__init__(model, graph=program.graph)
         self.program, self.axes = program, axes
         self.own = program.captured.constants | program.captured.regions
@@ -191,7 +191,7 @@ class Typed(fx.Interpreter):
         whole = self.own[target] if target in self.own else operator.attrgetter(target)(self.module)
         if not isinstance(whole, torch.Tensor):
             return whole
-        shards = shards_of(self.program.stored, target)
+        shards = shards_of(self.program.weight_layouts, target)
         held = [tuple(s.ranks[rank] for s in shards.values()) for rank in range(self.program.tp)]
         with spmd.no_typecheck():
             part = local_part(whole.detach(), shards, 0).clone().requires_grad_(whole.requires_grad)
@@ -244,7 +244,7 @@ def _flat(op: Any, spec: Any) -> Callable[..., Any]:
     return called
 
 
-def refusal(model: nn.Module, program: Rewritten, inputs: Any) -> str | None:
+def refusal(model: nn.Module, program: ShardedProgram, inputs: Any) -> str | None:
     """Why a program has no types, or None if it has."""
     axes = Axes.of(program)
     tensors = [x.view_as(x) for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]

@@ -105,8 +105,8 @@ def overlaps(tp: int) -> list[Case]:
 
 def settlements(tp: int) -> list[Case]:
     def calls(_: Any) -> Iterator[Call]:
-        yield calling(ops.settle, HERE, "tp")
-        yield calling(ops.settle, HERE, GROUPS[tp][1])
+        yield calling(ops.broadcast_from_first, HERE, "tp")
+        yield calling(ops.broadcast_from_first, HERE, GROUPS[tp][1])
 
     return [Case(itself, (leaf(2, 3, tp=tp, short=True, pending=True),), tp, calls, True)]
 

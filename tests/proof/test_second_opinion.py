@@ -10,7 +10,7 @@ import spmd_types
 import torch
 from torch import nn
 
-from autotp.program.sharded_program import Rewritten, rewrite
+from autotp.program.sharded_program import ShardedProgram, shard_graph
 from passes import ops
 from passes.layouts.sharded_value import PerRank
 from tests.mutation import judge, mutants
@@ -40,10 +40,10 @@ def subject(name: str, tp: int) -> Subject:
         return judge.subject(name, tp)
     model, x = scrambled(FORMS[name]()), randn(2, 5, HIDDEN)
     captured = captured_of(model, x)
-    return Subject(model, {"x": x}, captured, rewrite(captured, tp))
+    return Subject(model, {"x": x}, captured, shard_graph(captured, tp))
 
 
-def opinions(it: Subject, program: Rewritten) -> tuple[bool, bool]:
+def opinions(it: Subject, program: ShardedProgram) -> tuple[bool, bool]:
     """Whether a program is proved, and whether it has types."""
     return it.verdict(program).proved, refusal(it.model, program, it.inputs) is None
 
@@ -74,7 +74,9 @@ def test_collectives_left_out_or_doubled_have_none(name: str, tp: int) -> None:
 
 @pytest.mark.parametrize(("name", "tp"), THOROUGHLY)
 @pytest.mark.parametrize("kind", [mutants.moved, mutants.retyped, mutants.regrouped, mutants.biased_early])
-def test_collectives_out_of_place_have_none(kind: Callable[[Rewritten], Iterator[Mutant]], name: str, tp: int) -> None:
+def test_collectives_out_of_place_have_none(
+    kind: Callable[[ShardedProgram], Iterator[Mutant]], name: str, tp: int
+) -> None:
     it = subject(name, tp)
     assert agreed(it, kind(it.program)) > 0
 
@@ -93,7 +95,7 @@ def test_a_sum_that_counts_each_replica_has_none() -> None:
 
 
 @pytest.mark.parametrize("kind", [mutants.shards_shifted, mutants.levelled])
-def test_only_the_proof_sees_which_indices_a_rank_holds(kind: Callable[[Rewritten], Iterator[Mutant]]) -> None:
+def test_only_the_proof_sees_which_indices_a_rank_holds(kind: Callable[[ShardedProgram], Iterator[Mutant]]) -> None:
     it = subject("gpt", 2)
     assert {opinions(it, m.program) for m in kind(it.program)} == {(False, True)}
 

@@ -56,7 +56,7 @@ WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
         staticmethod(lambda ctx, g: (ops._take(g, ctx.places, ctx.group.rank), None, None)),
     ),
     "every rank settles": (
-        test_collectives.settlements, ops._Settle, "backward", staticmethod(lambda ctx, g: (g, None))
+        test_collectives.settlements, ops._BroadcastFromFirst, "backward", staticmethod(lambda ctx, g: (g, None))
     ),
     "overlaps are not summed": (
         test_collectives.overlaps, ops._EnterOverlapping, "backward", staticmethod(lambda ctx, g: (g, None, None))

@@ -25,7 +25,7 @@ import transformers
 
 import autotp
 from autotp.verification.measure import Float64
-from autotp.verification.processes import free_port, settle
+from autotp.verification.processes import free_port, join_as_rank
 from tests.zoo.architectures import Architecture, architectures
 from tests.zoo.table import load
 
@@ -90,7 +90,7 @@ def compare(architecture: Architecture, tp: int, ways: list[str]) -> dict[str, s
 
 
 def _work(rank: int, tp: int, port: int, names: list[str], ways: list[str], out: str) -> None:
-    settle(rank, tp, port)
+    join_as_rank(rank, tp, port)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     known = {str(a): a for a in architectures()}

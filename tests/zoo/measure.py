@@ -23,10 +23,10 @@ from autotp.capture.capture import capture
 from autotp.errors import CaptureError
 from autotp.modules.names import block_of
 from autotp.partition.module_calls import Call
-from autotp.partition.partition import Division, divide_in_parts
+from autotp.partition.partition import Partition, partition_into_modules
 from autotp.plans.make_plan import plan_of
 from autotp.plans.plan import Plan
-from autotp.program.sharded_program import rewrite
+from autotp.program.sharded_program import shard_graph
 from autotp.verification.measure import Float64
 from autotp.verification.simulation import Simulation
 from autotp.verification.verify import compare
@@ -141,10 +141,10 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
         for tp in tps:
             try:
                 if failed is None:
-                    program = rewrite(captured, tp)
-                    division = Division.whole(model, OneProgram(model, program), [Call((), inputs)])
+                    program = shard_graph(captured, tp)
+                    division = Partition.whole(model, OneProgram(model, program), [Call((), inputs)])
                 else:
-                    division = divide_in_parts(model, tp, (), inputs, failed)
+                    division = partition_into_modules(model, tp, (), inputs, failed)
                     row.seams = [str(seam) for seam in division.seams]
                 plan = plan_of(division, tp)
                 report = compare(model, Simulation(model, tp, division, record=True), (), inputs, TOLERANCE)
@@ -224,7 +224,7 @@ def _layer(path: str) -> str:
     return found[1] if found else ""
 
 
-def _refused(division: Division) -> str:
+def _refused(division: Partition) -> str:
     """The first refusal of the proof, of a model in one part or several."""
     verdicts = [part.programs.last.verdict for part in division.parts if part.programs.last is not None]
     assert verdicts, "there is nothing to prove"
