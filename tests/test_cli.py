@@ -53,9 +53,9 @@ def test_verify_gives_a_verdict_and_an_exit_code(capsys: pytest.CaptureFixture[s
 
 
 def test_verify_says_when_models_differ(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from passes import ops
+    from passes.ops import collectives
 
-    monkeypatch.setattr(ops._Enter, "backward", staticmethod(lambda ctx, *grads: (None, *grads)))
+    monkeypatch.setattr(collectives._Enter, "backward", staticmethod(lambda ctx, *grads: (None, *grads)))
     assert main(["verify", "tests.models:SmallGPT", "--tp", "2"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
 
@@ -71,7 +71,7 @@ def test_verify_compares_the_loss_of_a_language_model(capsys: pytest.CaptureFixt
 
 def test_verify_reduces_what_is_too_large(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Few layers first, then widths; the heads stay, and the report says what was compared."""
-    monkeypatch.setattr(main, "_memory", lambda: 60_000_000)
+    monkeypatch.setattr(sys.modules["autotp.cli.main"], "_memory", lambda: 60_000_000)
     large = ["--set", "num_attention_heads=6", "--set", "num_key_value_heads=3", "--set", "hidden_size=384"]
     assert main(["verify", "llama", "--tp", "2", *large, "--set", "vocab_size=1003", "--sequence", "4"]) == 0
     first, *_ = out = capsys.readouterr().out.splitlines()
@@ -85,7 +85,7 @@ def test_verify_reduces_what_is_too_large(capsys: pytest.CaptureFixture[str], mo
 def test_verify_of_what_is_too_large_and_has_no_config(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "_memory", lambda: 1000)
+    monkeypatch.setattr(sys.modules["autotp.cli.main"], "_memory", lambda: 1000)
     assert main(["verify", "tests.models:SmallGPT", "--tp", "2"]) == 2
     assert "this machine has" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import torch
 from autotp.cli.main import main
 from autotp.fuzz.recipe import CHOICES, Recipe
 from autotp.fuzz.search import Drawn, FuzzError, fuzz, judge
-from passes import ops
+from passes.ops import collectives as parallel_collectives
 from passes.proof import collectives
 from passes.proof.claims import Unproved
 
@@ -43,7 +43,7 @@ def test_what_fails_is_shrunk_and_written_as_a_test(tmp_path: Path, monkeypatch:
     """With entries that do not sum gradients every split model is wrong: the simplest that is split is left."""
     complex_one = Recipe(kv_heads=4, head_size=8, ffn=64, bias=True, tied=True, norm="rms", fused="pair")
     monkeypatch.setattr(Recipe, "draw", staticmethod(lambda source: complex_one))
-    monkeypatch.setattr(ops._Enter, "backward", staticmethod(lambda ctx, *g: (None, *g)))
+    monkeypatch.setattr(parallel_collectives._Enter, "backward", staticmethod(lambda ctx, *g: (None, *g)))
     start = next(i for i in range(99) if random.Random(f"0 {i}").randint(1, 8) == 3)
     (found,) = fuzz(1, seed=0, start=start, directory=tmp_path)
     assert found.drawn == complex_one

@@ -45,6 +45,7 @@ from autotp.program.sharded_program import ShardedProgram
 from autotp.weights.slicing import local_part, shards_of
 from passes import ops
 from passes.layouts.sharded_value import GROUP, PerRank
+from passes.ops import collectives as parallel
 from passes.ops import context, norms, vocabulary
 
 __all__ = ["refusal"]
@@ -149,11 +150,11 @@ def _cross_entropy(out: Any, *, logits: Any, target: Any, weight: Any, group: Al
 
 
 RULES: Mapping[type, Callable[..., Any]] = {
-    ops._AllReduce: lambda *, x, group: group.each(rules.all_reduce, x, src=P, dst=I),
-    ops._Enter: lambda *, tensors, group: tuple(group.each(rules.convert, x, src=I, dst=R) for x in tensors),
-    ops._EnterOverlapping: lambda *, x, group: group.each(rules.reinterpret, x, src=V, dst=V),
-    ops._BroadcastFromFirst: _settle,
-    ops._AllGather: _all_gather,
+    parallel._AllReduce: lambda *, x, group: group.each(rules.all_reduce, x, src=P, dst=I),
+    parallel._Enter: lambda *, tensors, group: tuple(group.each(rules.convert, x, src=I, dst=R) for x in tensors),
+    parallel._EnterOverlapping: lambda *, x, group: group.each(rules.reinterpret, x, src=V, dst=V),
+    parallel._BroadcastFromFirst: _settle,
+    parallel._AllGather: _all_gather,
     norms._Norm: _norm,
     vocabulary._CrossEntropy: _cross_entropy,
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from passes import ops
+from passes.ops import collectives as parallel
 from passes.proof import claims, collectives, elementwise, movement, products, steps
 from tests.proof import test_collectives, test_rules
 from tests.proof.small_scope import Case, check
@@ -46,20 +46,20 @@ WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
     "words need not start there": (test_collectives.embeddings, collectives, "_run_of", lambda *_: None),
     "classes need not start there": (test_collectives.losses, collectives, "_run_of", lambda *_: None),
     "a reduction's backward reduces too": (
-        test_collectives.reductions, ops._AllReduce, "backward", staticmethod(lambda ctx, g: (2 * g, None))
+        test_collectives.reductions, parallel._AllReduce, "backward", staticmethod(lambda ctx, g: (2 * g, None))
     ),
     "an entry's backward does nothing": (
-        test_collectives.entries, ops._Enter, "backward", staticmethod(lambda ctx, *g: (None, *g))
+        test_collectives.entries, parallel._Enter, "backward", staticmethod(lambda ctx, *g: (None, *g))
     ),
     "a gather's backward takes all replicas": (
-        test_collectives.gathers, ops._AllGather, "backward",
-        staticmethod(lambda ctx, g: (ops._take(g, ctx.places, ctx.group.rank), None, None)),
+        test_collectives.gathers, parallel._AllGather, "backward",
+        staticmethod(lambda ctx, g: (parallel._take(g, ctx.places, ctx.group.rank), None, None)),
     ),
     "every rank settles": (
-        test_collectives.settlements, ops._BroadcastFromFirst, "backward", staticmethod(lambda ctx, g: (g, None))
+        test_collectives.settlements, parallel._BroadcastFromFirst, "backward", staticmethod(lambda ctx, g: (g, None))
     ),
     "overlaps are not summed": (
-        test_collectives.overlaps, ops._EnterOverlapping, "backward", staticmethod(lambda ctx, g: (g, None, None))
+        test_collectives.overlaps, parallel._EnterOverlapping, "backward", staticmethod(lambda ctx, g: (g, None, None))
     ),
 }  # fmt: skip
 
