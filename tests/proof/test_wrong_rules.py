@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from passes.ops import collectives as parallel
-from passes.proof import claims, collectives, elementwise, movement, products, steps
+from passes.proof import claims, collectives, movement, products, reductions, steps
 from tests.proof import test_collectives, test_rules
 from tests.proof.small_scope import Case, check
 
@@ -28,7 +28,7 @@ WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
     "what is written over may be split": (
         test_rules.writings, steps.Proof, "combined", lambda self, *given, **_: combined(self, *given)
     ),
-    "a softmax may mix parts": (test_rules.mixings, elementwise, "is_whole", lambda dim: True),
+    "a softmax may mix parts": (test_rules.mixings, reductions, "is_whole", lambda dim: True),
     "a function may ask which head it is at": (
         test_rules.flexible_attentions, products, "_asks", lambda *_: False
     ),
