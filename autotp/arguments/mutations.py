@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,10 @@ from autotp.arguments.object_tree import (
     ObjectSpec,
     TensorLeaf,
     UnseenError,
-    build,
 )
 from autotp.errors import CaptureError
 
-__all__ = ["GONE", "Change", "StateLocation", "changes", "overwrite", "reached"]
+__all__ = ["GONE", "Change", "StateLocation", "changes", "overwrite"]
 
 GONE = ConstantLeaf(type(None), "gone", None)
 """What is in a place that is empty now."""
@@ -35,13 +34,6 @@ def overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
         with torch.set_grad_enabled(follows):
             plain = old._is_view() and not (follows or old.requires_grad)
             (old.detach() if plain else old).copy_(new)  # of some views, as of compiled code's results, torch says no
-
-
-def reached(of: Any, path: Sequence[Any]) -> Any:
-    """What is at the end of a way of names, numbers and keys."""
-    for key in path:
-        of = of[key] if isinstance(of, (list, tuple, dict)) else of.__dict__[key]
-    return of
 
 
 @dataclass(frozen=True)
@@ -59,21 +51,6 @@ class Change:
     key: Any
     form: ObjectSpec
     inside: bool = False
-
-    def make(self, of: Any, results: Sequence[Any]) -> None:
-        """Make the change."""
-        of = reached(of, self.path)
-        if not isinstance(of, (list, dict, tuple)):
-            of = of.__dict__
-        if self.form is GONE:
-            del of[self.key]
-        elif self.inside:
-            assert isinstance(self.form, TensorLeaf)
-            overwrite(of, self.key, results[self.form.index])
-        elif isinstance(of, list) and self.key == len(of):
-            of.append(build(self.form, results))
-        else:
-            of[self.key] = build(self.form, results)
 
 
 def _stays(before: ObjectSpec | None, after: ObjectSpec, same: Collection[tuple[int, int]]) -> bool:

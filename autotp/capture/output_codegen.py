@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from autotp.arguments.mutations import GONE, Change, overwrite
 from autotp.arguments.object_tree import ContainerSpec, IntLeaf, TensorLeaf, build
-from autotp.utils.codegen import compile_function
+from autotp.utils.codegen import FunctionWriter
 
 if TYPE_CHECKING:
     from autotp.capture.outputs import OutputSpec
@@ -101,65 +101,52 @@ def _apart(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) 
     return [one(i, x) for i, x in enumerate(results)]
 
 
-class _Writer:
+class _Writer(FunctionWriter):
     def __init__(self, outputs: OutputSpec) -> None:
+        super().__init__(build=build, overwrite=overwrite, apart=_apart, containers=(list, tuple, dict))
         self.outputs = outputs
-        self.lines: list[str] = []
-        self.names: dict[str, Any] = {
-            "build": build,
-            "overwrite": overwrite,
-            "apart": _apart,
-            "containers": (list, tuple, dict),
-        }
         self._reached: dict[tuple[Any, ...], str] = {}
 
     def write(self) -> Give:
         inside = [(n, c) for n, c in self.outputs.changes if c.inside]
         if inside:
-            held = "".join(f"({self.reached((n, *c.path))}[{c.key!r}], {c.form.index}), " for n, c in inside)  # type: ignore[union-attr]
-            self.lines.append(f"results = apart(results, [{held}])")
+            held = "".join(
+                f"({self.reached((n, *c.path))}[{self.literal(c.key)}], {c.form.index}), "  # type: ignore[union-attr]
+                for n, c in inside
+            )
+            self.emit(f"results = apart(results, [{held}])")
         for number, change in self.outputs.changes:
             self.change(number, change)
-        leaves = iter(self.outputs.leaves)
-        self.lines.append(f"return {self.tree(self.outputs.spec, leaves)}")
-        body = "\n".join(f"    {line}" for line in self.lines)
-        function: Give = compile_function("give", f"def give(results, objects):\n{body}\n", self.names)
+        self.emit(f"return {self.tree(self.outputs.spec, iter(self.outputs.leaves))}")
+        function: Give = self.build("give", "results, objects")
         return function
-
-    def known(self, value: Any) -> str:
-        name = f"k{len(self.names)}"
-        self.names[name] = value
-        return name
 
     def reached(self, path: tuple[Any, ...]) -> str:
         """The variable of what is at a place in the objects; of an object the dict of its attributes."""
         if path not in self._reached:
-            found = f"objects[{path[0]}]" if len(path) == 1 else f"{self.reached(path[:-1])}[{path[-1]!r}]"
-            name = self._reached[path] = f"o{len(self._reached)}"
-            self.lines.append(f"{name} = {found}")
-            self.lines.append(f"{name} = {name} if isinstance({name}, containers) else {name}.__dict__")
+            at = f"objects[{path[0]}]" if len(path) == 1 else f"{self.reached(path[:-1])}[{self.literal(path[-1])}]"
+            name = self.variable(at)
+            self._reached[path] = self.variable(f"{name} if isinstance({name}, containers) else {name}.__dict__")
         return self._reached[path]
 
     def change(self, number: int, change: Change) -> None:
-        if not all(isinstance(k, (str, int)) for k in (*change.path, change.key)):
-            raise KeyError(change.key)
-        at = self.reached((number, *change.path))
+        at, key = self.reached((number, *change.path)), self.literal(change.key)
         if change.form is GONE:
-            self.lines.append(f"del {at}[{change.key!r}]")
+            self.emit(f"del {at}[{key}]")
         elif change.inside:
             assert isinstance(change.form, TensorLeaf)
-            self.lines.append(f"overwrite({at}, {change.key!r}, results[{change.form.index}])")
+            self.emit(f"overwrite({at}, {key}, results[{change.form.index}])")
         elif isinstance(change.key, int):  # a list, which may be as long as its next place
             value = self.form(change.form)
-            self.lines.append(f"if isinstance({at}, list) and len({at}) == {change.key}: {at}.append({value})")
-            self.lines.append(f"else: {at}[{change.key}] = {value}")
+            self.emit(f"if isinstance({at}, list) and len({at}) == {change.key}: {at}.append({value})")
+            self.emit(f"else: {at}[{key}] = {value}")
         else:
-            self.lines.append(f"{at}[{change.key!r}] = {self.form(change.form)}")
+            self.emit(f"{at}[{key}] = {self.form(change.form)}")
 
     def form(self, form: Any) -> str:
         if isinstance(form, (TensorLeaf, IntLeaf)):
             return f"results[{form.index}]"
-        return f"build({self.known(form)}, results)" if isinstance(form, ContainerSpec) else self.known(form.value)
+        return f"build({self.bind(form)}, results)" if isinstance(form, ContainerSpec) else self.bind(form.value)
 
     def tree(self, spec: Any, leaves: Any) -> str:
         if spec.is_leaf():
@@ -167,8 +154,8 @@ class _Writer:
             if kind == "given":
                 return f"objects[{x}]"
             if kind == "inside":
-                return f"{self.reached((x[0], *x[1][:-1]))}[{x[1][-1]!r}]"
-            return self.form(x) if kind == "made" else f"results[{x}]" if kind == "result" else self.known(x)
+                return f"{self.reached((x[0], *x[1][:-1]))}[{self.literal(x[1][-1])}]"
+            return self.form(x) if kind == "made" else f"results[{x}]" if kind == "result" else self.bind(x)
         children = [self.tree(child, leaves) for child in spec.children()]
         inner = "".join(f"{c}, " for c in children)
         if spec.type is tuple:
@@ -176,11 +163,11 @@ class _Writer:
         if spec.type is list:
             return f"[{inner}]"
         if spec.type is dict:
-            return f"{{{', '.join(f'{self.known(k)}: {c}' for k, c in zip(spec.context, children, strict=True))}}}"
+            return f"{{{', '.join(f'{self.literal(k)}: {c}' for k, c in zip(spec.context, children, strict=True))}}}"
         unflatten = pytree.SUPPORTED_NODES[spec.type].unflatten_fn
-        if issubclass(spec.type, OrderedDict) and spec.type is not OrderedDict:
-            return f"{self.known(OutputFactory(unflatten, spec.context))}({inner})"
-        return f"{self.known(unflatten)}([{inner}], {self.known(spec.context)})"
+        if OrderedDict in getattr(spec.type, "__mro__", ())[1:]:
+            return f"{self.bind(OutputFactory(unflatten, spec.context))}({inner})"
+        return f"{self.bind(unflatten)}([{inner}], {self.bind(spec.context)})"
 
 
 def output_function(outputs: OutputSpec) -> Give:
@@ -189,7 +176,4 @@ def output_function(outputs: OutputSpec) -> Give:
     Args:
         outputs: how it goes together.
     """
-    try:
-        return _Writer(outputs).write()
-    except KeyError:  # a type, or a key, that only the slower way knows
-        return outputs.give
+    return _Writer(outputs).write()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.utils import _pytree as pytree
 
 from autotp.arguments.boxed import ModuleState
-from autotp.arguments.mutations import Change, changes, reached
+from autotp.arguments.mutations import Change, changes
 from autotp.arguments.object_tree import (
     ObjectFlattener,
     ObjectSpec,
     Slot,
     UnseenError,
-    build,
     is_sharded,
     is_state,
     plain_leaves,
@@ -129,22 +127,6 @@ class OutputSpec:
             if id(leaf) in written and id(leaf) in inside:
                 self.leaves[n] = ("inside", inside[id(leaf)])
         return results
-
-    def give(self, results: Sequence[Any], objects: Sequence[Any]) -> Any:
-        """What forward returns, of a graph's results; the objects that were passed get what the call changes."""
-        for i, change in self.changes:
-            change.make(objects[i], results)
-        found = []
-        for kind, x in self.leaves:
-            if kind == "result":
-                found.append(results[x])
-            elif kind == "given":
-                found.append(objects[x])
-            elif kind == "inside":
-                found.append(reached(objects[x[0]], x[1]))
-            else:
-                found.append(build(x, results) if kind == "made" else x)
-        return pytree.tree_unflatten(found, self.spec)
 
     def _left(self, x: Any, results: list[Any]) -> tuple[ObjectSpec, ObjectFlattener]:
         """The form in which forward leaves an object, whose leaves are results."""

@@ -22,7 +22,7 @@ from autotp.arguments.object_tree import ConstantLeaf, ContainerSpec, IntLeaf, O
 from autotp.arguments.spec import ObjectLeaf
 from autotp.capture.captured_graph import CapturedGraph
 from autotp.runtime.module_guards import ModuleGuards
-from autotp.utils.codegen import compile_function
+from autotp.utils.codegen import FunctionWriter
 from passes import Layout
 
 __all__ = ["CallGuards", "Recognized", "dynamic_sizes", "recognizer"]
@@ -89,7 +89,7 @@ class _UnknownError(Exception):
     """There is something for which no code is written."""
 
 
-class _Writer:
+class _Writer(FunctionWriter):
     """Writes the function for one structure.
 
     Args:
@@ -103,9 +103,10 @@ class _Writer:
     def __init__(
         self, of: Arguments, captured: CapturedGraph, held: Mapping[int, Layout], rank: int, alone: Alone
     ) -> None:
+        super().__init__(
+            counted=counted, autocast=torch.is_autocast_enabled, Recognized=Recognized, Tensor=torch.Tensor
+        )
         self.of, self.captured, self.held, self.rank, self.alone = of, captured, held, rank, alone
-        self.lines: list[str] = []
-        self.names: dict[str, Any] = {"counted": counted, "autocast": torch.is_autocast_enabled}
         self.static = {(i, d): n for i, d, n in captured.static}
         self.tensors: list[str] = []
         self.sizes: list[str] = []
@@ -113,7 +114,7 @@ class _Writer:
         self._numbers: dict[tuple[int, int], str] = {}
         self._states = iter(of.spec.states)
         self._leaves = iter(of.leaves)
-        self._count = 0
+        self._mutable = False
 
     def write(self) -> Recognize:
         """The function."""
@@ -124,39 +125,22 @@ class _Writer:
         for i, d, j, e in self.captured.equal:
             self.refuse_unless(f"{self._numbers[i, d]} == {self._numbers[j, e]}")
         for check, places in self.captured.guards:
-            self.refuse_unless(f"{self.known(check)}({', '.join(self._numbers[p] for p in places)})")
-        opened = any(isinstance(x, type) and issubclass(x, (Boxed, ModuleState)) for x in self.names.values())
-        if opened and (changed := self.captured.outputs.overwritten):
-            apart = self.known(_Apart(changed, self.alone))
+            self.refuse_unless(f"{self.bind(check)}({', '.join(self._numbers[p] for p in places)})")
+        if self._mutable and (mutated := self.captured.outputs.overwritten):
+            apart = self.bind(_Apart(mutated, self.alone))
             self.refuse_unless(f"{apart}(({''.join(f'{t}, ' for t in self.tensors)}))")
-        results = ", ".join(
-            f"({''.join(f'{n}, ' for n in names)})" for names in (self.tensors, self.objects, self.sizes)
+        tensors, objects, sizes = (
+            "".join(f"{n}, " for n in names) for names in (self.tensors, self.objects, self.sizes)
         )
-        body = "\n".join(f"        {line}" for line in [*self.lines, f"return Recognized({results})"])
-        text = (
-            "def recognize(args, kwargs):\n    try:\n"
-            f"{body}\n    except (KeyError, IndexError, AttributeError, ValueError):\n        return None\n"
-        )
-        function: Recognize = compile_function(
-            "recognize", text, {**self.names, "Recognized": Recognized, "Tensor": torch.Tensor}
+        self.emit(f"return Recognized(({tensors}), ({objects}), ({sizes}))")
+        function: Recognize = self.build(
+            "recognize", "args, kwargs", "KeyError, IndexError, AttributeError, ValueError"
         )
         return function
 
     def refuse_unless(self, condition: str) -> None:
         """Go on only if this holds."""
-        self.lines.append(f"if not ({condition}): return None")
-
-    def known(self, value: Any) -> str:
-        """The name of an object in the function."""
-        name = f"k{len(self.names)}"
-        self.names[name] = value
-        return name
-
-    def variable(self, expression: str) -> str:
-        """A variable with this value."""
-        self._count += 1
-        self.lines.append(f"v{self._count} = {expression}")
-        return f"v{self._count}"
+        self.emit(f"if not ({condition}): return None")
 
     def container(self, spec: Any, at: str) -> None:
         """A tuple, list or dict of arguments."""
@@ -171,7 +155,7 @@ class _Writer:
             keys = spec.context
             if not all(isinstance(k, str) for k in keys):
                 raise _UnknownError
-            self.refuse_unless(f"type({at}) is {self.known(spec.type)} and len({at}) == {len(children)}")
+            self.refuse_unless(f"type({at}) is {self.bind(spec.type)} and len({at}) == {len(children)}")
             if len(keys) > 1 and at != "kwargs":  # in another order it would be another structure
                 self.refuse_unless(f"tuple({at}) == {self._order(tuple(keys))!r}")
         else:
@@ -202,8 +186,10 @@ class _Writer:
         """An object that the call may change."""
         held = [next(self._leaves) for _ in state.slots]
         names: dict[int, str] = {}
-        if isinstance(state.form, ContainerSpec) and state.form.cls is Boxed:
-            self.objects.append(f"{self.known(Boxed)}({at})")
+        cls = getattr(state.form, "cls", object)
+        self._mutable |= issubclass(cls, (Boxed, ModuleState))
+        if isinstance(state.form, ContainerSpec) and cls is Boxed:
+            self.objects.append(f"{self.bind(Boxed)}({at})")
             self.form(state.form.forms[0], at, held, names, {})
         else:
             self.objects.append(at)
@@ -235,11 +221,11 @@ class _Writer:
     def box(self, form: ContainerSpec, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
         """An object, list, tuple or dict."""
         if not issubclass(form.cls, (list, tuple, dict)):
-            self.refuse_unless(f"type({at}) is {self.known(form.cls)}")
+            self.refuse_unless(f"type({at}) is {self.bind(form.cls)}")
             at = self.variable(f"{at}.__dict__")
             self.refuse_unless(f"len({at}) == {len(form.keys)}")
         else:
-            self.refuse_unless(f"type({at}) is {self.known(form.cls)} and len({at}) == {len(form.keys)}")
+            self.refuse_unless(f"type({at}) is {self.bind(form.cls)} and len({at}) == {len(form.keys)}")
         for key, inner in zip(form.keys, form.forms, strict=True):
             if not isinstance(key, (str, int)):
                 raise _UnknownError
@@ -248,12 +234,12 @@ class _Writer:
     def constant(self, at: str, value: Any) -> None:
         """Something that is all that its text says."""
         if isinstance(value, _ALONE):
-            text = repr(value) if value is None or isinstance(value, bool) else self.known(value)
+            text = repr(value) if value is None or isinstance(value, bool) else self.bind(value)
             self.refuse_unless(f"{at} is {text}")
         elif isinstance(value, _BY_VALUE):
-            self.refuse_unless(f"type({at}) is {self.known(type(value))} and {at} == {self.known(value)}")
+            self.refuse_unless(f"type({at}) is {self.bind(type(value))} and {at} == {self.bind(value)}")
         else:  # equal floats may be of other signs, and so on
-            self.refuse_unless(f"type({at}) is {self.known(type(value))} and repr({at}) == {repr(value)!r}")
+            self.refuse_unless(f"type({at}) is {self.bind(type(value))} and repr({at}) == {repr(value)!r}")
 
     def number(self, at: str) -> None:
         """A number that counts, which a graph has as a tensor's size."""
@@ -265,19 +251,19 @@ class _Writer:
         """A tensor."""
         i = len(self.tensors)
         self.tensors.append(at)
-        kind = "Tensor" if type(x) is torch.Tensor else self.known(type(x))
+        kind = "Tensor" if type(x) is torch.Tensor else self.bind(type(x))
         on = {"cpu": f"{at}.is_cpu", "cuda": f"{at}.is_cuda"}.get(
             x.device.type, f"{at}.device.type == {x.device.type!r}"
         )
         self.refuse_unless(
-            f"type({at}) is {kind} and {at}.dtype is {self.known(x.dtype)} and {on} and "
+            f"type({at}) is {kind} and {at}.dtype is {self.bind(x.dtype)} and {on} and "
             f"{at}.requires_grad is {x.requires_grad}"
         )
         if not x.dim():
             self.refuse_unless(f"not {at}.dim()")
             return
         names = [f"s{i}_{d}" for d in range(x.dim())]
-        self.lines.append(f"{', '.join(names)}, = {at}.shape")
+        self.emit(f"{', '.join(names)}, = {at}.shape")
         layout = self.held.get(i)
         for d, name in enumerate(names):
             shards = layout.dims.get(d) if layout is not None else None
