@@ -42,7 +42,7 @@ class TestOnProcesses:
         for rank, result in enumerate(ran):
             assert result[f"{name}: tokens"]
             assert result[f"{name}: logits"] < 1e-12
-            assert result[f"{name}: runs as"] == "Whole"
+            assert result[f"{name}: runs as"] == "GraphRuntime"
             assert result[f"{name}: shape"] == CACHES[name][rank]
 
     @pytest.mark.parametrize("name", CACHES)
