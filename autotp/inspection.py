@@ -44,16 +44,16 @@ def graph(model: nn.Module) -> RankGraph:
     """
     runtime = _runtime(model)
     if isinstance(runtime, PartitionedRuntime):
-        paths = ", ".join(f"model.{p.programs.path}" for p in runtime.parts)
+        paths = ", ".join(f"model.{p.cache.path}" for p in runtime.parts)
         raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
     assert isinstance(runtime, GraphRuntime)
-    if runtime.programs.last is None:
+    if runtime.cache.last is None:
         raise AutoTPError(
-            f"this {type(model).__name__} ({runtime.programs.path}) has not been called by itself, and has no graph of "
+            f"this {type(model).__name__} ({runtime.cache.path}) has not been called by itself, and has no graph of "
             "its own: pass the model that was parallelized"
         )
-    found = runtime.programs.graph(runtime.programs.last, runtime.mesh.rank)
-    found.note = f"; {runtime.programs.place(runtime.programs.last)}"
+    found = runtime.cache.graph(runtime.cache.last, runtime.mesh.rank)
+    found.note = f"; {runtime.cache.describe(runtime.cache.last)}"
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,16 +16,18 @@ from torch.utils import _pytree as pytree
 from autotp.arguments.arguments import Arguments
 from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.distributed.agreement import Agreement
-from autotp.distributed.mesh import TIMEOUT, Mesh, join
+from autotp.distributed.mesh import Mesh, join
 from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError, CaptureError
 from autotp.modules.device import computing_on, device_of
 from autotp.modules.model_checks import check_model
+from autotp.options import TIMEOUT, Options
 from autotp.partition.partition import Partition, partition_into_modules, partition_model
 from autotp.partition.partitioned_runtime import PartitionedRuntime
 from autotp.plans.make_plan import announce, plan_of
 from autotp.plans.plan import Plan
 from autotp.runtime.graph_runtime import GraphRuntime
+from autotp.runtime.integrations import integrate
 from autotp.runtime.runtime import Runtime
 from autotp.weights.checkpoint import Source, open_checkpoint
 from autotp.weights.load_checkpoint import first_elements, match_checkpoint, read_shards, refuse_empty
@@ -152,83 +153,82 @@ def parallelize(
     if "_autotp" in model.__dict__:
         raise AutoTPError(f"this {type(model).__name__} is parallelized already")
     passes = lowering if isinstance(lowering, Lowering) else Lowering() if lowering else Lowering.none()
-    options = {"mode": compile} if isinstance(compile, str) else dict(compile) if isinstance(compile, Mapping) else {}
-    fast = _Fast(passes.exactly() if exact else passes, options if compile else None)
+    compiled = {"mode": compile} if isinstance(compile, str) else dict(compile) if isinstance(compile, Mapping) else {}
+    options = Options(
+        timeout, debug, strict, check, shared_memory, symmetric_memory, broadcast_inputs,
+        passes.exactly() if exact else passes, compiled if compile else None,
+    )  # fmt: skip
     with torch.inference_mode(False):  # else the shards would be tensors that never train
-        return _parallelize(
-            model, join(tp, mesh, backend, timeout), weights, device, example_inputs, plan, timeout, debug, strict,
-            check, shared_memory, symmetric_memory, broadcast_inputs, fast,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Fast:
-    """How graphs are made fast: the passes, and options for ``torch.compile``, if they are to be compiled."""
-
-    lowering: Lowering
-    compiled: dict[str, Any] | None
-
-    def __str__(self) -> str:
-        compiled = {k: getattr(v, "__qualname__", v) for k, v in (self.compiled or {}).items()}
-        return f"{self.lowering}, {'compiled' if self.compiled is not None else 'not compiled'} {compiled or ''}"
+        return _parallelize(model, join(tp, mesh, backend, timeout), weights, device, example_inputs, plan, options)
 
 
 def _parallelize(
-    model: nn.Module, place: Mesh, weights: Source | None, device: torch.device | str | None,
-    example_inputs: ExampleInputs, plan: Plan | None, timeout: timedelta, debug: bool, strict: bool, check: bool | str,
-    shared_memory: bool, symmetric_memory: bool, broadcast_inputs: bool, fast: _Fast,
+    model: nn.Module, mesh: Mesh, weights: Source | None, device: torch.device | str | None,
+    example_inputs: ExampleInputs, plan: Plan | None, options: Options,
 ) -> nn.Module:  # fmt: skip
-    with place.together("finding example inputs"):
+    with mesh.together("finding example inputs"):
         refuse_empty(model, weights is not None)
         check_model(model)
-        to = _destination(model, place, device)
+        to = _destination(model, mesh, device)
         with computing_on(to):
             args, kwargs = _on(to, *example_call(model, example_inputs))
-    with place.together("looking at the weights"):
-        found = open_checkpoint(weights) if weights is not None else {}
-        sources = match_checkpoint(model, found) if weights is not None else {}
+    with mesh.together("looking at the weights"):
+        tensors = open_checkpoint(weights) if weights is not None else {}
+        sources = match_checkpoint(model, tensors) if weights is not None else {}
         first = first_elements(sources)
-    described = {f"{name} in the weights": f"{t.shape} {t.dtype}" for name, t in found.items()}
+    described = {f"{name} in the weights": f"{t.shape} {t.dtype}" for name, t in tensors.items()}
     described |= {f"first elements of {name} in the weights": f"{n:x}" for name, n in first.items()}
-    given = {"debug": debug, "timeout": timeout, "strict": strict, "check": check, "shared_memory": shared_memory,
-             "symmetric_memory": symmetric_memory, "broadcast_inputs": broadcast_inputs,
-             "how graphs are made fast": str(fast)}  # fmt: skip
-    place.agree(given | described | _structure(model, args, kwargs))
+    mesh.agree(options.described() | described | _structure(model, args, kwargs))
     with computing_on(to):
-        division = _division(model, place, args, kwargs, plan, weights is not None)
-    with place.together("proving the graphs"):
-        for part in division.parts:
-            part.programs.lowering, part.programs.compiled = fast.lowering, fast.compiled
-            part.programs.prove(check)
-    with place.together("looking at what stays whole"):
-        announce(plan_of(division, place.tp), division, strict, stacklevel=4)
-    layouts = division.weight_layouts
-    place.agree({"parts": [p.path for p in division.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
+        partition = _partition(model, mesh, args, kwargs, plan, weights is not None)
+    with mesh.together("proving the graphs"):
+        for part in partition.parts:
+            part.cache.options = options
+            part.cache.prove()
+    with mesh.together("looking at what stays whole"):
+        announce(plan_of(partition, mesh.tp), partition, options.strict, stacklevel=4)
+    layouts = partition.weight_layouts
+    mesh.agree({"parts": [p.path for p in partition.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
     if sources:
         gc.collect()  # what capture has left in cycles would be in memory beside the weights
-        with place.together("reading the weights"):
-            shares = read_shards(model, sources, layouts, place.rank, to)
-        assign_shards(model, shares)
-        del shares  # else the first cast would have them twice
-    broadcast_parameters(model, place, sources)
-    shard_parameters(model, layouts, place.rank, to, sources)
-    seed = place.gathered(torch.initial_seed() % (1 << 62))[0]
-    agreement = Agreement(place, type(model).__name__, timeout, debug, shared_memory, broadcast_inputs)
-    fabric = ProcessContext(place, seed, agreement.missing, timeout, shared_memory, symmetric_memory, device_of(model))
-    runtime: Runtime
-    if division.is_whole:
-        runtime = GraphRuntime(model, division.parts[0].programs, agreement, fabric)
-    else:
-        runtime = PartitionedRuntime(division, agreement, seed, fabric)
-    for part in division.parts:
-        part.calls.clear()  # they hold values of the example
-        part.programs.runs_python = not strict
-    runtime.attach()
-    runtime.surround()
+        with mesh.together("reading the weights"):
+            shards = read_shards(model, sources, layouts, mesh.rank, to)
+        assign_shards(model, shards)
+        del shards  # else the first cast would have them twice
+    broadcast_parameters(model, mesh, sources)
+    shard_parameters(model, layouts, mesh.rank, to, sources)
+    _attach(partition, mesh, options)
     return model
 
 
-def _destination(model: nn.Module, place: Mesh, device: torch.device | str | None) -> torch.device | None:
+def _attach(partition: Partition, mesh: Mesh, options: Options) -> None:
+    """Let the model, whose parameters are this rank's shards, run its graphs."""
+    model = partition.model
+    seed = mesh.gathered(torch.initial_seed() % (1 << 62))[0]
+    agreement = Agreement(
+        mesh, type(model).__name__, options.timeout, options.debug, options.shared_memory, options.broadcast_inputs
+    )
+    context = ProcessContext(
+        mesh,
+        seed,
+        agreement.missing,
+        options.timeout,
+        options.shared_memory,
+        options.symmetric_memory,
+        device_of(model),
+    )
+    runtime: Runtime
+    if partition.is_whole:
+        runtime = GraphRuntime(model, partition.parts[0].cache, agreement, context)
+    else:
+        runtime = PartitionedRuntime(partition, agreement, context)
+    for part in partition.parts:
+        part.calls.clear()  # they hold values of the example
+    runtime.attach()
+    integrate(runtime)
+
+
+def _destination(model: nn.Module, mesh: Mesh, device: torch.device | str | None) -> torch.device | None:
     """Where the shares go; None if they stay where the model is."""
     if device is not None:
         to = torch.device(device)
@@ -236,7 +236,7 @@ def _destination(model: nn.Module, place: Mesh, device: torch.device | str | Non
         return torch.device("cuda", torch.cuda.current_device()) if indexed else to
     if not any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         return None
-    backends = dist.get_backend_config(place.group) if place.group is not None else "nccl"
+    backends = dist.get_backend_config(mesh.group) if mesh.group is not None else "nccl"
     if torch.cuda.is_available() and "nccl" in backends:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -250,29 +250,24 @@ def _on(device: torch.device | None, args: tuple[Any, ...], kwargs: dict[str, An
     return moved
 
 
-def _division(
-    model: nn.Module, place: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None, loads: bool
+def _partition(
+    model: nn.Module, mesh: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None, loads: bool
 ) -> Partition:
     """The model's parts, the same on every rank; where it must run to find them, it runs with rank 0's weights."""
-    weight_layouts = plan.weight_layouts if plan is not None else None
-    division, failed = None, None
-    with place.together("rewriting the model"):
+    layouts = plan.weight_layouts if plan is not None else None
+
+    def whole() -> Partition:
         if plan is not None:
-            plan.check(model, place.tp)
-        try:
-            division = partition_model(model, place.tp, args, kwargs, weight_layouts, in_parts=False)
-        except CaptureError as error:
-            failed = error
-    everywhere = not any(place.gathered(failed is None))
-    with place.together("rewriting the model"):
-        if failed is not None and not everywhere:
-            raise failed
-    if failed is None:
-        assert division is not None
-        with place.together("rewriting the model"):
-            _refuse_constants(division)
-        return division
-    with place.together("capturing the model in parts"):
+            plan.check(model, mesh.tp)
+        return partition_model(model, mesh.tp, args, kwargs, layouts, in_parts=False)
+
+    partition, failed = mesh.attempt("rewriting the model", whole)
+    if partition is not None:
+        with mesh.together("rewriting the model"):
+            _refuse_constants(partition)
+        return partition
+    assert failed is not None
+    with mesh.together("capturing the model in parts"):
         if loads:
             raise CaptureError(
                 f"{failed}\nautotp would capture it in parts, but must run it once with its weights for that, and they "
@@ -280,18 +275,18 @@ def _division(
                 place=failed.place,
                 reason=failed.reason,
             ) from failed
-    broadcast_parameters(model, place)
-    with place.together("capturing the model in parts"):
-        return partition_into_modules(model, place.tp, args, kwargs, failed, weight_layouts)
+    broadcast_parameters(model, mesh)
+    with mesh.together("capturing the model in parts"):
+        return partition_into_modules(model, mesh.tp, args, kwargs, failed, layouts)
 
 
-def _refuse_constants(division: Partition) -> None:
+def _refuse_constants(partition: Partition) -> None:
     """Raise if a graph has a tensor without values."""
-    for program in (p.programs.last for p in division.parts):
+    for program in (p.cache.last for p in partition.parts):
         for constant in program.captured.constants.values() if program is not None else ():
             if constant.is_meta:
                 raise AutoTPError(
-                    f"{type(division.model).__name__} holds a tensor of shape {tuple(constant.shape)} that is neither "
+                    f"{type(partition.model).__name__} holds a tensor of shape {tuple(constant.shape)} that is neither "
                     "parameter nor buffer, and on the meta device: make the model under autotp.empty_weights(), which "
                     "leaves such tensors what they are, in place of torch.device('meta')"
                 )

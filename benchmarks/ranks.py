@@ -141,7 +141,7 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
 
     division = partition_model(model, tp, (), example)
     (part,) = division.parts
-    part.programs.compiled, part.programs.proof = options, True
+    part.cache.compiled, part.cache.proof = options, True
     part.calls.clear()
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for rank in {"all": range(tp), "ends": sorted({0, tp - 1}), "first": [0]}[which]:
@@ -152,10 +152,10 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
             parameter.data = torch.empty(local, dtype=parameter.dtype, device=parameter.device).normal_(0, 0.02)
         torch.compiler.reset()
         context = alone(rank, tp)
-        GraphRuntime(model, part.programs, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), context).attach()
+        GraphRuntime(model, part.cache, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), context).attach()
         yield rank, model
-        part.programs._graphs.clear()
-        part.programs._recognizers.clear()
+        part.cache._graphs.clear()
+        part.cache._recognizers.clear()
 
 
 def median(step: Callable[[], Any], rounds: int, warmup: int = 3) -> float:

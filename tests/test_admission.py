@@ -201,7 +201,7 @@ def test_constants_of_any_kind_have_their_program_once() -> None:
     for options in ({"scale": math.nan}, {"scale": 0.5}, {"sizes": [1, 2]}, {"scale": 1}):
         for _ in range(2):
             assert relative_error(model(X, **options), parallel(X, **options)) < 1e-5
-    assert parallel.programs.captures == 5
+    assert parallel.cache.captures.count == 5
     with pytest.raises(autotp.CaptureError, match=r"a builtins\.set, whose content autotp cannot see"):
         parallel(X, sizes={1, 2})
 
@@ -213,7 +213,7 @@ def test_attributes_that_change_make_another_graph() -> None:
     assert relative_error(model(X), parallel(X)) < 1e-6
     model.inner[1].approximate = "none"
     assert relative_error(model(X), parallel(X)) < 1e-6
-    assert parallel.programs.captures == 2, "the first graph holds again"
+    assert parallel.cache.captures.count == 2, "the first graph holds again"
 
 
 def test_verify_compares_gradients_of_inputs() -> None:

@@ -182,9 +182,9 @@ def test_sums_run_beside_what_does_not_need_them() -> None:
 
     def logged(lowering: Lowering) -> tuple[_Log, _Log]:
         graph = RankGraph(programs.last, 0, model)
-        with Float64(), context.use(forward := _Log()), forward, torch.no_grad():
+        with Float64(), context.use_context(forward := _Log()), forward, torch.no_grad():
             graph.execute(lowering, given)
-        with Float64(), context.use(backward := _Log()):
+        with Float64(), context.use_context(backward := _Log()):
             results = graph.execute(lowering, given)
             backward.seen.clear()
             with backward:

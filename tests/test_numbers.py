@@ -82,15 +82,15 @@ def test_a_position_that_moves_is_captured_once(by_keyword: bool) -> None:
             found = parallel(ids, start=start) if by_keyword else parallel(ids, start)
             assert relative_error(expected, found) < 1e-12
             start += count
-        captures.append(parallel.programs.captures)
+        captures.append(parallel.cache.captures.count)
     assert captures[1] - captures[0] <= 1, "the second text is captured no more, but for what is now known of the first"
     assert captures[0] <= 7
     for a, b in zip(dense.layers, model.layers, strict=True):
         assert relative_error(a.cache_k, b.cache_k) < 1e-12
-    assert {p.name for p in parallel.programs.memory.places.values() if p.sharded} == {
+    assert {p.name for p in parallel.cache.state.places.values() if p.sharded} == {
         f"layers.{i}.cache_{n}" for i in range(2) for n in "kv"
     }
-    assert [op for _, op in parallel.programs.last.gathered] == ["output"], "the logits; no cache is gathered"
+    assert [op for _, op in parallel.cache.last.gathered] == ["output"], "the logits; no cache is gathered"
 
 
 class Branching(nn.Module):
@@ -133,7 +133,7 @@ def test_whatever_a_number_is_for(how: str) -> None:
             expected, found = expected[0], found[0]
         assert relative_error(expected, found) < 1e-12, n
     if how in ("a size", "a factor", "returned"):
-        assert parallel.__dict__["_autotp"].programs.captures <= 4, "0 and 1 are sizes of their own"
+        assert parallel.__dict__["_autotp"].cache.captures.count <= 4, "0 and 1 are sizes of their own"
 
 
 def test_numbers_below_zero_and_others_stay_what_they_are() -> None:

@@ -62,7 +62,7 @@ def _whole(world: int) -> dict[str, Any]:
         autotp.parallelize(model, world, example_inputs=kwargs)
         call = torch.compile(model)
         pairs = [(outputs(dense(**own)), outputs(call(**own))) for own in (kwargs, make("gpt", 3, 11, seed=1)[1])]
-        graphs = model.__dict__["_autotp"].programs._graphs.values()
+        graphs = model.__dict__["_autotp"].cache._graphs.values()
         bound = [lowered for g in graphs for (_, is_compiled), (lowered, _) in g._bound.items() if is_compiled]
     return {
         "outputs": max(relative_error(a, b) for e, f in pairs for a, b in zip(e, f, strict=True)),

@@ -75,7 +75,7 @@ def divided(rank: int, world: int) -> dict[str, Any]:
     model.train()
     torch.manual_seed(100 + rank)  # ranks must not depend on equal seeds
     runtime = model.__dict__["_autotp"]
-    start = (runtime.between._streams.copy(), runtime.fabric._streams.copy())
+    start = (runtime.between._streams.copy(), runtime.context._streams.copy())
     steps = {}
     for model.reentrant in (None, False, True):
         runtime.between._streams.clear()

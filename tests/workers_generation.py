@@ -114,7 +114,7 @@ def _behind(tensor: torch.Tensor) -> int:
 
 
 def captures(model: Any) -> int:
-    return model.__dict__["_autotp"].programs.captures
+    return model.__dict__["_autotp"].cache.captures.count
 
 
 class Collected(BaseStreamer):

@@ -90,7 +90,7 @@ def _compared(name: str, dense: nn.Module, model: nn.Module) -> Result:
         "error": max(errors),
         "state": list(full) == list(state) and all(torch.equal(full[n], state[n]) for n in state),
         "only its share": sum({s.data_ptr(): s.nbytes() for s in storages(model)}.values()) == 8 * held,
-        "captures": model.__dict__["_autotp"].programs.captures,
+        "captures": model.__dict__["_autotp"].cache.captures.count,
     }
 
 

@@ -312,10 +312,10 @@ def changes(rank: int, world: int) -> Result:
             gradients_apart(dense, model),
             missing == [n for n, p in dense.named_parameters() if p.grad is None],
         )
-    captures = model.__dict__["_autotp"].programs.captures
+    captures = model.__dict__["_autotp"].cache.captures.count
     for m in (dense, model):
         m.scale = -0.5
-    found["attribute"] = apart(dense, model, x=x), model.__dict__["_autotp"].programs.captures - captures
+    found["attribute"] = apart(dense, model, x=x), model.__dict__["_autotp"].cache.captures.count - captures
     for m in (dense, model):
         m.scale = 1.5
         m.shift = m.shift.flip(0).clone()
@@ -440,7 +440,7 @@ def training(rank: int, world: int) -> Result:
     found["outputs agree"] = all(whole) and len(set(drops)) == 20
     found["whole parameters agree"] = all(same(p.data) for _, p, shards in runtime.placed() if not shards)
     found["shards differ"] = not same(model.second[0].weight.data)
-    with context.use(runtime.fabric):
+    with context.use_context(runtime.context):
         own = ops.random_per_rank(torch.nn.functional.dropout, torch.ones(1000), 0.5)
         shared = ops.random_same(torch.nn.functional.dropout, torch.ones(1000), 0.5)
     found["own"], found["shared"] = same(own), same(shared)

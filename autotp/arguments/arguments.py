@@ -11,6 +11,7 @@ from autotp.arguments.boxed import ModuleState
 from autotp.arguments.object_tree import Counts, Slot
 from autotp.arguments.spec import flatten_call
 from autotp.errors import AutoTPError
+from autotp.utils.value_types import is_constant
 from autotp.weights.slicing import own_part
 from passes import Layout
 
@@ -59,6 +60,16 @@ class Arguments:
             layout = slots.get(slot.path) if slot.sharded else None
             if layout is not None and not layout.whole:
                 self._widen(i, slot.path, layout, rank)
+
+    def kinds(self) -> tuple[Any, ...]:
+        """Per leaf, what makes another graph: dtype, device type, need of a gradient, sizes of one; a constant."""
+        shapes = iter(self.shapes)
+        return tuple(
+            (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in next(shapes)))
+            if isinstance(x, torch.Tensor)
+            else (type(x), repr(x) if is_constant(x) else "")
+            for x in self.leaves
+        )
 
     def slots(self) -> dict[int, Slot]:
         """For each tensor that is in an object its place there."""

@@ -19,7 +19,7 @@ from autotp.arguments.object_tree import (
 )
 from autotp.errors import CaptureError
 
-__all__ = ["GONE", "Change", "StateLocation", "changes", "overwrite"]
+__all__ = ["GONE", "Change", "InputMutation", "StateLocation", "StateMutation", "changes", "overwrite"]
 
 GONE = ConstantLeaf(type(None), "gone", None)
 """What is in a place that is empty now."""
@@ -94,30 +94,6 @@ def changes(
             yield Change(path, key, form)
 
 
-class ChangedError(CaptureError):
-    """A call changes plain arguments: it writes into tensors, or puts others into containers.
-
-    Attributes:
-        places: the arguments, by number or keyword.
-    """
-
-    def __init__(self, message: str, places: Collection[int | str], *, place: str = "") -> None:
-        super().__init__(message, place=place)
-        self.places = frozenset(places)
-
-
-class KeptError(CaptureError):
-    """A forward keeps something on the model's modules from one call to the next.
-
-    Attributes:
-        places: where.
-    """
-
-    def __init__(self, message: str, places: Collection[StateLocation], *, reason: str = "") -> None:
-        super().__init__(message, reason=reason)
-        self.places = frozenset(places)
-
-
 @dataclass(frozen=True)
 class StateLocation:
     """Where something is kept.
@@ -143,3 +119,39 @@ class StateLocation:
         """What has it under its key."""
         module = model.get_submodule(self.module)
         return module._buffers if self.buffer else module.__dict__
+
+
+@dataclass(frozen=True)
+class InputMutation:
+    """A call mutates plain arguments: it writes into tensors, or puts other tensors into containers.
+
+    Attributes:
+        message: what happened, for a person.
+        keys: the arguments, by position or keyword.
+    """
+
+    message: str
+    keys: frozenset[int | str]
+
+    def error(self) -> CaptureError:
+        """The error for a call of which this cannot be captured."""
+        return CaptureError(self.message)
+
+
+@dataclass(frozen=True)
+class StateMutation:
+    """A forward keeps something on modules from one call to the next.
+
+    Attributes:
+        message: what happened, for a person.
+        locations: where it is kept.
+        reason: the same in a few words, for a graph break.
+    """
+
+    message: str
+    locations: frozenset[StateLocation]
+    reason: str = ""
+
+    def error(self) -> CaptureError:
+        """The error for a call of which this cannot be captured."""
+        return CaptureError(self.message, reason=self.reason)

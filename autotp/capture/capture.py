@@ -10,7 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,20 +20,21 @@ from torch.nn.utils import stateless
 from torch.utils._sympy.printers import PythonPrinter
 
 from autotp.arguments.arguments import Arguments
+from autotp.arguments.effects import Effects
 from autotp.arguments.module_state import ModuleStateTracker
-from autotp.arguments.mutations import ChangedError
-from autotp.arguments.object_tree import Counts, Slot
+from autotp.arguments.mutations import InputMutation, StateMutation
+from autotp.arguments.object_tree import Slot
 from autotp.arguments.snapshot import Snapshot, Values
 from autotp.capture.captured_graph import CapturedGraph, DenseShapes
 from autotp.capture.export import trace
 from autotp.capture.outputs import OutputSpec
 from autotp.capture.side_effects import (
-    more_than_a_function,
-    refuse_computed,
+    computed_state,
     refuse_statistics,
     refuse_views,
-    refuse_written,
-    traced_again,
+    state_mutation,
+    trace_again,
+    written_inputs,
 )
 from autotp.errors import CaptureError
 from autotp.modules.device import device_of
@@ -88,11 +89,9 @@ def capture(
     kwargs: Mapping[str, Any],
     dense: DenseShapes | None = None,
     *,
-    counts: Counts = (),
-    sharded: bool = True,
-    layouts: Mapping[str, Layout] | None = None,
-    memory: ModuleStateTracker | None = None,
-) -> CapturedGraph:
+    effects: Effects | None = None,
+    slots: Mapping[str, Layout] | None = None,
+) -> CapturedGraph | InputMutation | StateMutation:
     """Capture one call of a model as a functional fx graph.
 
     No weight is read: stand-ins of the dense shapes take their places while torch.export traces, so the
@@ -103,86 +102,140 @@ def capture(
         args: positional inputs. Tensor dims longer than one stay dynamic where the model allows it.
         kwargs: keyword inputs.
         dense: the dense shapes, where the parameters no longer have them.
-        counts: the attributes of objects among the inputs that calls are known to count in.
-        sharded: whether ranks may keep their own shares of what is in such objects.
-        layouts: those of the slots of which they do, as far as they are known: a dim that is split (heads) is as long
-            as the weights make it, and so a constant.
-        memory: what the model is known to keep; it is in objects among the keyword arguments.
+        effects: what calls of the model are known to mutate; state that it keeps is in objects among ``kwargs``.
+        slots: the layouts of what ranks keep shards of, as far as they are known: a dim that is split (heads) is as
+            long as the weights make it, and so a constant.
+
+    Returns:
+        The graph; or a mutation that ``effects`` does not have yet: the call is to be captured again with it.
 
     Raises:
         CaptureError: the model's Python depends on the values of tensors, or changes a weight.
-        ChangedError: it changes arguments that are not opened yet (:mod:`autotp.arguments.boxed`).
-        KeptError: it keeps something in other places.
     """
-    memory = memory or ModuleStateTracker(model)
-    of = Arguments(args, kwargs, counts)
-    leaves, spec = of.leaves, of.spec
-    device = device_of(model)
-    tensors = [
-        x.detach().to(device) if x.device.type == "meta" else x.detach() for x in leaves if isinstance(x, torch.Tensor)
-    ]
-    floating = iter([x for x in leaves if isinstance(x, torch.Tensor)])
-    tensors = [t.requires_grad_(next(floating).requires_grad) if t.is_floating_point() else t for t in tensors]
-    split = {i: (layouts or {}).get(slot.path) for i, slot in of.slots().items() if slot.sharded and sharded}
-    fixed = {(i, d) for i, layout in split.items() if layout is not None for d, _ in layout.shards}
+    effects = effects or Effects(ModuleStateTracker(model))
+    arguments = Arguments(args, kwargs, effects.counters)
     refuse_hooks(model)
+    traced = _traced(model, arguments, dense or DenseShapes.of(model), effects, slots or {})
+    if not isinstance(traced, _Traced):
+        return traced
+    if refills := traced.outputs.refills:
+        names = ", ".join(sorted(map(repr, refills)))
+        return InputMutation(
+            f"forward puts other tensors into arguments that it is given ({names})", frozenset(refills)
+        )
     tied = tied_names(model)
+    captured = traced.graph(tied)
+    steps = _steps(captured.graph)
+    left = _prepare(captured)
+    if traced.again is not None:
+        other = traced.again.graph(tied)
+        _prepare(other)
+        if graph_hash(other.graph, other.constants) != graph_hash(captured.graph, captured.constants):
+            return state_mutation(traced.outputs.kept)
+    refuse_statistics(captured.graph)
+    refuse_views(captured)
+    spec, leaves = arguments.spec, arguments.leaves
+    if left:
+        keys = [key for key, x in zip(spec.keys(), leaves, strict=True) if isinstance(x, torch.Tensor)]
+        mutation = written_inputs(captured, left, keys, traced.snapshot)
+        if mutation is not None:
+            return mutation
+        captured = _functional(traced, tied, left)
+    captured.inputs = [n for n, x in zip(spec.paths(), leaves, strict=True) if isinstance(x, torch.Tensor)]
+    captured.steps = steps
+    return captured
+
+
+@dataclass
+class _Traced:
+    """A call as torch.export traced it.
+
+    Attributes:
+        exported: torch's exported program.
+        outputs: how outputs and mutations are made of its results.
+        slots: the slots of inputs that are in objects, by position.
+        snapshot: the state of the modules before the call.
+        again: the trace of a second call, which finds what the first one left on the modules.
+    """
+
+    exported: Any
+    outputs: OutputSpec
+    slots: dict[int, Slot]
+    snapshot: Snapshot
+    again: _Traced | None = None
+
+    def graph(self, tied: Mapping[str, str]) -> CapturedGraph:
+        """The flat graph."""
+        return _flat_graph(self.exported, self.outputs, tied, self.slots)
+
+
+def _traced(
+    model: nn.Module, arguments: Arguments, dense: DenseShapes, effects: Effects, layouts: Mapping[str, Layout]
+) -> _Traced | StateMutation:
+    """Trace a call with stand-ins for all weights, and once more where it leaves something on the modules."""
+    device, state, slots = device_of(model), effects.state, arguments.slots()
+    split = {i: layouts.get(s.path) for i, s in slots.items() if s.sharded and effects.keeps_shards}
+    fixed = {(i, d) for i, layout in split.items() if layout is not None for d, _ in layout.shards}
+    inputs = [_input(x, device) for x in arguments.tensors]
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not a checkpoint's around us
+
+    def run() -> tuple[Any, OutputSpec]:
+        return trace(model, arguments.leaves, arguments.spec, inputs, state, fixed)
+
     with as_dense(model), _quiet(), torch.enable_grad(), as_it_is:
-        stand_ins = _stand_ins(model, dense or DenseShapes.of(model), device)
+        stand_ins = _stand_ins(model, dense, device)
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             snapshot = Snapshot(model)
-            known = {id(x) for x in memory.kept().values()}
+            known = {id(x) for x in state.kept().values()}
             values = Values([t for t in snapshot.plain() if id(t) not in known])  # what meets no input is not traced
             try:
-                exported, outputs = trace(model, leaves, spec, tensors, memory, fixed)
+                exported, outputs = run()
                 snapshot.restore()  # torch leaves copies of lists and dicts
-                refuse_computed(values.written(), snapshot)
-                again = traced_again(outputs, lambda: trace(model, leaves, spec, tensors, memory, fixed))
+                again = computed_state(values.written(), snapshot) or trace_again(outputs, run)
             finally:
                 snapshot.restore()
                 values.restore()
+    if isinstance(again, StateMutation):
+        return again
     if any(_is_of_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which tracing again resolves
         with _quiet():
             exported = exported.run_decompositions({})
-    slots = of.slots()
-    if not sharded:
+    if not effects.keeps_shards:
         slots, outputs.slots = (
             {n: replace(s, sharded=False) for n, s in each.items()} for each in (slots, outputs.slots)
         )
-    names = [n for n, x in zip(spec.paths(), leaves, strict=True) if isinstance(x, torch.Tensor)]
-    if outputs.refills:
-        said = ", ".join(sorted(map(repr, outputs.refills)))
-        raise ChangedError(f"forward puts other tensors into arguments that it is given ({said})", outputs.refills)
-    captured = _flat_graph(exported, outputs, tied, slots)
-    steps = _steps(captured.graph)
-    left = _prepare(captured)
-    if again is not None:
-        other = _flat_graph(again[0], again[1], tied, slots)
-        _prepare(other)
-        if graph_hash(other.graph, other.constants) != graph_hash(captured.graph, captured.constants):
-            raise more_than_a_function(outputs.kept)
-    refuse_statistics(captured.graph)
-    refuse_views(captured)
-    if left:
-        keys = [key for key, x in zip(spec.keys(), leaves, strict=True) if isinstance(x, torch.Tensor)]
-        refuse_written(captured, left, keys, snapshot)
-        if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
-            raise CaptureError(
-                f"{where(unrecorded[0])} changes a value in place that gradients pass by (no_grad, detach), or that "
-                "shares memory in a way that torch does not declare: no functional graph says what then happens",
-                reason="a value changed in place that others see in ways no graph can say",
-            )
-        try:
-            with _quiet():
-                captured = _flat_graph(exported.run_decompositions({}), outputs, tied, slots)
-        except RuntimeError as error:
-            said = str(error).split("\n")[0]
-            raise CaptureError(f"{where(left[0])} changes a tensor in place: {said}", reason=said) from error
-        if left := _prepare(captured):
-            raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
-    captured.inputs, captured.steps = names, steps
+    second = _Traced(again[0], again[1], slots, snapshot) if again is not None else None
+    return _Traced(exported, outputs, slots, snapshot, second)
+
+
+def _input(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An input tensor for the trace: a leaf of the autograd graph, not on the meta device."""
+    plain = x.detach().to(device) if x.device.type == "meta" else x.detach()
+    return plain.requires_grad_(x.requires_grad) if plain.is_floating_point() else plain
+
+
+def _functional(traced: _Traced, tied: Mapping[str, str], left: list[fx.Node]) -> CapturedGraph:
+    """The graph with in-place ops decomposed by torch, where the nodes ``left`` could not be made functional here.
+
+    Raises:
+        CaptureError: torch cannot either.
+    """
+    if unrecorded := [n for n in left if n.meta.get("unrecorded")]:
+        raise CaptureError(
+            f"{where(unrecorded[0])} changes a value in place that gradients pass by (no_grad, detach), or that "
+            "shares memory in a way that torch does not declare: no functional graph says what then happens",
+            reason="a value changed in place that others see in ways no graph can say",
+        )
+    try:
+        with _quiet():
+            exported = traced.exported.run_decompositions({})
+            captured = replace(traced, exported=exported).graph(tied)
+    except RuntimeError as error:
+        first_line = str(error).split("\n")[0]
+        raise CaptureError(f"{where(left[0])} changes a tensor in place: {first_line}", reason=first_line) from error
+    if left := _prepare(captured):
+        raise CaptureError(f"{where(left[0])} changes a tensor in place in a way that cannot be made functional")
     return captured
 
 

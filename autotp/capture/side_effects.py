@@ -1,78 +1,85 @@
-"""impure: what of a captured call is no function of weights and inputs.
+"""side_effects: what a forward does besides computing its outputs from weights and inputs.
 
 A forward may write into tensors that it did not make, keep something on the model's modules, or update statistics in a
-kernel that does not say so. What a graph can give back becomes an argument more, and the call is captured again
-(:class:`KeptError`, :class:`ChangedError`); all else is an error that says what it is.
+kernel whose schema does not declare it. What a graph can give back becomes an argument, and the call is captured again
+(an :class:`InputMutation` or a :class:`StateMutation` says which); everything else is an error that says what it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from autotp.arguments.mutations import ChangedError, KeptError, StateLocation
+from autotp.arguments.mutations import InputMutation, StateLocation, StateMutation
 from autotp.arguments.snapshot import Kept, Snapshot
+from autotp.capture.captured_graph import CapturedGraph
+from autotp.capture.outputs import OutputSpec
 from autotp.errors import CaptureError
 from passes.graphs import is_tensor, op_name, where
 from passes.normalize.aliases import sources
 
-if TYPE_CHECKING:
-    from autotp.capture.captured_graph import CapturedGraph
-    from autotp.capture.outputs import OutputSpec
-
-__all__ = [
-    "more_than_a_function",
-    "refuse_computed",
-    "refuse_statistics",
-    "refuse_views",
-    "refuse_written",
-    "traced_again",
-]
+__all__ = ["computed_state", "refuse_statistics", "refuse_views", "state_mutation", "trace_again", "written_inputs"]
 
 
-def traced_again(outputs: OutputSpec, trace: Callable[[], tuple[Any, OutputSpec]]) -> Any:
-    """The trace of a call that finds what the first one has kept on the modules; None if that is nothing.
+def trace_again(outputs: OutputSpec, trace: Callable[[], tuple[Any, OutputSpec]]) -> Any:
+    """The trace of a second call, which finds what the first one has left on the modules.
+
+    Returns:
+        None if the first call has left nothing; a StateMutation if it has left tensors, or the second one leaves
+        something else again.
 
     Raises:
-        CaptureError: it keeps tensors, or something else again.
+        CaptureError: such a mutation cannot be an argument.
     """
     if not outputs.kept:
         return None
     if any(kept.has_tensors for kept in outputs.kept):
-        raise more_than_a_function(outputs.kept)
+        return state_mutation(outputs.kept)
     for kept in outputs.kept:
         kept.again()
     again = trace()
     if any(kept.is_another for kept in again[1].kept):
-        raise more_than_a_function(outputs.kept + again[1].kept)
+        return state_mutation(outputs.kept + again[1].kept)
     return again
 
 
-def more_than_a_function(kept: Sequence[Kept]) -> CaptureError:
-    """The error that a forward keeps something; which may be an argument, if it can be."""
+def state_mutation(kept: Sequence[Kept]) -> StateMutation:
+    """What a forward keeps on modules, as a mutation that can become an argument.
+
+    Raises:
+        CaptureError: something of it cannot.
+    """
     cannot = next((k.name for k in kept if not k.can_be_argument), None)
     name = cannot or kept[0].name
-    said = (
+    mutation = StateMutation(
         f"forward keeps something on the model ({name}), from one call to the next or for others to read: a graph is a "
-        "function of weights and inputs, and would not. Return it, or pass it in"
+        "function of weights and inputs, and would not. Return it, or pass it in",
+        frozenset(k.place for k in kept if k.place is not None),
+        f"forward keeps something on the module ({name})",
     )
-    reason = f"forward keeps something on the module ({name})"
     if cannot is not None:
-        return CaptureError(said, reason=reason)
-    return KeptError(said, {k.place for k in kept if k.place is not None}, reason=reason)
+        raise mutation.error()
+    return mutation
 
 
-def refuse_computed(written: Sequence[torch.Tensor], snapshot: Snapshot) -> None:
-    """Raise if a forward has written into tensors on the model, of tensors on the model alone: no graph shows it."""
+def computed_state(written: Sequence[torch.Tensor], snapshot: Snapshot) -> StateMutation | None:
+    """The tensors on the model that a forward writes into without any input, which shows in no graph.
+
+    Raises:
+        CaptureError: they are in no attribute or buffer.
+    """
     if not written:
-        return
-    places = {replace(place, sharded=True) for place in snapshot.places(written)}
-    said = f"forward changes tensors in place that are no arguments ({', '.join(sorted(p.name for p in places))})"
-    raise KeptError(said, places) if places else CaptureError(said)
+        return None
+    places = frozenset(replace(place, sharded=True) for place in snapshot.places(written))
+    names = ", ".join(sorted(p.name for p in places))
+    mutation = StateMutation(f"forward changes tensors in place that are no arguments ({names})", places)
+    if not places:
+        raise mutation.error()
+    return mutation
 
 
 def refuse_views(captured: CapturedGraph) -> None:
@@ -101,22 +108,39 @@ def refuse_statistics(graph: fx.Graph) -> None:
             )
 
 
-def refuse_written(captured: CapturedGraph, left: list[fx.Node], keys: Sequence[int | str], snapshot: Snapshot) -> None:
-    """Raise if what changes tensors in place are plain arguments, or are on the model's modules: a graph gives them
-    back, if they are opened."""
+def written_inputs(
+    captured: CapturedGraph, left: list[fx.Node], keys: Sequence[int | str], snapshot: Snapshot
+) -> InputMutation | StateMutation | None:
+    """The plain arguments, or tensors on modules, that the nodes ``left`` write into.
+
+    Args:
+        captured: the captured graph.
+        left: the nodes that could not be made functional.
+        keys: the argument that each input tensor is in, by position or keyword.
+        snapshot: the state of the modules before the call.
+
+    Raises:
+        CaptureError: what is written into is neither an argument nor on a module.
+    """
     roots = {str(r.target): n for n in left for r in n.meta.get("roots", ()) if r.op == "get_attr"}
     if on_modules := {target: n for target, n in roots.items() if target not in captured.parameters}:
         buffers = (target.rpartition(".") for target in on_modules if target not in captured.constants)
-        kept = {StateLocation(module, key, True, True) for module, _, key in buffers}
-        held = snapshot.places([captured.constants[t] for t in on_modules if t in captured.constants])
-        kept |= {replace(place, sharded=True) for place in held}
-        names = ", ".join(sorted(p.name for p in kept)) or "made outside of it"
-        said = f"{where(next(iter(on_modules.values())))} changes a tensor in place that is no argument ({names})"
-        raise KeptError(said, kept) if kept else CaptureError(said)
+        locations = {StateLocation(module, key, True, True) for module, _, key in buffers}
+        tensors = snapshot.places([captured.constants[t] for t in on_modules if t in captured.constants])
+        locations |= {replace(location, sharded=True) for location in tensors}
+        names = ", ".join(sorted(p.name for p in locations)) or "made outside of it"
+        line = where(next(iter(on_modules.values())))
+        mutation = StateMutation(
+            f"{line} changes a tensor in place that is no argument ({names})", frozenset(locations)
+        )
+        if not locations:
+            raise mutation.error()
+        return mutation
     inputs = {n: i for i, n in enumerate(captured.graph.find_nodes(op="placeholder"))}
     written = {inputs[r]: n for n in left for r in n.meta.get("roots", ()) if r in inputs}
-    places = {keys[i] for i in written if i not in captured.slots}
-    if places:
-        first = next(n for i, n in written.items() if i not in captured.slots)
-        said = ", ".join(sorted(map(repr, places)))
-        raise ChangedError(f"{where(first)} changes arguments in place ({said})", places)
+    plain = {i: n for i, n in written.items() if i not in captured.slots}
+    if not plain:
+        return None
+    mutated = frozenset(keys[i] for i in plain)
+    names = ", ".join(sorted(map(repr, mutated)))
+    return InputMutation(f"{where(next(iter(plain.values())))} changes arguments in place ({names})", mutated)

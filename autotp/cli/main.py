@@ -116,7 +116,7 @@ def _inspect(options: argparse.Namespace) -> int:
     with _progress("capturing and planning"):
         division = _division(loaded, options.tp, options.model, options.settings, size)
         plan = plan_of(division, options.tp)
-    programs = [p.programs for p in division.parts]
+    programs = [p.cache for p in division.parts]
     graphs = [p.graph(p.last, options.rank) for p in programs if p.last is not None]
     if options.json:
         print(plan.to_json())
@@ -144,7 +144,7 @@ def _check(options: argparse.Namespace) -> int:
         division = _division(loaded, options.tp, options.model, options.settings, size)
     proved = True
     for part in division.parts:
-        program = part.programs.last
+        program = part.cache.last
         if program is not None:
             print(f"{part.path}: {program.verdict}" if part.path else program.verdict)
             proved = proved and program.verdict.proved

@@ -18,7 +18,6 @@ from autotp.errors import AutoTPError, LaunchError, MismatchError, check_tp
 
 __all__ = ["Mesh", "join"]
 
-TIMEOUT = timedelta(minutes=10)
 """How long a collective may wait for the other ranks in groups that autotp itself starts."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -77,6 +77,10 @@ class ProcessContext:
     def release(self) -> None:
         """Let the groups go."""
         self._groups.clear()
+
+    def stream(self, number: int) -> ProcessContext:
+        """A context of the same ranks whose random numbers come from other streams."""
+        return replace(self, seed=self.seed + number + self.mesh.tp, _groups={}, _streams={})
 
     def restart(self, seed: int) -> None:
         """Start the streams of random numbers anew."""

@@ -53,7 +53,7 @@ def judge(recipe: Recipe, tp: int, seed: int = 0) -> int:
         warnings.simplefilter("ignore", WholeWeightWarning)
         try:
             division = partition_model(model, tp, (), inputs)
-            verdicts = [p.programs.last.verdict for p in division.parts if p.programs.last is not None]
+            verdicts = [p.cache.last.verdict for p in division.parts if p.cache.last is not None]
             report = compare(model, Simulation(model, tp, division, record=True), (), inputs)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
@@ -65,7 +65,7 @@ def judge(recipe: Recipe, tp: int, seed: int = 0) -> int:
             raise FuzzError("unproved", str(verdict))
     if not report.ok:
         raise FuzzError("wrong", str(report))
-    return sum(len(p.programs.weight_layouts or ()) for p in division.parts)
+    return sum(len(p.cache.weight_layouts or ()) for p in division.parts)
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from autotp.capture.captured_graph import CapturedGraph, DenseShapes
+from autotp.capture.captured_graph import DenseShapes
 from autotp.capture.graph_breaks import GraphBreak
 from autotp.errors import CaptureError, PlanError
 from autotp.modules.forward_patching import patch_forward, restore_forward
 from autotp.modules.names import tied_names
 from autotp.partition.module_calls import Call, Observed, observe
 from autotp.runtime.eager_region import ParameterReads, outside_of_parts
-from autotp.runtime.graph_cache import GraphCache
+from autotp.runtime.graph_cache import GraphCache, Scope
 from passes import Layout
 from passes.layouts.layout import WHOLE
 
@@ -45,7 +43,7 @@ class CapturedModule:
     Attributes:
         path: its name in the model (``""``: the model itself).
         module: the module.
-        programs: its programs.
+        cache: its graphs.
         calls: what it was called with in the example.
         aliases: for each name of a parameter in it the first name, in it, of the same parameter.
         names: for each such first name the parameter's first name in the model.
@@ -53,7 +51,7 @@ class CapturedModule:
 
     path: str
     module: nn.Module
-    programs: GraphCache
+    cache: GraphCache
     calls: list[Call]
     aliases: dict[str, str]
     names: dict[str, str]
@@ -78,11 +76,11 @@ class Partition:
     idle: list[CapturedModule] = field(default_factory=list)
 
     @staticmethod
-    def whole(model: nn.Module, programs: GraphCache, calls: Sequence[Call] = ()) -> Partition:
+    def whole(model: nn.Module, cache: GraphCache, calls: Sequence[Call] = ()) -> Partition:
         """A model that is one part."""
         aliases = tied_names(model)
         names = {n: n for n in aliases.values()}
-        return Partition(model, [CapturedModule("", model, programs, list(calls), aliases, names)])
+        return Partition(model, [CapturedModule("", model, cache, list(calls), aliases, names)])
 
     @property
     def is_whole(self) -> bool:
@@ -92,7 +90,7 @@ class Partition:
     @property
     def weight_layouts(self) -> dict[str, Layout]:
         """The split weights' layouts, by their first names in the model."""
-        return {p.names[n]: layout for p in self.parts for n, layout in (p.programs.weight_layouts or {}).items()}
+        return {p.names[n]: layout for p in self.parts for n, layout in (p.cache.weight_layouts or {}).items()}
 
     @property
     def share_outside(self) -> float:
@@ -152,10 +150,10 @@ def partition_model(
         CaptureError: the model cannot be captured, and none of its parts either.
         PlanError: the plan splits a weight that must stay whole here.
     """
-    programs = GraphCache(model, tp, DenseShapes.of(model), weight_layouts)
+    cache = GraphCache(model, tp, DenseShapes.of(model), weight_layouts)
     try:
-        programs.find(args, kwargs)
-        return Partition.whole(model, programs, [Call(args, kwargs)])
+        cache.bind(args, kwargs)
+        return Partition.whole(model, cache, [Call(args, kwargs)])
     except CaptureError as error:
         if not in_parts:
             raise
@@ -239,54 +237,12 @@ class _Search:
 
     def _part(self, path: str, module: nn.Module, calls: list[Call]) -> CapturedModule:
         """A module as a part, captured for each structure that it was called with."""
-        programs = _PartPrograms(module, self.tp, DenseShapes.of(module), path=path)
-        programs.root = self.model
+        cache = GraphCache(module, self.tp, DenseShapes.of(module), path=path, scope=Scope(self.model, False, False))
         for call in calls:
-            programs.capture(call.args, call.kwargs)
+            cache.captures.capture(call.args, call.kwargs)
         aliases = tied_names(module)
         names = {n: self.tied[f"{path}.{n}"] for n in aliases.values()}
-        return CapturedModule(path, module, programs, calls, aliases, names)
-
-
-class _PartPrograms(GraphCache):
-    """The programs of a part, whose graphs must do all that the module does to what is around it."""
-
-    root: nn.Module
-    keeps_parts = False  # the Python between parts may read all that there is
-
-    def _made(
-        self,
-        model: nn.Module,
-        root: nn.Module,
-        dense: DenseShapes,
-        weight_layouts: Mapping[str, Layout] | None,
-        path: str,
-    ) -> GraphCache:
-        """Programs of the same kind, of a module in ``root``."""
-        programs = _PartPrograms(model, self.tp, dense, weight_layouts, path or self.path)
-        programs.root = root
-        return programs
-
-    def _root(self) -> nn.Module:
-        return self.root
-
-    def _check(self, captured: CapturedGraph) -> None:
-        if captured.constants:
-            held = _storages(self.root)
-            if any(t.untyped_storage()._cdata in held for t in captured.constants.values()):
-                raise self._unfit("reads a tensor that is neither its parameter, nor its buffer, nor an input")
-
-    def _unfit(self, reason: str) -> CaptureError:
-        return CaptureError(f"{self.path} cannot be captured by itself: {reason}", reason=reason)
-
-
-def _storages(model: nn.Module) -> set[Any]:
-    """The storages of all tensors that a model's modules hold, in attributes of any kind."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        held = [x for v in module.__dict__.values() for x in pytree.tree_leaves(v)]
-        tensors += [x for x in held if isinstance(x, torch.Tensor)]
-    return {t.untyped_storage()._cdata for t in tensors}
+        return CapturedModule(path, module, cache, calls, aliases, names)
 
 
 def _decide(division: Partition, weight_layouts: Mapping[str, Layout] | None) -> None:
@@ -302,7 +258,7 @@ def _decide(division: Partition, weight_layouts: Mapping[str, Layout] | None) ->
         chosen |= _rewritten(part, chosen)
     chosen = {n: chosen.get(n, WHOLE) for n in uses if uses[n] > 1 or n in chosen}
     for part in division.parts:  # again, where a later part has split what they left whole
-        mine = part.programs.weight_layouts or {}
+        mine = part.cache.weight_layouts or {}
         if any(chosen.get(full, WHOLE) != mine.get(n, WHOLE) for n, full in part.names.items()):
             _rewritten(part, chosen)
     split = division.weight_layouts
@@ -312,7 +268,7 @@ def _decide(division: Partition, weight_layouts: Mapping[str, Layout] | None) ->
 
 def _rewritten(part: CapturedModule, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
     """Make a part's programs with some layouts given; the layouts of what is split, by the names in the model."""
-    part.programs.settle({n: chosen[full] for n, full in part.names.items() if full in chosen})
+    part.cache.reset({n: chosen[full] for n, full in part.names.items() if full in chosen})
     for call in part.calls:
-        part.programs.find(call.args, call.kwargs)
-    return {part.names[n]: layout for n, layout in (part.programs.weight_layouts or {}).items()}
+        part.cache.bind(call.args, call.kwargs)
+    return {part.names[n]: layout for n, layout in (part.cache.weight_layouts or {}).items()}

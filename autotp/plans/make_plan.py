@@ -128,7 +128,7 @@ def _weights(rewritten: ShardedProgram, part: CapturedModule) -> Iterator[Weight
     nodes = {str(n.target): n for n in rewritten.graph.nodes if n.op == "get_attr"}
     parameters = dict(part.module.named_parameters())
     for name, full in part.names.items():
-        shape, itemsize = tuple(part.programs.dense.shapes[name]), parameters[name].element_size()
+        shape, itemsize = tuple(part.cache.captures.dense.shapes[name]), parameters[name].element_size()
         layout = rewritten.weight_layouts.get(name)
         if layout is None or layout.whole:
             reason = rewritten.reasons.get(name) or Reason(_UNUSED if name not in nodes else "as planned")
@@ -173,7 +173,7 @@ def plan_of(division: Partition, tp: int) -> Plan:
     for part in [*division.parts, *division.idle]:
         prefix = f"{part.path.replace('.', '_')}_" if part.path else ""
         for call in part.calls:
-            rewritten, _ = part.programs.find(call.args, call.kwargs)
+            rewritten = part.cache.bind(call.args, call.kwargs).entry.program
             for weight in _weights(rewritten, part):
                 if found.get(weight.name, weight).why == _UNUSED or weight.name not in found:
                     found[weight.name] = weight

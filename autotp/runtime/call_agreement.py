@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,28 +10,12 @@ import torch
 from autotp.arguments.arguments import Arguments
 from autotp.distributed.agreement import Agreement
 from autotp.modules.names import dotted
-from autotp.runtime.call_guards import Recognized
+from autotp.runtime.bound_call import BoundCall
 from autotp.runtime.module_guards import ModuleGuards
 from autotp.utils.hashing import checksum, combined, integer_checksum, preview, stable_hash
 from autotp.utils.value_types import is_constant
 
-__all__ = ["CallAgreement", "kinds"]
-
-
-def kinds(leaves: Iterable[Any], shapes: Iterable[Sequence[int]]) -> tuple[Any, ...]:
-    """What of a call's leaves makes another graph: dtypes, sizes of one, gradients needed, constants.
-
-    Args:
-        leaves: the leaves.
-        shapes: the dense shape of each tensor among them.
-    """
-    each = iter(shapes)
-    return tuple(
-        (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in next(each)))
-        if isinstance(x, torch.Tensor)
-        else (type(x), repr(x) if is_constant(x) else "")
-        for x in leaves
-    )
+__all__ = ["CallAgreement"]
 
 
 class CallAgreement:
@@ -39,43 +23,32 @@ class CallAgreement:
 
     Args:
         agreement: through which the ranks compare.
-        watch: the module's.
+        guards: of the modules that a graph depends on, the outermost first; the last are the module's own.
         split: whether the ranks hold different shares of a parameter, by its name in the module.
-        outer: the watch of the module that it is in, where it is called by itself.
         broadcasts: whether ranks may take rank 0's inputs in place of others.
     """
 
     def __init__(
-        self,
-        agreement: Agreement,
-        watch: ModuleGuards,
-        split: Callable[[str], Any],
-        outer: ModuleGuards | None = None,
-        broadcasts: bool = True,
+        self, agreement: Agreement, guards: Sequence[ModuleGuards], split: Callable[[str], Any], broadcasts: bool = True
     ) -> None:
-        self.agreement, self.watch, self.path, self._broadcasts = agreement, watch, watch.path, broadcasts
-        self._watches = [watch] if outer is None else [outer, watch]
+        self.agreement, self.guards, self._every, self._broadcasts = agreement, guards[-1], guards, broadcasts
+        self.path = self.guards.path
         self._split = split
-        self._digests: dict[Any, int] = {}
+        self._hashes: dict[Any, int] = {}
         self._integers: dict[int, list[int]] = {}
 
-    def call(
-        self,
-        key: Any,
-        of: Arguments,
-        error: Exception | None = None,
-        last: bool = False,
-        place: tuple[int, tuple[int, ...]] | None = None,
-    ) -> bool:
+    def check(
+        self, call: BoundCall | None, arguments: Callable[[], Arguments], key: Any = None,
+        error: Exception | None = None, last: bool = False,
+    ) -> bool:  # fmt: skip
         """Raise on every rank unless all of them make the same call.
 
         Args:
-            key: the call's structure, and what has changed of the module.
-            of: its arguments.
+            call: the call, if there is a graph for it.
+            arguments: gives its arguments, flat.
+            key: its structure and what has changed of the module, for a call without a graph.
             error: what this rank would raise instead.
             last: whether the inputs are rank 0's already.
-            place: the number of its program, if there is one already, and the sizes that it does not take for
-                constants.
 
         Returns:
             True; or False, on every rank, if they are to take rank 0's inputs (:mod:`autotp.runtime.broadcast_inputs`).
@@ -83,53 +56,52 @@ class CallAgreement:
         Raises:
             MismatchError: they do not.
         """
-        if error is not None:
-            of_call: Any = (0,)
-        else:
-            of_call = (self._digest(key, of),) if place is None else (*place, self._grads())
-        if self.agreement.debug:
-            values: tuple[int, ...] = (stable_hash(str(self._values(of))),)
-        else:
-            values = tuple(n for x in of.tensors if not of.is_split(x) and (n := integer_checksum(x)) is not None)
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in of.tensors)
-        return self._check(of_call, values, grad, lambda: of, error, last)
-
-    def again(self, number: int, given: Recognized, held: Container[int], of: Callable[[], Arguments]) -> bool:
-        """:meth:`call` for one that was recognised.
-
-        Args:
-            number: its program's.
-            given: its arguments.
-            held: the positions of those of which ranks hold different parts.
-            of: opens them, if ranks differ.
-        """
         if self.agreement.is_alone:
+            if error is not None:
+                raise error
             return True
-        if (places := self._integers.get(number)) is None:  # calls that were recognised are alike in dtypes and devices
-            whole = [i not in held and integer_checksum(x) is not None for i, x in enumerate(given.tensors)]
-            places = self._integers[number] = [i for i, is_whole in enumerate(whole) if is_whole]
-        values = tuple([integer_checksum(given.tensors[i]) or 0 for i in places])
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in given.tensors)
-        return self._check((number, given.sizes, self._grads()), values, grad, of)
+        what: tuple[int | tuple[int, ...], ...]
+        if error is not None:
+            what = (0,)
+        elif call is not None:
+            what = (call.entry.number, call.sizes, self._grads())
+        else:
+            what = (self._hash(key, arguments()),)
+        tensors = call.tensors if call is not None else arguments().tensors
+        values = self._values(call, arguments)
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        fingerprint = combined(*what, self.agreement.steps, values)
+        doing = f"call of {self.path}" if self.path else "call"
+
+        def inputs() -> dict[str, str]:
+            return self._described_inputs(arguments())
+
+        if last or not self._broadcasts or grad:
+            return self.agreement.check(doing, fingerprint, lambda: inputs() | self._described(), error)
+        return self.agreement.check(doing, fingerprint, self._described, error, inputs)
+
+    def _values(self, call: BoundCall | None, arguments: Callable[[], Arguments]) -> tuple[int, ...]:
+        """Checksums of the integer inputs; when debugging, of all inputs and of replicated parameters."""
+        if self.agreement.debug:
+            every = self._inputs(arguments()) | {
+                f"values of parameter {self._full(n)}": f"{checksum(p):x}"
+                for n, p in self._parameters()
+                if not self._split(n)
+            }
+            return (stable_hash(str(every)),)
+        if call is None:
+            flat = arguments()
+            checksums = (integer_checksum(x) for x in flat.tensors if not flat.is_split(x))
+            return tuple(n for n in checksums if n is not None)
+        number, inputs = call.entry.number, call.entry.program.inputs
+        if (positions := self._integers.get(number)) is None:  # calls of one graph are alike in dtypes and devices
+            compared = [i not in inputs and integer_checksum(x) is not None for i, x in enumerate(call.tensors)]
+            positions = self._integers[number] = [i for i, is_compared in enumerate(compared) if is_compared]
+        return tuple([integer_checksum(call.tensors[i]) or 0 for i in positions])
 
     def _grads(self) -> int:
         """Which gradients will be wanted."""
-        return self.watch.trainable_digest() if torch.is_grad_enabled() else 0
-
-    def _check(
-        self,
-        of_call: tuple[int | tuple[int, ...], ...],
-        values: tuple[int, ...],
-        grad: bool,
-        of: Callable[[], Arguments],
-        error: Exception | None = None,
-        last: bool = False,
-    ) -> bool:
-        fingerprint = combined(*of_call, self.agreement.steps, values)
-        doing = f"call of {self.path}" if self.path else "call"
-        if last or not self._broadcasts or grad:
-            return self.agreement.check(doing, fingerprint, lambda: self._given(of()) | self._described(), error)
-        return self.agreement.check(doing, fingerprint, self._described, error, lambda: self._given(of()))
+        return self.guards.trainable_digest() if torch.is_grad_enabled() else 0
 
     def end(self, result: Any, error: Exception | None = None) -> None:
         """Raise on every rank unless all of them have come to the end of the call, without an error.
@@ -144,22 +116,14 @@ class CallAgreement:
         }
         self.agreement.check("end of the call", stable_hash(str(values)), lambda: values, error)
 
-    def _digest(self, key: Any, of: Arguments) -> int:
-        whole = key, tuple(of.shapes), torch.is_grad_enabled(), self.watch.trainable()
-        found = self._digests.get(whole)
+    def _hash(self, key: Any, of: Arguments) -> int:
+        whole = key, tuple(of.shapes), torch.is_grad_enabled(), self.guards.trainable()
+        found = self._hashes.get(whole)
         if found is None:
-            if len(self._digests) > 4096:
-                self._digests.clear()
-            found = self._digests[whole] = stable_hash(repr(whole))
+            if len(self._hashes) > 4096:
+                self._hashes.clear()
+            found = self._hashes[whole] = stable_hash(repr(whole))
         return found
-
-    def _values(self, of: Arguments) -> dict[str, str]:
-        """Checksums of the inputs, and of the parameters of which every rank holds the whole."""
-        return self._inputs(of) | {
-            f"values of parameter {self._full(n)}": f"{checksum(p):x}"
-            for n, p in self._parameters()
-            if not self._split(n)
-        }
 
     def _inputs(self, of: Arguments) -> dict[str, str]:
         """The values of the inputs that the ranks compare."""
@@ -168,12 +132,12 @@ class CallAgreement:
         return {f"values of {n}": preview(x) for n, x in compared.items()}
 
     def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return self.watch.model.named_parameters()
+        return self.guards.model.named_parameters()
 
     def _full(self, name: str) -> str:
         return dotted(self.path, name)
 
-    def _given(self, of: Arguments) -> dict[str, str]:
+    def _described_inputs(self, of: Arguments) -> dict[str, str]:
         """The inputs of a call in words, for ranks that differ."""
         found = {"structure of the inputs": " ".join(str(of.spec).split())}
         shapes, slots = iter(of.shapes), of.spec.slots
@@ -192,13 +156,13 @@ class CallAgreement:
             "steps of optimizers": str(self.agreement.steps),
             "autocast": str(torch.is_autocast_enabled()),
         }
-        for name, module in self.watch.model.named_modules():
+        for name, module in self.guards.model.named_modules():
             found[f"mode of {self._full(name) or 'the model'}"] = "train" if module.training else "eval"
         for name, p in self._parameters():
             found[f"parameter {self._full(name)}"] = f"{p.dtype}{', requires_grad' if p.requires_grad else ''}"
             if self.agreement.debug and not self._split(name):
                 found[f"values of parameter {self._full(name)}"] = f"{checksum(p):x}"
-        changes = [(w, place, value) for w in self._watches for place, value in w.changes().items()]
+        changes = [(w, place, value) for w in self._every for place, value in w.changes().items()]
         return found | {dotted(w.path, *place): value for w, place, value in changes}
 
 

@@ -1,16 +1,15 @@
-"""recognition: a call of a structure seen before is recognised by code that is made for this one structure.
+"""call_guards: a call of a known structure is bound to its graph by code generated for that structure.
 
-Opening a call's arguments, and hashing what is found, takes longer than many a graph. So for each structure a
-function is written that looks at one thing after another, in place, and gives the tensors if all is as it was: the
-same classes, lengths, keys and constants, each tensor of the same dtype, on the same device, with the same sizes where
-the graph takes them for constants. Where it is in doubt it says no, and the arguments are opened as ever.
+Flattening a call's arguments and hashing the result takes longer than many a graph. So for each structure a function is
+generated that compares the arguments in place, one after another: classes, lengths, keys, constants, and each tensor's
+dtype, device and those sizes that the graph takes for constants. In doubt it gives None, and the arguments are
+flattened.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,39 +20,20 @@ from autotp.arguments.boxed import Boxed, ModuleState
 from autotp.arguments.object_tree import ConstantLeaf, ContainerSpec, IntLeaf, ObjectSpec, TensorLeaf, counted
 from autotp.arguments.spec import ObjectLeaf
 from autotp.capture.captured_graph import CapturedGraph
+from autotp.runtime.bound_call import BoundCall, CacheEntry
 from autotp.runtime.module_guards import ModuleGuards
 from autotp.utils.codegen import FunctionWriter
-from passes import Layout
 
-__all__ = ["CallGuards", "Recognized", "dynamic_sizes", "recognizer"]
+__all__ = ["CallGuards", "call_guard", "dynamic_sizes"]
 
 Alone = Callable[[Sequence[torch.Tensor]], bool]
-Recognize = Callable[[tuple[Any, ...], dict[str, Any]], "Recognized | None"]
+Guard = Callable[[tuple[Any, ...], Mapping[str, Any]], "BoundCall | None"]
 
-_REMEMBERED = 16
-"""How many structures are recognised at sight."""
+_MOST = 16
+"""How many guards are tried."""
 _ALONE = (type(None), bool, type(...), torch.dtype, torch.memory_format, torch.layout, enum.Enum, type)
 """Constants of which there is one object only."""
 _BY_VALUE = (int, str, bytes, torch.device, torch.Size)
-
-
-@dataclass(slots=True)
-class Recognized:
-    """The arguments of a call that was recognised; what :class:`autotp.arguments.arguments.Arguments` says of them.
-
-    Attributes:
-        tensors: the tensors among them, as a program takes them.
-        objects: the objects among them, which the call may change.
-        sizes: those sizes that may differ from call to call (:func:`dynamic_sizes`).
-    """
-
-    tensors: tuple[torch.Tensor, ...]
-    objects: tuple[Any, ...]
-    sizes: tuple[int, ...]
-
-    def local(self, inputs: Any, rank: int) -> Sequence[torch.Tensor]:
-        """The tensors as a program takes them."""
-        return self.tensors
 
 
 def dynamic_sizes(captured: CapturedGraph, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -90,36 +70,34 @@ class _UnknownError(Exception):
 
 
 class _Writer(FunctionWriter):
-    """Writes the function for one structure.
+    """Writes the guard for one structure of calls.
 
     Args:
-        of: arguments of the structure.
-        captured: their graph.
-        held: the layouts of the inputs that ranks hold in parts, by position.
+        entry: the graph for such calls.
+        arguments: the arguments of one.
         rank: the rank.
         alone: whether tensors share no memory with what else the module holds.
     """
 
-    def __init__(
-        self, of: Arguments, captured: CapturedGraph, held: Mapping[int, Layout], rank: int, alone: Alone
-    ) -> None:
+    def __init__(self, entry: CacheEntry, arguments: Arguments, rank: int, alone: Alone) -> None:
         super().__init__(
-            counted=counted, autocast=torch.is_autocast_enabled, Recognized=Recognized, Tensor=torch.Tensor
+            counted=counted, autocast=torch.is_autocast_enabled, BoundCall=BoundCall, Tensor=torch.Tensor, entry=entry
         )
-        self.of, self.captured, self.held, self.rank, self.alone = of, captured, held, rank, alone
-        self.static = {(i, d): n for i, d, n in captured.static}
+        self.arguments, self.captured, self.inputs = arguments, entry.program.captured, entry.program.inputs
+        self.rank, self.alone = rank, alone
+        self.static = {(i, d): n for i, d, n in self.captured.static}
         self.tensors: list[str] = []
         self.sizes: list[str] = []
         self.objects: list[str] = []
         self._numbers: dict[tuple[int, int], str] = {}
-        self._states = iter(of.spec.states)
-        self._leaves = iter(of.leaves)
+        self._states = iter(arguments.spec.states)
+        self._leaves = iter(arguments.leaves)
         self._mutable = False
 
-    def write(self) -> Recognize:
+    def write(self) -> Guard:
         """The function."""
         self.refuse_unless(f"autocast() is {torch.is_autocast_enabled()}")
-        args, kwargs = _children(self.of.spec.spec)
+        args, kwargs = _children(self.arguments.spec.spec)
         self.container(args, "args")
         self.container(kwargs, "kwargs")
         for i, d, j, e in self.captured.equal:
@@ -132,10 +110,8 @@ class _Writer(FunctionWriter):
         tensors, objects, sizes = (
             "".join(f"{n}, " for n in names) for names in (self.tensors, self.objects, self.sizes)
         )
-        self.emit(f"return Recognized(({tensors}), ({objects}), ({sizes}))")
-        function: Recognize = self.build(
-            "recognize", "args, kwargs", "KeyError, IndexError, AttributeError, ValueError"
-        )
+        self.emit(f"return BoundCall(entry, ({tensors}), ({objects}), ({sizes}))")
+        function: Guard = self.build("guard", "args, kwargs", "KeyError, IndexError, AttributeError, ValueError")
         return function
 
     def refuse_unless(self, condition: str) -> None:
@@ -165,7 +141,7 @@ class _Writer(FunctionWriter):
 
     def _order(self, keys: tuple[str, ...]) -> tuple[str, ...]:
         """The order that a dict had whose keys were sorted."""
-        found = {o for o in self.of.spec.orders if sorted(o) == list(keys)}
+        found = {o for o in self.arguments.spec.orders if sorted(o) == list(keys)}
         if len(found) > 1:  # and which of the dicts had which is not known
             raise _UnknownError
         return next(iter(found), keys)
@@ -264,7 +240,7 @@ class _Writer(FunctionWriter):
             return
         names = [f"s{i}_{d}" for d in range(x.dim())]
         self.emit(f"{', '.join(names)}, = {at}.shape")
-        layout = self.held.get(i)
+        layout = self.inputs.get(i)
         for d, name in enumerate(names):
             shards = layout.dims.get(d) if layout is not None else None
             if shards is not None:  # this rank's part of it, or a call would be refused
@@ -286,50 +262,47 @@ class _Writer(FunctionWriter):
 
 
 class CallGuards:
-    """The functions that recognise calls at sight, the last used first; of so many structures as they are fast for."""
+    """The guards generated for a module's calls, the one that held last tried first.
 
-    def __init__(self) -> None:
-        self._known: list[tuple[Recognize, int, list[str]]] = []
+    Args:
+        modules: the guards of the modules that the graphs depend on.
+    """
+
+    def __init__(self, modules: Sequence[ModuleGuards]) -> None:
+        self._modules = modules
+        self._guards: list[tuple[Guard, CacheEntry, list[str]]] = []
 
     def clear(self) -> None:
-        """Recognise nothing."""
-        self._known.clear()
+        """Forget all guards."""
+        self._guards.clear()
 
-    def add(
-        self, number: int, watches: Sequence[ModuleGuards], of: Arguments, captured: CapturedGraph,
-        held: Mapping[int, Layout], rank: int, alone: Alone,
-    ) -> None:  # fmt: skip
-        """Recognise calls like one, by code made for it, if there can be such code.
+    def add(self, entry: CacheEntry, arguments: Arguments, rank: int, alone: Alone) -> None:
+        """Generate the guard for calls like one, if code can be written for it.
 
         Args:
-            number: its program's.
-            watches: what has looked at the modules.
-            of: its arguments.
-            captured: its graph.
-            held: the layouts of the inputs that ranks hold in parts, by position.
+            entry: the graph for such calls.
+            arguments: the call's.
             rank: the rank.
             alone: whether tensors share no memory with what else the module holds.
         """
-        texts = [w.text for w in watches]
-        if any(n == number and t == texts for _, n, t in self._known):  # a form that it is written for, or none
+        texts = [m.text for m in self._modules]
+        if any(e is entry and t == texts for _, e, t in self._guards):  # the guard of this structure, or one like it
             return
-        if (made := recognizer(of, captured, held, rank, alone)) is not None:
-            self._known.insert(0, (made, number, texts))
-            del self._known[_REMEMBERED:]
+        if (guard := call_guard(entry, arguments, rank, alone)) is not None:
+            self._guards.insert(0, (guard, entry, texts))
+            del self._guards[_MOST:]
 
-    def find(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], watches: Sequence[ModuleGuards]
-    ) -> tuple[int, Recognized] | None:
-        """The number of the program of a call that is recognised, and its arguments."""
-        for i, (recognize, number, texts) in enumerate(self._known):
-            if (given := recognize(args, kwargs)) is None:  # type: ignore[arg-type]
+    def match(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall | None:
+        """A call whose guard holds, bound to its graph; None if none does, or a module has changed."""
+        for i, (guard, _, texts) in enumerate(self._guards):
+            if (call := guard(args, kwargs)) is None:
                 continue
-            for watch, text in zip(watches, texts, strict=True):
-                if not watch.is_same() or watch.text != text:
+            for modules, text in zip(self._modules, texts, strict=True):
+                if not modules.is_same() or modules.text != text:
                     return None
             if i:
-                self._known.insert(0, self._known.pop(i))
-            return number, given
+                self._guards.insert(0, self._guards.pop(i))
+            return call
         return None
 
 
@@ -338,26 +311,23 @@ def _children(spec: Any) -> list[Any]:
     return found
 
 
-def recognizer(
-    of: Arguments, captured: CapturedGraph, held: Mapping[int, Layout], rank: int, alone: Alone = lambda tensors: True
-) -> Recognize | None:
-    """A function that recognises calls of one structure.
+def call_guard(entry: CacheEntry, arguments: Arguments, rank: int, alone: Alone = lambda tensors: True) -> Guard | None:
+    """A function that binds calls of one structure to their graph, and gives None for all others.
 
     Args:
-        of: the arguments of such a call.
-        captured: its graph.
-        held: the layouts of the inputs that ranks hold in parts, by position.
+        entry: the graph.
+        arguments: the arguments of such a call.
         rank: the rank.
         alone: whether tensors share no memory with what else the module holds.
 
     Returns:
-        None where there is none for this structure: something among the arguments is of a kind that only pytree
-        knows, or a value that ranks hold in parts was given whole.
+        None where no code can be written for this structure: an argument is of a kind that only pytree knows, or a
+        value that ranks keep shards of was given dense.
     """
-    for i, layout in held.items():
-        if any(s.counts[rank] != s.size for _, s in layout.shards) and not of.is_part(of.tensors[i]):
+    for i, layout in entry.program.inputs.items():
+        if any(s.counts[rank] != s.size for _, s in layout.shards) and not arguments.is_part(arguments.tensors[i]):
             return None
     try:
-        return _Writer(of, captured, held, rank, alone).write()
+        return _Writer(entry, arguments, rank, alone).write()
     except _UnknownError:
         return None

@@ -1,10 +1,9 @@
 """eager_region: a module's own Python between graphs, in which reads of shards are refused.
 
-A model may be captured for the calls that it was seen with, and not for another, because its Python then depends on the
-values in a tensor (how full a static cache is). What it computes there is whole, and the same on every rank; each of
-its submodules that hold shards runs as it does when it is called by itself (:mod:`autotp.runtime.graph_runtime`), and
-goes the same way where it cannot be captured either. Only without gradients: what recomputes a part of a forward in the
-backward would find other random numbers.
+Some Python cannot be captured: it branches on the values in a tensor (how full a static cache is), appends to a list,
+calls a library. It runs as it is, on replicated values, and the modules in it that hold shards run as graphs of their
+own. It must do the same on every rank: all draw the same random numbers from a stream of their own, and the ranks
+compare whether all have come to its end.
 """
 
 from __future__ import annotations
@@ -12,92 +11,83 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autotp.distributed.process_context import ProcessContext
-from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning
+from autotp.errors import AutoTPError
 from autotp.modules.device import device_of
 from autotp.modules.forward_patching import DeferredError
 
-if TYPE_CHECKING:
-    from autotp.runtime.graph_runtime import GraphRuntime
-
-__all__ = ["Between", "ParameterReads", "inside_of_python", "outside_of_parts"]
+__all__ = ["EagerRegion", "ParameterReads", "outside_of_parts", "within_graph"]
 
 
-class _Running(threading.local):
-    touches: ParameterReads | None = None
+class _Current(threading.local):
+    region: EagerRegion | None = None
 
 
-_running = _Running()
+_current = _Current()
 
 
 @contextlib.contextmanager
-def inside_of_python() -> Iterator[None]:
-    """What a submodule does, which may read its shards while the Python around it may not."""
-    touches = _running.touches
-    if touches is None:
+def within_graph() -> Iterator[None]:
+    """A graph runs, which may read shards that the Python around it may not read."""
+    region = _current.region
+    if region is None:
         yield
         return
-    suspended, touches.suspended = touches.suspended, True
-    try:
+    with region.reads.suspend():
         yield
-    finally:
-        touches.suspended = suspended
 
 
-class Between:
-    """A module's own Python between the graphs of its submodules.
+class EagerRegion:
+    """A module's own forward, run on every rank alike.
 
     Args:
-        whole: the module's runtime.
+        model: the module.
+        own_forward: the forward that was set on the module itself; None: its class's.
+        split: whether ranks hold shards of a parameter, by its name.
+        stream: gives random numbers that are the same on all ranks.
+
+    Attributes:
+        running: whether the forward is running, in which shards may not be read.
+        reads: the mode that refuses such reads.
     """
 
-    def __init__(self, whole: GraphRuntime) -> None:
-        self.whole = whole
-        mesh, fabric = whole.mesh, whole.fabric
-        self.random = ProcessContext(mesh, fabric.seed + 1 + mesh.tp, whole.agreement.missing, fabric.timeout, False)
-        self._warned = False
+    def __init__(self, model: nn.Module, own_forward: Any, split: Callable[[str], Any], stream: ProcessContext) -> None:
+        self.model, self.stream, self._split = model, stream, split
+        self._forward = own_forward or types.MethodType(type(model).forward, model)
+        self._devices = {torch.device("cpu"), device_of(model)}
+        self.running = False
+        self.reads = ParameterReads((), lambda *_: None)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: CaptureError) -> Any:
-        """A call of the module: its own forward.
+    def run(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], end: Callable[[Any, Exception | None], None]
+    ) -> Any:
+        """The result of the module's forward.
 
         Args:
-            args: the positional arguments, the same on all ranks.
-            kwargs: those by keyword.
-            why: why it cannot be captured.
+            args: positional arguments, the same on all ranks.
+            kwargs: arguments by keyword.
+            end: compares the ranks at the end, given the result and an error that only this rank may have met.
         """
-        model, whole = self.whole.model, self.whole
-        if not self._warned:
-            self._warned = True
-            name = whole.programs.path or f"this {type(model).__name__}"
-            warnings.warn(
-                f"a call of {name} cannot be captured{f' ({why.place})' if why.place else ''}: {why.reason}. Its own "
-                "Python runs, on whole values, and its submodules as graphs of their own",
-                PartialCaptureWarning,
-                stacklevel=2,
-            )
-        own = whole.own_forward or types.MethodType(type(model).forward, model)
-        before, touches = _running.touches, outside_of_parts(model, whole.shards)
-        result, held = None, DeferredError()
+        outer, before = _current.region, (self.running, self.reads)
+        self.running, self.reads = True, outside_of_parts(self.model, self._split)
+        result, deferred = None, DeferredError()
         try:
-            with held, contextlib.ExitStack() as around:
-                for device in {torch.device("cpu"), device_of(model)}:
-                    around.enter_context(self.random.random(True, device))
-                around.enter_context(touches)
-                _running.touches = touches
-                result = own(*args, **kwargs)
+            with deferred, contextlib.ExitStack() as around:
+                for device in self._devices:
+                    around.enter_context(self.stream.random(True, device))
+                around.enter_context(self.reads)
+                _current.region = self
+                result = self._forward(*args, **kwargs)
         finally:
-            _running.touches = before
-        assert whole.programs.comparison is not None
-        whole.programs.comparison.end(result, held.error)
-        whole.programs.watch.follow()
+            (self.running, self.reads), _current.region = before, outer
+        end(result, deferred.error)
         return result
 
 
@@ -127,6 +117,15 @@ class ParameterReads(TorchFunctionMode):
         self._report = report
         self.suspended = False
 
+    @contextlib.contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Report nothing in this context."""
+        before, self.suspended = self.suspended, True
+        try:
+            yield
+        finally:
+            self.suspended = before
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the arguments, then call the function."""
         if not self.suspended and func not in _HARMLESS and not (func in _SCALES and _by_a_number(args, kwargs)):
@@ -147,8 +146,6 @@ def outside_of_parts(model: nn.Module, split: Callable[[str], Any]) -> Parameter
     Args:
         model: the model.
         split: whether a parameter is split, by name.
-
-    ``suspended`` is set while a part runs.
     """
     names = {id(p): n for n, p in model.named_parameters() if split(n)}
 

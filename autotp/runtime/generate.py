@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -21,11 +21,9 @@ from autotp.distributed.random_state import rank_0_draws
 from autotp.modules.device import device_of
 from autotp.modules.forward_patching import DeferredError
 from autotp.runtime.broadcast_inputs import broadcast_inputs
+from autotp.runtime.runtime import Runtime
 from autotp.utils.hashing import preview, stable_hash
 from autotp.utils.value_types import is_constant
-
-if TYPE_CHECKING:
-    from autotp.runtime.runtime import Runtime
 
 __all__ = ["Generate", "wrap_generate"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,16 +19,20 @@ from torch import nn
 from autotp.arguments.arguments import Arguments
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.process_context import ProcessContext
-from autotp.errors import UncapturedError
+from autotp.errors import CaptureError, PartialCaptureWarning
+from autotp.modules.device import device_of
 from autotp.modules.forward_patching import Guard, asked, patch_forward
 from autotp.modules.names import dotted
+from autotp.runtime.bound_call import BoundCall
+from autotp.runtime.broadcast_inputs import broadcast_inputs
 from autotp.runtime.call_agreement import CallAgreement
-from autotp.runtime.eager_region import Between, inside_of_python
+from autotp.runtime.eager_region import EagerRegion, within_graph
 from autotp.runtime.graph_cache import GraphCache
 from autotp.runtime.runtime import Runtime
+from autotp.utils.graph_hash import graph_hash
 from autotp.weights.registry import register
 from passes import Layout, Shards
-from passes.ops import context
+from passes.ops.context import use_context
 
 __all__ = ["GraphRuntime", "SubmoduleRuntime"]
 
@@ -58,7 +63,7 @@ class SubmoduleRuntime:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the submodule, and its own kind of output."""
-        with inside_of_python():
+        with within_graph():
             return self.runtime(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubmoduleRuntime:
@@ -71,81 +76,169 @@ class SubmoduleRuntime:
 
 
 class GraphRuntime(Runtime):
-    """The runtime of a module that runs as one graph a call structure: a model captured whole, or a part.
+    """The runtime of a module that runs as one graph a call structure: a model captured whole, or a part of one.
 
     Args:
         model: the module.
-        programs: its programs, one of them made.
+        cache: its graphs, one of them made.
         agreement: how the ranks compare what they do.
-        fabric: how they communicate.
+        context: how they communicate.
+        owner: the runtime of the model of which the module is a part; None: the module is the model.
     """
 
-    broadcasts = True
-    """Whether ranks may take rank 0's inputs in place of others."""
+    def __init__(
+        self, model: nn.Module, cache: GraphCache, agreement: Agreement, context: ProcessContext,
+        owner: Runtime | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, agreement, context)
+        self.owner = owner
+        self._use(cache)
 
-    def __init__(self, model: nn.Module, programs: GraphCache, agreement: Agreement, fabric: ProcessContext) -> None:
-        super().__init__(model, agreement, fabric)
-        self._take(programs)
-
-    def _take(self, programs: GraphCache) -> None:
-        self.programs = programs
-        self._between: Between | None = None
-        programs.rank = self.mesh.rank
-        outer = programs.outer.watch if programs.outer is not None else None
-        programs.comparison = CallAgreement(self.agreement, programs.watch, self.shards, outer, self.broadcasts)
+    def _use(self, cache: GraphCache) -> None:
+        self.cache = cache
+        cache.captures.rank = self.mesh.rank
+        self.call_agreement = CallAgreement(self.agreement, cache.captures.guards, self.shards, cache.scope.broadcasts)
+        self._region: EagerRegion | None = None
+        self._uncaptured: dict[Any, CaptureError] = {}
 
     @property
     def weight_layouts(self) -> Mapping[str, Layout]:
         """The split parameters' layouts, by their first names in the module."""
-        return self.programs.weight_layouts or {}
+        return self.cache.weight_layouts or {}
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
-        """Arguments, flat; what objects among them hold may be this rank's parts."""
-        return self.programs.arguments(args, kwargs)
+        """Arguments, flat; objects among them may hold this rank's shards."""
+        return self.cache.captures.flatten(args, kwargs)
 
     def shards_of(self, name: str, tensor: torch.Tensor) -> dict[int, Shards]:
-        """The split dims of a parameter, or of a tensor that the module keeps, of which this rank holds ``tensor``."""
-        programs = self.programs
-        return self.shards(name) or programs.memory.shards(name, programs.slots, tensor, self.mesh.rank)
+        """The split dims of a parameter, or of state that the module keeps, of which this rank holds ``tensor``."""
+        return self.shards(name) or self.cache.state.shards(name, self.cache.slots, tensor, self.mesh.rank)
 
     def attach(self) -> None:
-        """Let the module run its programs, and its submodules that hold shards programs of their own."""
+        """Let the module run its graphs, and its submodules that hold shards graphs of their own."""
         super().attach()
-        self.programs.cut_state()
+        self.cache.shard_state()
         for name, module in self.model.named_modules():
-            held = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
-            if "_autotp" not in module.__dict__ and any(self.shards(n) for n in held):
+            parameters = [f"{name}.{n}" for n, _ in module.named_parameters(remove_duplicate=False)]
+            if "_autotp" not in module.__dict__ and any(self.shards(n) for n in parameters):
                 inside = SubmoduleRuntime(self, name, module)
                 patch_forward(module, inside, inside)
-                module.register_forward_pre_hook(Guard(dotted(self.programs.path, name), self.is_running))
-        self.programs.watch.settle()
+                module.register_forward_pre_hook(Guard(dotted(self.cache.path, name), self.is_running))
+        self.cache.guards.settle()
+
+    def is_running(self) -> bool:
+        """Whether the Python of the model around the module is running, which may not read shards."""
+        return self.owner is not None and self.owner.is_running()
 
     def inside(self, name: str, module: nn.Module) -> GraphRuntime:
         """The runtime of a submodule that is called by itself."""
-        return GraphRuntime(module, self.programs.inside(name), self.agreement, self.fabric)
+        return GraphRuntime(module, self.cache.inside(name), self.agreement, self.context, self.owner)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This rank's part of a call of the module, and the module's own kind of output."""
-        try:
-            program, of = self.programs.find(args, kwargs)
-        except UncapturedError as why:
-            self._between = self._between or Between(self)
-            return self._between(*why.call, why)
-        run = self.programs.graph(program, self.mesh.rank)
-        self.before(program.random)
-        inference = program.captured.outputs.inference
-        with context.use(self.fabric), torch.no_grad() if inference else contextlib.nullcontext():
-            tensors, seen = of.local(program.inputs, self.mesh.rank), self.programs.watch.seen
-            compiled = self.programs.compiled if asked.options is None else asked.options
-            results = run.execute(self.programs.lowering, tensors, seen, compiled)
-            return program.unflatten(results, of.objects)
+        if self.owner is None:
+            return self._called(args, kwargs)
+        with within_graph():
+            return self._called(args, kwargs)
 
-    def before(self, random: bool) -> None:
-        """What to do before a program runs, which draws random numbers or not."""
+    def _called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        call = None if self.agreement.debug else self.cache.match(args, kwargs)
+        if call is None or not self.call_agreement.check(call, lambda: self.arguments(args, kwargs)):
+            args, kwargs, call, key = self._looked_up(args, kwargs, call is not None)
+            if call is None:
+                call, error = self._compiled(args, kwargs, key)
+                if error is not None:
+                    return self._eagerly(args, kwargs, error)
+        assert call is not None
+        return self._run(call)
+
+    def _run(self, call: BoundCall) -> Any:
+        """The graph's outputs; what the call mutates is mutated."""
+        program, rank = call.entry.program, self.mesh.rank
+        if program.random and self.owner is not None:
+            self.owner.restart_random()
+        graph = self.cache.graph(program, rank)
+        options, inference = self.cache.options, program.captured.outputs.inference
+        compiled = options.compile if asked.options is None else asked.options
+        with use_context(self.context), torch.no_grad() if inference else contextlib.nullcontext():
+            results = graph.execute(options.lowering, call.local(rank), self.cache.guards.seen, compiled)
+            return program.unflatten(results, call.objects)
+
+    def _looked_up(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], differed: bool
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any], BoundCall | None, Any]:
+        """The arguments that all ranks call with, the call bound to its graph, if there is one, and its key.
+
+        Args:
+            args: this rank's positional arguments.
+            kwargs: its arguments by keyword.
+            differed: whether the ranks' inputs were found to differ, so that rank 0's are to be taken.
+        """
+        last = differed
+        while True:
+            if last:
+                args, kwargs = broadcast_inputs(self.agreement, args, kwargs, device_of(self.model))
+            arguments = self.arguments(args, kwargs)
+            key = call = error = None
+            try:
+                key = self.cache.captures.structure(arguments)
+                call = self.cache.lookup(arguments, key)
+            except Exception as caught:  # on this rank perhaps only: the others learn of it
+                error = caught
+            if self.call_agreement.check(call, lambda a=arguments: a, key, error, last):  # type: ignore[misc]
+                return args, kwargs, call, key
+            last = True
+
+    def _compiled(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Any
+    ) -> tuple[BoundCall | None, CaptureError | None]:
+        """A call bound to a new graph; or the error that all ranks met, where the module's own Python may run instead."""
+        doing, mesh = "capturing this call", self.mesh
+        if not self._may_run_eagerly():
+            with mesh.together(doing):
+                compiled = self.cache.compile(args, kwargs)
+        elif key in self._uncaptured:
+            return None, self._uncaptured[key]
+        else:
+            compiled, error = mesh.attempt(doing, lambda: self.cache.compile(args, kwargs))
+            if compiled is None:
+                self._uncaptured[key] = error
+                return None, error
+        fingerprint = graph_hash(compiled.program.graph, compiled.program.captured.constants)
+        self.agreement.check("capture", fingerprint, lambda: {"the graph": f"{fingerprint:x}"})
+        return self.cache.add(compiled), None
+
+    def _may_run_eagerly(self) -> bool:
+        """Whether the module's own Python may run a call that cannot be captured: without gradients, which what
+        recomputes a part of the forward in the backward would get wrong, and with submodules that hold all shards."""
+        if torch.is_grad_enabled() or self.cache.options.strict or self.cache.state.splits(self.cache.slots):
+            return False
+        return any("_autotp" in m.__dict__ for m in self.model.modules() if m is not self.model)
+
+    def _eagerly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: CaptureError) -> Any:
+        """A call of the module's own Python, whose submodules run as graphs of their own."""
+        if self._region is None:
+            name = self.cache.path or f"this {type(self.model).__name__}"
+            warnings.warn(
+                f"a call of {name} cannot be captured{f' ({reason.place})' if reason.place else ''}: {reason.reason}. "
+                "Its own Python runs, on whole values, and its submodules as graphs of their own",
+                PartialCaptureWarning,
+                stacklevel=2,
+            )
+            self._region = EagerRegion(self.model, self.own_forward, self.shards, self.context.stream(1))
+        result = self._region.run(args, kwargs, self.call_agreement.end)
+        self.cache.guards.follow()
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         """The runtime of a copy of the model: the same ranks, shards and random streams; graphs are made anew."""
-        copied = self._copied(memo)
-        copied._take(self.programs.anew(copied.model, copied.model))
-        register(copied)
-        return copied
+        owner = copy.deepcopy(self.owner, memo)
+        if owner is not None:
+            copy.deepcopy(self.model, memo)
+        if id(self) not in memo:
+            copied = self._copied(memo)
+            copied.owner = owner
+            copied._use(self.cache.copied(copied.model, (owner or copied).model))
+            if owner is None:
+                register(copied)
+        return memo[id(self)]

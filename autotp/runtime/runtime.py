@@ -15,11 +15,6 @@ from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError
 from autotp.modules.forward_patching import own_forward, patch_forward
 from autotp.modules.names import tied_names
-from autotp.runtime.generate import wrap_generate
-from autotp.weights.grad_norm import patch_grad_norms
-from autotp.weights.load_state_dict import accept_dense_state
-from autotp.weights.optimizer_state import check_optimizers
-from autotp.weights.registry import register
 from autotp.weights.slicing import shards_of, unshard
 from passes import Layout, Shards
 
@@ -32,11 +27,11 @@ class Runtime:
     Args:
         model: the module, whose parameters hold this rank's share.
         agreement: how the ranks compare what they do.
-        fabric: how they communicate.
+        context: how they communicate.
     """
 
-    def __init__(self, model: nn.Module, agreement: Agreement, fabric: ProcessContext) -> None:
-        self.model, self.agreement, self.fabric = model, agreement, fabric
+    def __init__(self, model: nn.Module, agreement: Agreement, context: ProcessContext) -> None:
+        self.model, self.agreement, self.context = model, agreement, context
         self.mesh = agreement.mesh
         self.tied = tied_names(model)
         self.own_forward = own_forward(model)
@@ -62,13 +57,8 @@ class Runtime:
         """Whether the module's own Python is running, which may not read a shard unnoticed."""
         return False
 
-    def surround(self) -> None:
-        """Let the model generate and load dense tensors, and what torch does to parameters know of this."""
-        wrap_generate(self)
-        accept_dense_state(self.model, self.shards_of, self.mesh.rank)
-        patch_grad_norms()
-        check_optimizers()
-        register(self)
+    def restart_random(self) -> None:
+        """Start the random streams of the model's parts anew, so that a part that runs twice draws the same."""
 
     def shards(self, name: str) -> dict[int, Shards]:
         """The split dims of a parameter, by any of its names."""
@@ -96,7 +86,7 @@ class Runtime:
         for dim, s in shards.items():
             for rank, count in enumerate(s.counts):
                 shapes[rank][dim] = count
-        return unshard(self.fabric.group("tp").all_gather(local.detach(), shapes), shards)
+        return unshard(self.context.group("tp").all_gather(local.detach(), shapes), shards)
 
     def _copied(self, memo: dict[int, Any]) -> Any:
         """The beginning of a copy for the copy of the module: the same ranks and random streams."""
@@ -104,7 +94,7 @@ class Runtime:
         if model is None:
             raise AutoTPError("a part of a parallelized model cannot be copied: copy the model, or what holds it")
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.model, copied.agreement, copied.fabric = model, self.agreement, self.fabric
+        copied.model, copied.agreement, copied.context = model, self.agreement, self.context
         copied.mesh, copied.tied = self.mesh, self.tied
         copied.own_forward = copy.deepcopy(self.own_forward, memo)
         return copied

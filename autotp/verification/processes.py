@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import ProcessException
 from autotp.errors import AutoTPError
 from autotp.utils.hashing import checksum
 from autotp.verification.simulation import Recorder
-from passes.ops import context
+from passes.ops.context import use_context
 
 if TYPE_CHECKING:
     from autotp.verification.measure import Measured
@@ -37,20 +37,20 @@ def free_port() -> int:
 def hidden_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Every value of this rank's program that should be whole; nothing of a model in parts."""
     runtime = model.__dict__["_autotp"]
-    if not hasattr(runtime, "programs"):
+    if not hasattr(runtime, "cache"):
         return {}
-    program, of = runtime.programs.find(args, kwargs)
-    recorder = Recorder(runtime.programs.graph(program, runtime.mesh.rank))
-    with context.use(runtime.fabric), torch.no_grad():
-        recorder.run(*of.local(program.inputs, runtime.mesh.rank))
+    call, rank = runtime.cache.bind(args, kwargs), runtime.mesh.rank
+    recorder = Recorder(runtime.cache.graph(call.entry.program, rank))
+    with use_context(runtime.context), torch.no_grad():
+        recorder.run(*call.local(rank))
     return recorder.seen
 
 
 def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a parallelized model keeps from one call to the next, whole."""
     runtime = model.__dict__["_autotp"]
-    of = [runtime] if hasattr(runtime, "programs") else runtime.parts
-    return {n: each.whole(n, x) for each in of for n, x in each.programs.memory.kept().items()}
+    of = [runtime] if hasattr(runtime, "cache") else runtime.parts
+    return {n: each.whole(n, x) for each in of for n, x in each.cache.state.kept().items()}
 
 
 def join_as_rank(rank: int, tp: int, port: int) -> None:

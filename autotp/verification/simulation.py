@@ -170,7 +170,7 @@ class Simulation(nn.Module):
         self.division = programs if isinstance(programs, Partition) else Partition.whole(model, programs)
         self.tp, self.record = tp, record
         self.world = World(tp)
-        self.touches = self.division.outside_of_parts()
+        self.reads = self.division.outside_of_parts()
         self.divergence, self.diverging = 0.0, ""
         self.train(model.training)
         self._seen: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
@@ -178,34 +178,32 @@ class Simulation(nn.Module):
     model: nn.Module
 
     @property
-    def programs(self) -> GraphCache:
-        """The programs of a model that was captured whole."""
+    def cache(self) -> GraphCache:
+        """The graphs of a model that was captured whole."""
         (part,) = self.division.parts
-        return part.programs
+        return part.cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, all ranks at once where it runs as graphs."""
         self.divergence, self.diverging = 0.0, ""
-        self.touches = self.division.outside_of_parts()
-        with self.division.running(self._all_ranks), self.touches:
+        self.reads = self.division.outside_of_parts()
+        with self.division.running(self._all_ranks), self.reads:
             return self.model(*args, **kwargs)
 
     def _all_ranks(self, part: CapturedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        suspended, self.touches.suspended = self.touches.suspended, True
-        try:
-            rewritten, of = part.programs.find(args, kwargs)
-            if rewritten.random and not self.division.is_whole:  # as in processes, where a checkpoint may run it again
+        with self.reads.suspend():
+            call = part.cache.bind(args, kwargs)
+            program = call.entry.program
+            if program.random and not self.division.is_whole:  # as in processes, where a checkpoint may run it again
                 self.world.restart(int(torch.empty((), dtype=torch.int64).random_(1 << 62)))
             weights = dict(part.module.named_parameters(remove_duplicate=False))
             flat = [weights[n] for n in part.names]
-            inputs = rewritten.graph.find_nodes(op="placeholder")  # what is not read may have a graph that is gone
-            given = [x if node.users else x.detach() for x, node in zip(of.tensors, inputs, strict=True)]
-            inference = rewritten.captured.outputs.inference
+            inputs = program.graph.find_nodes(op="placeholder")  # what is not read may have a graph that is gone
+            given = [x if node.users else x.detach() for x, node in zip(call.tensors, inputs, strict=True)]
+            inference = program.captured.outputs.inference
             with torch.no_grad() if inference else contextlib.nullcontext():
-                results = _AllRanks.apply(self, part, rewritten, torch.is_grad_enabled(), *flat, *given)
-                return rewritten.unflatten(results, of.objects)
-        finally:
-            self.touches.suspended = suspended
+                results = _AllRanks.apply(self, part, program, torch.is_grad_enabled(), *flat, *given)
+                return program.unflatten(results, call.objects)
 
     def run(
         self,
@@ -217,7 +215,7 @@ class Simulation(nn.Module):
     ) -> Any:
         """One rank's program on its weights."""
         own = {alias: weights[name] for alias, name in part.aliases.items()}
-        graph = part.programs.graph(rewritten, rank)
+        graph = part.cache.graph(rewritten, rank)
         if self.lowering is not None:
             lowered = graph.lowered(self.lowering, torch.is_grad_enabled())
             return tuple(lowered.run(*inputs, *(self._weight(part.module, own, n) for n in lowered.weights)))

@@ -127,7 +127,7 @@ def lockstep(tp: int, world: World, work: Callable[[int], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            with context.use(_ThreadContext(rank, world)), torch.set_grad_enabled(grad):
+            with context.use_context(_ThreadContext(rank, world)), torch.set_grad_enabled(grad):
                 results[rank] = work(rank)
         except threading.BrokenBarrierError:
             pass

@@ -44,11 +44,11 @@ def compare(
         model.zero_grad(set_to_none=True)
         with contextlib.ExitStack() as around:
             for part in parallel.division.parts:
-                around.enter_context(kept_as_it_was(part.programs.memory))
+                around.enter_context(kept_as_it_was(part.cache.state))
             return measure(it, args, kwargs, lambda: {n: p.grad for n, p in model.named_parameters()}, kept)
 
     def kept() -> dict[str, torch.Tensor]:
-        return {n: x for part in parallel.division.parts for n, x in part.programs.memory.kept().items()}
+        return {n: x for part in parallel.division.parts for n, x in part.cache.state.kept().items()}
 
     dense, found = run(model), run(parallel)
     model.zero_grad(set_to_none=True)
@@ -116,7 +116,7 @@ def verify(
             kwargs = with_labels(dense, args, kwargs)
         division = partition_model(dense, tp, args, kwargs)
         announce(plan_of(division, tp), division)
-        graphs = [p.programs.last.captured.graph for p in division.parts if p.programs.last is not None]
+        graphs = [p.cache.last.captured.graph for p in division.parts if p.cache.last is not None]
         limit = rounding_error(dtype, depth(graphs), longest_sum(graphs))
         if not processes:
             return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
@@ -124,10 +124,10 @@ def verify(
 
         with contextlib.ExitStack() as around:
             for part in division.parts:
-                around.enter_context(kept_as_it_was(part.programs.memory))
+                around.enter_context(kept_as_it_was(part.cache.state))
             expected = measure(
                 dense, args, kwargs, lambda: {n: p.grad for n, p in dense.named_parameters()},
-                lambda: {n: x.detach() for part in division.parts for n, x in part.programs.memory.kept().items()},
+                lambda: {n: x.detach() for part in division.parts for n, x in part.cache.state.kept().items()},
             )  # fmt: skip
         dense.zero_grad(set_to_none=True)
         found, diverging = measure_on_processes(dense, tp, args, kwargs)

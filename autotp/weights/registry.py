@@ -22,7 +22,7 @@ class Sharded(Protocol):
     """A parallelized model, as far as its parameters are concerned."""
 
     mesh: Mesh
-    fabric: ProcessContext
+    context: ProcessContext
     agreement: Agreement
 
     def placed(self) -> Iterable[tuple[str, nn.Parameter, Mapping[int, Shards]]]:
@@ -54,7 +54,7 @@ def _release() -> None:
     abort the process."""
     for model in living():
         model.agreement.release()
-        model.fabric.release()
+        model.context.release()
 
 
 def latest() -> int:

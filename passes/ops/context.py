@@ -23,7 +23,7 @@ __all__ = [
     "register",
     "registered",
     "replica_group",
-    "use",
+    "use_context",
 ]
 
 
@@ -81,12 +81,12 @@ def current() -> ParallelContext:
     if _current.fabric is None:
         raise RuntimeError(
             "a rewritten graph runs inside its model: call the model that autotp.parallelize or "
-            "autotp.simulate returned, or wrap the call in passes.ops.context.use(fabric)"
+            "autotp.simulate returned, or wrap the call in passes.ops.context.use_context(fabric)"
         )
     return _current.fabric
 
 
-class use:  # noqa: N801
+class use_context:  # noqa: N801
     """Run with ``fabric`` as the current one (written as a class: a generator takes a microsecond of each call).
 
     Example:

@@ -69,7 +69,7 @@ def compared(
         for call in calls:
             report = compare(model, parallel, (), call, CLOSE)
             assert report.ok, str(report)
-    assert programs.captures == 1
+    assert programs.captures.count == 1
     program = programs.last
     assert program is not None
     for end, dim in split.items():

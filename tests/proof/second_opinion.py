@@ -167,7 +167,7 @@ def checking(tp: int, axes: Axes) -> Iterator[None]:
     with ExitStack() as stack:
         for function, rule in RULES.items():
             stack.enter_context(mock.patch.object(function, "spmd_typecheck", staticmethod(rule), create=True))
-        for manager in (context.use(Alone(tp, axes)), spmd.set_current_mesh(axes.mesh()), typecheck("strict")):
+        for manager in (context.use_context(Alone(tp, axes)), spmd.set_current_mesh(axes.mesh()), typecheck("strict")):
             stack.enter_context(manager)
         yield
 

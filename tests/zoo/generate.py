@@ -85,7 +85,7 @@ def compare(architecture: Architecture, tp: int, ways: list[str]) -> dict[str, s
                 found[way] = _said(error)
         programs = getattr(model.__dict__["_autotp"], "programs", None)
         return {way: found[way] for way in ways} | {
-            "captures": "in parts" if programs is None else str(programs.captures)
+            "captures": "in parts" if programs is None else str(programs.captures.count)
         }
 
 

@@ -226,7 +226,7 @@ def _layer(path: str) -> str:
 
 def _refused(division: Partition) -> str:
     """The first refusal of the proof, of a model in one part or several."""
-    verdicts = [part.programs.last.verdict for part in division.parts if part.programs.last is not None]
+    verdicts = [part.cache.last.verdict for part in division.parts if part.cache.last is not None]
     assert verdicts, "there is nothing to prove"
     return next((str(verdict) for verdict in verdicts if not verdict.proved), "")
 
