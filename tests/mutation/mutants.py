@@ -19,7 +19,7 @@ from passes.layouts.sharded_value import GROUP, PerRank
 from passes.ops.context import replica_group
 from passes.ops.norms import norm_over_shards
 from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
-from tests.breakages import strip
+from tests.verification.breakages import strip
 
 __all__ = ["KINDS", "Mutant", "mutants"]
 

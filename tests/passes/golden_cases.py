@@ -1,7 +1,7 @@
 """Golden texts: what each pass does to small graphs, before and after, written for people to read.
 
-``golden/<pass>/<case>.txt`` holds each text; ``test_golden.py`` compares, and
-``python -m tests.passes.regenerate`` writes them anew.
+Each text stands beside the tests of its pass (``normalize/golden/inline/no_grad.txt``); ``test_golden.py`` compares,
+and ``python -m tests.passes.regenerate`` writes them anew.
 """
 
 from __future__ import annotations
@@ -39,9 +39,35 @@ from passes.graphs import op_name
 from passes.layouts.facts import Facts
 from passes.layouts.sharded_value import PerRank
 
-HERE = Path(__file__).parent / "golden"
+HERE = Path(__file__).parent
+FOLDERS = {
+    "inline": "normalize/golden/inline",
+    "functionalize": "normalize/golden/functionalize",
+    "differentiable": "normalize/golden/differentiable",
+    "simplify": "normalize/golden/simplify",
+    "canonicalize": "normalize/golden/canonicalize",
+    "propagate": "planning/golden/propagate",
+    "decide": "planning/golden/decide",
+    "assign": "planning/golden/assign",
+    "shard": "sharding/golden/shard",
+    "enter": "sharding/golden/enter",
+    "localize": "sharding/golden/localize",
+    "lowering": "lowering/golden",
+}
+"""The folder of each pass's texts."""
 CASES: dict[str, Callable[[], str]] = {}
-"""The texts by path below ``golden``, without ``.txt``."""
+"""The texts by name: ``<pass>/<case>``."""
+
+
+def path_of(name: str) -> Path:
+    """The file of a case's text."""
+    of_pass, case_name = name.split("/")
+    return HERE / FOLDERS[of_pass] / f"{case_name}.txt"
+
+
+def written() -> set[Path]:
+    """The files of all golden texts."""
+    return set(HERE.glob("*/golden/**/*.txt"))
 
 
 def case(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:

@@ -1,0 +1,334 @@
+"""The API around the graph: launching, agreement between ranks, what a parallelized model still is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import autotp
+from autotp.verification.measure import relative_error
+from tests import processes
+from tests.models import MLP, SmallGPT, TutorialAttention, make
+from tests.plans.test_plan import Mixing
+
+
+def _raised(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def _gpt(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return SmallGPT(hidden=64, vocabulary=301).double()
+
+
+def api(rank: int, world: int) -> dict[str, Any]:
+    """One spawn on two processes for everything that needs them."""
+    found: dict[str, Any] = {}
+    # Disagreements first: no group exists yet, and each leaves the ranks able to go on.
+    found["different tp"] = _raised(lambda: autotp.parallelize(_gpt(), 1 + rank))
+    found["different models"] = _raised(
+        lambda: autotp.parallelize(_gpt() if rank == 0 else SmallGPT(hidden=32, vocabulary=301).double(), 2)
+    )
+    inputs = {"ids": torch.zeros(2, 16 if rank == 0 else 8, dtype=torch.long)}
+    found["different inputs"] = _raised(lambda: autotp.parallelize(_gpt(), 2, example_inputs=inputs))
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    keyword = {"ids": ids} if rank == 0 else {"ids": ids, "targets": ids}
+    found["different structure"] = _raised(lambda: autotp.parallelize(_gpt(), 2, example_inputs=keyword))
+
+    found["strict"] = _raised(
+        lambda: autotp.parallelize(Mixing(), 2, example_inputs=(torch.randn(2, 32),), strict=True)
+    )
+    found["strict on one"] = _raised(lambda: autotp.parallelize(_gpt(), 2, strict=rank == 0))
+
+    class Broken(SmallGPT):
+        def forward(self, ids: torch.Tensor, targets: Any = None) -> Any:
+            if rank == 1:
+                raise ZeroDivisionError("only here")
+            return super().forward(ids, targets)
+
+    Broken.__qualname__ = "SmallGPT"
+    found["one rank fails"] = _raised(lambda: autotp.parallelize(Broken(hidden=32), 2, example_inputs=(ids,)))
+    found["too many ranks"] = _raised(lambda: autotp.parallelize(_gpt(), 3))
+
+    # Training: same losses as dense, optimizer made before, tied weights stay tied.
+    torch.manual_seed(5)
+    ids = torch.randint(0, 301, (4, 12))
+    dense, model = _gpt(), _gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    names = list(model.state_dict())
+    autotp.parallelize(model, 2)
+    dense_optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        pair = []
+        for m, o in ((dense, dense_optimizer), (model, optimizer)):
+            o.zero_grad()
+            loss, _ = m(ids, targets=ids.roll(-1, 1))
+            loss.backward()
+            o.step()
+            pair.append(float(loss))
+        losses.append(pair)
+    found["losses"] = losses
+    full, state = autotp.full_state_dict(model), dense.state_dict()
+    found["trained"] = max(relative_error(state[n], full[n], 1e-3) for n in state)
+    found["keys"] = list(model.state_dict()) == names
+    found["tied"] = model.head.weight is model.wte.weight
+    found["local"] = tuple(model.head.weight.shape)
+    found["class"] = type(model) is SmallGPT
+    found["twice"] = _raised(lambda: autotp.parallelize(model, 2))
+    text = str(autotp.graph(model))
+    found["graph"] = "column_parallel_linear" in text and "row_parallel_linear" in text and "all_reduce" in text
+    found["verify after"] = _raised(lambda: autotp.verify(model, 2))
+
+    # Modes and dtypes: dropout draws the same on whole values although seeds differ.
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = TutorialAttention(64, 4), MLP(64, 128)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.drop(self.first(x))
+            return self.second(self.drop(x))
+
+    torch.manual_seed(0)
+    dropping = autotp.parallelize(Dropping().double(), 2)
+    x = torch.ones(3, 7, 64, dtype=torch.float64)
+    y = dropping(x)
+    every = [torch.empty_like(y) for _ in range(2)]
+    dist.all_gather(every, y.detach())
+    found["dropout agrees"] = torch.equal(every[0], every[1])
+    found["dropout drops"] = not torch.equal(y, dropping(x))
+    dropping.eval()
+    found["eval is steady"] = torch.equal(dropping(x), dropping(x))
+    dropping.to(torch.bfloat16)
+    low = dropping(x.to(torch.bfloat16))
+    found["bfloat16"] = low.dtype is torch.bfloat16
+    found["bfloat16 close"] = relative_error(dropping.double()(x), low.double())
+
+    # Given groups, and tp smaller than the world.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    reference = _gpt()
+    for label, options in (("mesh", {"mesh": init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))}),
+                           ("group", {"mesh": dist.group.WORLD})):  # fmt: skip
+        other = autotp.parallelize(_gpt(), 2, **options)
+        found[label] = relative_error(reference(ids), other(ids))
+    two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    found["two-dimensional mesh"] = _raised(lambda: autotp.parallelize(_gpt(), 2, mesh=two))
+    found["part of it"] = relative_error(reference(ids), autotp.parallelize(_gpt(), 2, mesh=two["tp"])(ids))
+    alone = autotp.parallelize(_gpt(), 1)
+    found["tp 1 of 2"] = relative_error(reference(ids), alone(ids))
+
+    # A plan fed back.
+    plan = autotp.plan(reference, 2, example_inputs=(ids,))
+    followed = autotp.parallelize(_gpt(), 2, example_inputs=(ids,), plan=autotp.Plan.from_json(plan.to_json()))
+    found["plan"] = relative_error(reference(ids), followed(ids))
+    found["wrong plan"] = _raised(lambda: autotp.parallelize(SmallGPT(hidden=64), 2, plan=plan))
+    return found
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    results = processes.run(2, api, out=tmp_path_factory.mktemp("api"))
+    for rank, result in enumerate(results):
+        assert "error" not in result, f"rank {rank}:\n{result.get('error')}"
+    return results
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "says"),
+    [
+        ("different tp", "MismatchError", "tp: 1 on rank 0, 2 on rank 1"),
+        ("different models", "MismatchError", "wte.weight"),
+        ("different inputs", "MismatchError", "(2, 16) torch.int64 on rank 0"),
+        ("different structure", "MismatchError", "structure of the inputs"),
+        ("strict", "PlanError", "kept together by softmax"),
+        ("strict on one", "MismatchError", "strict: True on rank 0, False on rank 1"),
+        ("too many ranks", "MismatchError", "torchrun --nproc-per-node 3"),
+        ("twice", "AutoTPError", "parallelized already"),
+        ("two-dimensional mesh", "MismatchError", "one-dimensional"),
+        ("wrong plan", "PlanError", "another model"),
+        ("verify after", "AutoTPError", "before autotp.parallelize"),
+    ],
+)
+def test_what_is_wrong_is_an_error_on_every_rank(ran: Any, what: str, kind: str, says: str) -> None:
+    for result in ran:
+        assert result[what].startswith(kind + ":")
+        assert says in result[what]
+
+
+def test_a_failure_on_one_rank_is_raised_on_all(ran: Any) -> None:
+    assert "ZeroDivisionError" in ran[1]["one rank fails"]
+    assert "on rank 1" in ran[0]["one rank fails"]
+    assert "only here" in ran[0]["one rank fails"]
+
+
+def test_training_follows_the_dense_model(ran: Any) -> None:
+    for result in ran:
+        for dense, parallel in result["losses"]:
+            assert parallel == pytest.approx(dense, rel=1e-10)
+        assert result["losses"][-1][1] < result["losses"][0][1]
+        assert result["trained"] < 1e-8
+
+
+def test_the_model_is_still_itself(ran: Any) -> None:
+    for rank, result in enumerate(ran):
+        assert result["keys"]
+        assert result["tied"]
+        assert result["class"]
+        assert result["graph"]
+        assert result["local"] == ((151, 64), (150, 64))[rank]
+
+
+def test_dropout_eval_and_dtypes(ran: Any) -> None:
+    for result in ran:
+        assert result["dropout agrees"]
+        assert result["dropout drops"]
+        assert result["eval is steady"]
+        assert result["bfloat16"]
+        assert result["bfloat16 close"] < 0.05
+
+
+@pytest.mark.parametrize("what", ["mesh", "group", "part of it", "tp 1 of 2", "plan"])
+def test_groups_and_plans_given(ran: Any, what: str) -> None:
+    assert all(result[what] < 1e-10 for result in ran)
+
+
+def test_no_launcher_is_an_error_that_shows_the_line_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(autotp.LaunchError, match="torchrun --nproc-per-node 4"):
+        autotp.parallelize(_gpt(), 4)
+
+
+def test_tp_1_needs_no_launcher() -> None:
+    dense, model = _gpt(), autotp.parallelize(_gpt(), 1)
+    ids = torch.randint(0, 301, (2, 9))
+    assert relative_error(dense(ids), model(ids)) < 1e-12
+    assert autotp.full_state_dict(model).keys() == dense.state_dict().keys()
+
+
+def test_plan_simulate_and_verify_leave_the_model_as_it_was() -> None:
+    model, kwargs = make("gpt")
+    before = copy.deepcopy(model.state_dict())
+    attributes = set(model.__dict__)
+    ids = [id(p) for p in model.parameters()]
+    autotp.plan(model, 2, example_inputs=kwargs)
+    autotp.simulate(model, 2, example_inputs=kwargs)(**kwargs)
+    autotp.verify(model, 2, example_inputs=kwargs)
+    assert ids == [id(p) for p in model.parameters()]
+    assert attributes == set(model.__dict__)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert all(p.grad is None and p.dtype is torch.float64 for p in model.parameters())
+
+
+def test_plan_works_on_the_meta_device_and_round_trips(tmp_path: Any) -> None:
+    with torch.device("meta"):
+        model = SmallGPT()
+    plan = autotp.plan(model, 4)
+    plan.save(tmp_path / "plan.json")
+    assert autotp.Plan.load(tmp_path / "plan.json") == plan
+    assert plan.parameters(0) < plan.parameters() / 3
+    with pytest.raises(autotp.AutoTPError, match="meta device"):
+        autotp.verify(model, 2)
+
+
+def test_simulation_is_callable_and_differentiable_like_the_model() -> None:
+    model, kwargs = make("gpt")
+    parallel = autotp.simulate(model, 3, example_inputs=kwargs)
+    loss, logits = parallel(**kwargs)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    expected, dense_logits = model(**kwargs)
+    expected.backward()
+    assert relative_error(dense_logits, logits) < 1e-12
+    assert max(relative_error(p.grad, found[n]) for n, p in model.named_parameters()) < 1e-10
+    with torch.no_grad():
+        assert not parallel(**kwargs)[0].requires_grad
+
+
+def test_gradients_of_inputs_are_whole() -> None:
+    model, kwargs = make("encoder")
+    parallel = autotp.simulate(model, 2, example_inputs=kwargs)
+    grads = []
+    for run in (model, parallel):
+        x = kwargs["src"].clone().requires_grad_(True)
+        run(src=x).cos().sum().backward()
+        grads.append(x.grad)
+    assert relative_error(*grads) < 1e-10
+
+
+class TestGuessedInputs:
+    """Without example inputs and dummy inputs, what the first layers suggest is tried."""
+
+    @pytest.mark.parametrize("name", ["tutorial", "encoder", "gpt"])
+    def test_guesses(self, name: str) -> None:
+        model, _ = make(name)
+        assert autotp.plan(model, 2).share_split > 0.9
+
+    def test_nothing_runs(self) -> None:
+        class Odd(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(8, 8)
+
+            def forward(self, x: torch.Tensor, more: dict[str, torch.Tensor]) -> torch.Tensor:
+                return self.linear(x) + more["y"]
+
+        with pytest.raises(autotp.CaptureError, match="pass example_inputs"):
+            autotp.plan(Odd(), 2)
+
+    def test_of_the_wrong_type(self) -> None:
+        with pytest.raises(autotp.CaptureError, match=r"tuple \(positional\) or a dict"):
+            autotp.plan(make("gpt")[0], 2, example_inputs=3)  # type: ignore[arg-type]
+
+
+def test_control_flow_on_values_is_an_error_that_says_so() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) if x.sum() > 0 else x
+
+    with pytest.raises(autotp.CaptureError, match="depends on the values in a tensor"):
+        autotp.plan(Branches(), 2, example_inputs=(torch.randn(2, 3, 8),))
+
+
+@pytest.mark.parametrize("tp", [0, -1, 2.0])
+def test_tp_that_is_no_positive_integer(tp: Any) -> None:
+    with pytest.raises(ValueError, match="positive integer"):
+        autotp.plan(make("gpt")[0], tp)
+
+
+def test_names_decide_nothing() -> None:
+    """The same network under other names gets the same layouts."""
+
+    class Named(nn.Module):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__()
+            self.names = first, second
+            torch.manual_seed(0)
+            setattr(self, first, TutorialAttention(64, 4))
+            setattr(self, second, MLP(64, 100))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return getattr(self, self.names[1])(getattr(self, self.names[0])(x))
+
+    plans = [
+        autotp.plan(Named(*names), 4) for names in (("attn", "mlp"), ("embed_norm", "lm_head"), ("o_proj", "down"))
+    ]
+    layouts = [[(w.style, dict(w.shards)) for w in p.weights] for p in plans]
+    assert layouts[0] == layouts[1] == layouts[2]
