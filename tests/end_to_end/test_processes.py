@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from tests import processes
+from tests.end_to_end import ranks
 from tests.models import CASES
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, Any]]]:
     world = request.param
-    return world, processes.run(world, processes.correctness, list(CASES), out=tmp_path_factory.mktemp(f"ranks{world}"))
+    return world, processes.run(world, ranks.correctness, list(CASES), out=tmp_path_factory.mktemp(f"ranks{world}"))
 
 
 def _each(ran: tuple[int, list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import autotp
 from autotp.program.rank_graph import RankGraph
 from autotp.verification.measure import relative_error
+from tests.comparison import apart, gradients_apart, raised
 from tests.models import MLP, Block
-from tests.runtime.ranks import apart, gradients_apart, raised
 
 Result = dict[str, Any]
 

@@ -8,8 +8,8 @@ import torch
 
 import autotp
 from autotp.verification.measure import Float64, relative_error
+from tests.comparison import backward, outputs
 from tests.models import make
-from tests.processes import backward, outputs
 
 
 def compiled(rank: int, world: int) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from autotp.capture.capture import capture
 from autotp.program.sharded_program import shard_graph
 from autotp.verification.measure import Float64, relative_error
 from passes import Lowered, Lowering, localize, lower
+from tests.comparison import backward, outputs
 from tests.models import Block, make
-from tests.processes import backward, outputs, run
+from tests.processes import run
 from tests.program.ranks import compiled
 
 OLD = torch.__version__ < (2, 12)

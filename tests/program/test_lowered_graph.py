@@ -29,8 +29,8 @@ from autotp.weights.slicing import local_part, shards_of
 from passes import Lowering, localize
 from passes.lowering.cache_in_place import grown
 from passes.ops import context
+from tests.comparison import backward, outputs
 from tests.models import make
-from tests.processes import backward, outputs
 
 NAMES = ("gpt", "gpt2", "llama", "neox", "bloom", "bert")
 PASSES = [f.name for f in dataclasses.fields(Lowering)]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
@@ -18,62 +17,10 @@ import autotp
 from autotp.verification.measure import relative_error
 from passes import ops
 from passes.ops import context
-from tests.models import MLP, SmallGPT, TutorialAttention
-from tests.processes import backward, outputs
+from tests.comparison import apart, backward, gradients_apart, outputs, raised, same, scaled
+from tests.models import IDS, Grouped, Scaled, SmallGPT
 
 Result = dict[str, Any]
-
-
-def raised(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing raised"
-
-
-def apart(dense: nn.Module, model: nn.Module, **kwargs: Any) -> float:
-    """The largest relative error of an output."""
-    pairs = zip(outputs(dense(**kwargs)), outputs(model(**kwargs)), strict=True)
-    return max(relative_error(a, b) for a, b in pairs)
-
-
-def gradients_apart(dense: nn.Module, model: nn.Module) -> float:
-    found = autotp.full_gradients(model)
-    largest = max(float(p.grad.abs().max()) for p in dense.parameters() if p.grad is not None)
-    return max(
-        relative_error(p.grad, found[n], 1e-6 * largest) for n, p in dense.named_parameters() if p.grad is not None
-    )
-
-
-def same(value: torch.Tensor) -> bool:
-    """Whether a tensor has the same bits on all ranks."""
-    every = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, value.detach().contiguous())
-    return all(torch.equal(value, other) for other in every)
-
-
-class Grouped(nn.Module):
-    """Attention of 6 query heads on fewer key-value heads, and a head over a vocabulary."""
-
-    def __init__(self, kv: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.kv = kv
-        self.embed = nn.Embedding(101, 48)
-        self.q, self.k, self.v = nn.Linear(48, 48), nn.Linear(48, 8 * kv), nn.Linear(48, 8 * kv)
-        self.norm, self.out, self.head = nn.LayerNorm(48), nn.Linear(48, 48), nn.Linear(48, 101, bias=False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.embed(ids))
-        q = self.q(x).view(*x.shape[:2], 6, 8).transpose(1, 2)
-        k, v = (f(x).view(*x.shape[:2], self.kv, 8).transpose(1, 2) for f in (self.k, self.v))
-        k, v = (t.repeat_interleave(6 // self.kv, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        return self.head(x + self.out(y))
-
-
-IDS = torch.arange(26).view(2, 13) % 7
 
 
 def _pairs(world: int) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -155,29 +102,6 @@ def norms(rank: int, world: int) -> Result:
 
 def errors_of(dense: nn.Module, torchs: Callable[..., torch.Tensor]) -> torch.Tensor:
     return torchs([p.grad for p in dense.parameters()], 2.0)
-
-
-class Scaled(nn.Module):
-    """Dropout, a plain attribute, and buffers on the model itself and inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.second = TutorialAttention(64, 4), MLP(64, 128)
-        self.drop = nn.Dropout(0.25)
-        self.scale = 1.5
-        self.register_buffer("shift", torch.linspace(-1, 1, 64))
-        self.first.register_buffer("unused", torch.zeros(1))
-
-    def forward(self, x: torch.Tensor, flag: bool = False) -> torch.Tensor:
-        x = x + self.drop(self.first(x)) * self.scale + self.shift
-        return self.second(self.drop(x)) * (2 if flag else 1)
-
-
-def scaled(world: int, **options: Any) -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    dense, model = Scaled().double().eval(), Scaled().double().eval()
-    x = torch.randn(3, 5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return dense, autotp.parallelize(model, world, example_inputs=(x,), **options), x
 
 
 def agreement(rank: int, world: int) -> Result:

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import autotp
 from autotp.verification.measure import Float64, relative_error
-from tests.runtime.ranks import raised, same
+from tests.comparison import raised, same
 
 Result = dict[str, Any]
 VOCABULARY = 131

@@ -12,9 +12,8 @@ from torch import nn
 import autotp
 from autotp.verification.measure import Float64, relative_error
 from autotp.weights import checkpoint, load_checkpoint
+from tests.comparison import apart, backward, gradients_apart, outputs, raised, storages
 from tests.models import make
-from tests.processes import backward, outputs, storages
-from tests.runtime.ranks import apart, gradients_apart, raised
 
 Result = dict[str, Any]
 FILES = {
