@@ -197,3 +197,8 @@ class Scaled(nn.Module):
     def forward(self, x: torch.Tensor, flag: bool = False) -> torch.Tensor:
         x = x + self.drop(self.first(x)) * self.scale + self.shift
         return self.second(self.drop(x)) * (2 if flag else 1)
+
+
+def small_gpt(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return SmallGPT(hidden=64, vocabulary=301).double()

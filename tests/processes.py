@@ -13,6 +13,9 @@ import torch.multiprocessing as mp
 
 from autotp.verification.processes import free_port, join_as_rank
 
+Ran = list[dict[str, Any]]
+"""Each rank's result."""
+
 
 def _worker(rank: int, world: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], out: str) -> None:
     join_as_rank(rank, world, port)
@@ -30,3 +33,11 @@ def run(world: int, work: Callable[..., Any], *args: Any, out: Path) -> list[Any
     out.mkdir(parents=True, exist_ok=True)
     mp.spawn(_worker, (world, free_port(), work, args, str(out)), nprocs=world)
     return [pickle.loads(Path(out, str(rank)).read_bytes()) for rank in range(world)]
+
+
+def results_of(world: int, work: Callable[..., Any], factory: Any, *args: Any) -> Ran:
+    """Each rank's result of some work, none of which may have failed."""
+    results = run(world, work, *args, out=factory.mktemp(work.__name__))
+    for rank, result in enumerate(results):
+        assert "error" not in result, f"rank {rank}:\n{result.get('error')}"
+    return results

@@ -13,11 +13,10 @@ from torch import nn
 
 import autotp
 from autotp.verification.measure import relative_error
-from tests import processes
 from tests.arguments import ranks
 from tests.arguments.ranks import HEADS, LENGTH, WIDTH, Decoder, example, generated, prompt
+from tests.processes import Ran, results_of
 
-Ran = list[dict[str, Any]]
 SIZE = WIDTH // HEADS
 CACHES = {  # what rank 0 and rank 1 hold of a layer's keys
     "6 buffers 1": [(1, 3, LENGTH, SIZE)] * 2,
@@ -31,10 +30,7 @@ CACHES = {  # what rank 0 and rank 1 hold of a layer's keys
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    results = processes.run(2, ranks.everything, out=tmp_path_factory.mktemp("state"))
-    for rank, result in enumerate(results):
-        assert "error" not in result, f"rank {rank}:\n{result.get('error')}"
-    return results
+    return results_of(2, ranks.everything, tmp_path_factory)
 
 
 class TestOnProcesses:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from autotp import Tally
 from autotp.distributed import symmetric_memory
 from autotp.distributed.communicators import ProcessCommunicator
-from tests.distributed.ranks import apart
+from tests.distributed.ranks import difference
 
 
 class _Kernel:
@@ -124,7 +124,7 @@ def symmetric(rank: int, world: int) -> dict[str, Any]:
         if kernel.calls - before == 3:
             found["by kernel"].append(name)
         for each in (total, in_place, started):
-            found["worst"] = max(found["worst"], apart(each.detach(), wanted))
+            found["worst"] = max(found["worst"], difference(each.detach(), wanted))
             every = near.all_gather(each.detach().contiguous(), [x.shape] * world)
             found["same bits"] = found["same bits"] and all(torch.equal(e, each) for e in every) and len(every) == world
     with Tally() as tally:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.partition import ranks
-from tests.processes import run
+from tests.processes import Ran, results_of, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::autotp.PartialCaptureWarning")
-
-Ran = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def around(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    results = run(2, ranks.around, out=tmp_path_factory.mktemp("around"))
-    for rank, result in enumerate(results):
-        assert "error" not in result, f"rank {rank}:\n{result.get('error')}"
-    return results
+    return results_of(2, ranks.around, tmp_path_factory)
 
 
 def test_parts_on_processes(tmp_path: Path) -> None:

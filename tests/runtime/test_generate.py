@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from tests import processes
+from tests.processes import Ran, results_of
 from tests.runtime import ranks_generate
-
-Ran = list[dict[str, Any]]
-
-
-def _run(world: int, work: Any, factory: pytest.TempPathFactory) -> Ran:
-    results = processes.run(world, work, out=factory.mktemp(work.__name__))
-    for rank, result in enumerate(results):
-        assert "error" not in result, f"rank {rank}:\n{result.get('error')}"
-    return results
 
 
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _run(2, ranks_generate.ways, tmp_path_factory)
+    return results_of(2, ranks_generate.ways, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _run(2, ranks_generate.differences, tmp_path_factory)
+    return results_of(2, ranks_generate.differences, tmp_path_factory)
 
 
 class TestTokens:
@@ -204,7 +193,7 @@ class TestRanksThatDiffer:
 
 
 def test_three_ranks_of_two_key_value_heads(tmp_path_factory: pytest.TempPathFactory) -> None:
-    for result in _run(3, ranks_generate.more_ranks_than_heads, tmp_path_factory):
+    for result in results_of(3, ranks_generate.more_ranks_than_heads, tmp_path_factory):
         assert result["greedy"] is result["beam"] is result["static"] is True
         (dense, _, _), (share, storage, heads) = result["held"]
         assert share == storage == dense // 2, "replicas aside"
@@ -213,7 +202,7 @@ def test_three_ranks_of_two_key_value_heads(tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_call_that_cannot_be_captured_runs_the_models_python(tmp_path_factory: pytest.TempPathFactory) -> None:
-    results = _run(2, ranks_generate.branches, tmp_path_factory)
+    results = results_of(2, ranks_generate.branches, tmp_path_factory)
     for rank, result in enumerate(results):
         assert result["whole"]
         assert max(*result["values"], result["after"], result["a copy"], result["captured as before"]) < 1e-12

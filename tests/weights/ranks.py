@@ -1,19 +1,21 @@
-"""Work on real processes for models without weights, of which each rank reads its share."""
+"""Work on real processes: checkpoints of which each rank reads its share, state dicts, norms, optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 import autotp
 from autotp.verification.measure import Float64, relative_error
 from autotp.weights import checkpoint, load_checkpoint
-from tests.comparison import apart, backward, gradients_apart, outputs, raised, storages
-from tests.models import make
+from tests.comparison import apart, backward, gradients_apart, outputs, raised, same, scaled, storages
+from tests.models import IDS, Grouped, Scaled, SmallGPT, make
 
 Result = dict[str, Any]
 FILES = {
@@ -233,3 +235,161 @@ class Unreadable(Slices):
         if at[0].stop > 1:
             raise OSError("the disk is gone")
         return super().__getitem__(at)
+
+
+def _pairs(world: int) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Dense and parallel models, with gradients: key-value heads replicated, overlapping, and a tied head."""
+    for name, make_one in {
+        "replicated": lambda: Grouped(1).double(),
+        "overlapping": lambda: Grouped(3).double(),
+        "tied": lambda: SmallGPT(layers=1).double(),
+    }.items():
+        torch.manual_seed(0)
+        dense = make_one()
+        model = autotp.parallelize(copy.deepcopy(dense), world, example_inputs=(IDS,))
+        for m in (dense, model):
+            backward(outputs(m(IDS)))
+        yield name, dense, model
+
+
+def norms(rank: int, world: int) -> Result:
+    found: Result = {}
+    local_norm = torch.nn.utils.clip_grad._get_total_norm.__closure__  # torch's own, before any parallelize
+    assert local_norm is not None
+    torchs = local_norm[0].cell_contents
+    pairs = list(_pairs(world))
+    for name, dense, model in pairs:
+        errors, equal = {}, True
+        for power in (1.0, 2.0, 3.5, float("inf"), -1.0, "inf"):
+            for foreach in (None, True, False):
+                expected = torchs([p.grad for p in dense.parameters()], power, False, foreach)
+                total = get_total_norm([p.grad for p in model.parameters()], power, foreach=foreach)
+                errors[power, foreach] = relative_error(expected, total)
+                equal &= same(total)
+        found[f"{name}: errors"], found[f"{name}: same bits"] = errors, equal
+        found[f"{name}: dtype"] = total.dtype
+        shares = torchs([p.grad for p in model.parameters()], 2.0)
+        found[f"{name}: counting shards only"] = relative_error(errors_of(dense, torchs), shares)
+        detached = get_total_norm([p.grad.detach() for p in model.parameters()])
+        found[f"{name}: detached"] = relative_error(errors_of(dense, torchs), detached)
+        half = get_total_norm([p.grad for n, p in model.named_parameters() if "norm" in n or "k" in n])
+        expected = torchs([p.grad for n, p in dense.named_parameters() if "norm" in n or "k" in n])
+        found[f"{name}: some"] = relative_error(expected, half)
+        found[f"{name}: zero"] = raised(lambda m=model: get_total_norm([p.grad for p in m.parameters()], 0.0))
+
+    _, dense, model = pairs[0]
+    other_dense, other = pairs[1][1:]
+    torch.manual_seed(7)
+    extra = [nn.Linear(5, 5).double() for _ in range(2)]
+    for e in extra:
+        e.load_state_dict(extra[0].state_dict())
+        e(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
+    many = [*model.parameters(), *extra[0].parameters(), *other.parameters()]
+    expected = torchs([p.grad for p in (*dense.parameters(), *extra[1].parameters(), *other_dense.parameters())])
+    found["two models and another"] = relative_error(expected, get_total_norm([p.grad for p in many]))
+
+    total = clip_grad_norm_(model.parameters(), 0.5)
+    expected = clip_grad_norm_(dense.parameters(), 0.5)
+    found["clipped"] = relative_error(expected, total), gradients_apart(dense, model)
+    found["clipped to"] = float(get_total_norm([p.grad for p in model.parameters()]))
+    for m in (dense, model):
+        clip_grads_with_norm_(m.parameters(), 0.1, expected)
+        clip_grad_value_(m.parameters(), 1e-3)
+    found["values"] = gradients_apart(dense, model)
+    found["different max_norm"] = raised(lambda: clip_grad_norm_(model.parameters(), 1.0 + (rank == 1)))
+    weight = model.head.weight
+    if rank == 1:
+        weight.grad[0] = float("nan")
+    found["not finite"] = raised(lambda: clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True))
+    if rank == 1:
+        weight.grad = None
+    found["no gradient on rank 1"] = raised(lambda: clip_grad_norm_(model.parameters(), 1.0))
+    model.zero_grad()
+    found["no gradients"] = float(clip_grad_norm_(model.parameters(), 1.0))
+    plain = nn.Linear(3, 3)
+    plain(torch.ones(1, 3)).sum().backward()
+    found["other models"] = torch.equal(
+        clip_grad_norm_(plain.parameters(), 100.0 + rank), torchs([p.grad for p in plain.parameters()])
+    )
+    return found
+
+
+def errors_of(dense: nn.Module, torchs: Callable[..., torch.Tensor]) -> torch.Tensor:
+    return torchs([p.grad for p in dense.parameters()], 2.0)
+
+
+def optimizers(rank: int, world: int) -> Result:
+    """Optimizers that have stepped before, their checkpoints, and those that are refused."""
+    found: Result = {}
+    for name, make_optimizer in {
+        "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+        "adam": lambda p: torch.optim.Adam(p, 1e-2, foreach=False),
+        "foreach": lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
+        "fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    }.items():
+        pairs = []
+        for _ in range(2):
+            m = Scaled().double().eval()
+            pairs.append((m, make_optimizer(m.parameters())))
+        x = torch.linspace(-1, 1, 3 * 5 * 64, dtype=torch.float64).view(3, 5, 64).sin()
+
+        def step(m: nn.Module, optimizer: Any, x: torch.Tensor = x) -> None:
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+
+        for m, optimizer in pairs:
+            step(m, optimizer)  # dense, both of them: the optimizers have state
+        (dense, _), (model, _) = pairs
+        autotp.parallelize(model, world, example_inputs=(x,))
+        for m, optimizer in pairs * 3:
+            step(m, optimizer)
+        full, state = autotp.full_state_dict(model), dense.state_dict()
+        found[name] = max(relative_error(state[n], full[n], 1e-3) for n in state)
+        pairs[1][1].load_state_dict(copy.deepcopy(pairs[0][1].state_dict()))  # a dense checkpoint
+        for m, optimizer in pairs:
+            step(m, optimizer)
+        full, state = autotp.full_state_dict(model), dense.state_dict()
+        found[f"{name}: loaded"] = max(relative_error(state[n], full[n], 1e-3) for n in state)
+    for kind in ("Adafactor", "Muon", "LBFGS"):
+        if hasattr(torch.optim, kind):
+            matrices = [p for p in model.parameters() if p.dim() == 2]
+            optimizer = getattr(torch.optim, kind)(matrices)
+            found[kind] = raised(lambda: optimizer.step(lambda: model(x).sum()))  # noqa: B023
+    return found
+
+
+def state_dicts(rank: int, world: int) -> Result:
+    """State dicts: dense, local, wrong, partial, assigned, and as a part of something bigger."""
+    found: Result = {}
+    dense, model, x = scaled(world)
+    other = Scaled().double().eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.25)
+
+    state = other.state_dict()
+    model.load_state_dict(state)
+    found["dense state"] = apart(other, model, x=x)
+    local = {n: t.clone() for n, t in model.state_dict().items()}
+    model.load_state_dict(dense.state_dict())
+    found["and back"] = apart(dense, model, x=x)
+    model.load_state_dict(local)
+    found["local state"] = apart(other, model, x=x)
+    wrong = {**state, "second.0.weight": torch.zeros(77, 64)}
+    found["wrong state"] = raised(lambda: model.load_state_dict(wrong))
+    found["untouched"] = apart(other, model, x=x)
+    part = {n: t for n, t in dense.state_dict().items() if n.startswith("first")}
+    dense.load_state_dict({**state, **part})
+    found["missing keys"] = raised(lambda: model.load_state_dict(part))
+    model.load_state_dict(part, strict=False)
+    found["partial state"] = apart(dense, model, x=x)
+    outer = nn.ModuleDict({"inner": model})
+    outer.load_state_dict({f"inner.{n}": t for n, t in state.items()})
+    found["prefixed state"] = apart(other, model, x=x)
+    model.load_state_dict(dense.state_dict(), assign=True)
+    found["assigned state"] = apart(dense, model, x=x)
+    found["assigned shapes"] = [tuple(p.shape) for p in model.second.parameters()]
+    full = autotp.full_state_dict(model)
+    found["full state"] = all(torch.equal(full[n], t) for n, t in dense.state_dict().items())
+    return found

@@ -18,11 +18,9 @@ from autotp.weights import checkpoint
 from autotp.weights.checkpoint import Reader, open_checkpoint
 from autotp.weights.slicing import local_part
 from passes import IndexSet, Shards
-from tests import processes
 from tests.models import SmallGPT, make
+from tests.processes import Ran, results_of
 from tests.weights import ranks
-
-Ran = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def _ran(world: int, work: Any, folder: Path, factory: pytest.TempPathFactory) -> Ran:
-    results = processes.run(world, work, folder, out=factory.mktemp(work.__name__))
-    for rank, result in enumerate(results):
-        assert "error" not in result, f"rank {rank}:\n{result.get('error')}"
-    return results
-
-
 @pytest.fixture(scope="module")
 def loaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _ran(4, ranks.loaded, folder, tmp_path_factory)
+    return results_of(4, ranks.loaded, tmp_path_factory, folder)
 
 
 @pytest.fixture(scope="module")
 def refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _ran(2, ranks.refused, folder, tmp_path_factory)
+    return results_of(2, ranks.refused, tmp_path_factory, folder)
 
 
 @pytest.mark.parametrize("name", [*ranks.FILES, "mapping and plan", "in place of others"])
