@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from autotp.distributed.communicators import ProcessCommunicator, SoloCommunicator
 from autotp.distributed.mesh import TIMEOUT, Mesh
 from autotp.distributed.process_groups import new_group
+from autotp.distributed.random_state import draw_from
 from autotp.distributed.shared_memory import SharedMemory, join_board
 from autotp.distributed.symmetric_memory import join_symmetric_memory
 from passes.ops import context
@@ -87,25 +88,7 @@ class ProcessContext:
         self.seed = seed
         self._streams.clear()
 
-    @contextlib.contextmanager
-    def random(self, same: bool, device: torch.device) -> Iterator[None]:
+    def random(self, same: bool, device: torch.device) -> AbstractContextManager[None]:
         """Random numbers from the stream shared by all ranks, or from this rank's own."""
-        cuda = device.type == "cuda"
-        before = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
-        key = (same, str(device))
-        if key not in self._streams:
-            generator = torch.Generator(device if cuda else "cpu")
-            self._streams[key] = generator.manual_seed(self.seed + (0 if same else 1 + self.mesh.rank)).get_state()
-        self._restore(cuda, device, self._streams[key])
-        try:
-            yield
-        finally:
-            self._streams[key] = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
-            self._restore(cuda, device, before)
-
-    @staticmethod
-    def _restore(cuda: bool, device: torch.device, state: torch.Tensor) -> None:
-        if cuda:
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+        seed = self.seed + (0 if same else 1 + self.mesh.rank)
+        return draw_from(self._streams, (same, str(device)), device, seed)

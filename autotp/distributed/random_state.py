@@ -1,16 +1,19 @@
-"""random_state: random numbers that all ranks draw from rank 0's state."""
+"""random_state: read and set the states of random generators, and draw from a chosen one."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import TypeVar
 
 import torch
 
 from autotp.distributed.agreement import Agreement
 
-__all__ = ["rank_0_draws"]
+__all__ = ["draw_from", "get_state", "rank_0_draws", "set_state"]
+
+K = TypeVar("K")
 
 
 class _Drawing(threading.local):
@@ -20,11 +23,13 @@ class _Drawing(threading.local):
 _drawing = _Drawing()
 
 
-def _state(device: torch.device) -> torch.Tensor:
+def get_state(device: torch.device) -> torch.Tensor:
+    """The state of torch's own generator of a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _restore(device: torch.device, state: torch.Tensor) -> None:
+def set_state(device: torch.device, state: torch.Tensor) -> None:
+    """Set the state of torch's own generator of a device."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
@@ -32,14 +37,28 @@ def _restore(device: torch.device, state: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
+def draw_from(streams: MutableMapping[K, torch.Tensor], key: K, device: torch.device, seed: int) -> Iterator[None]:
+    """Let torch draw from the stream whose state is ``streams[key]``, new from ``seed``; then its own goes on."""
+    own = get_state(device)
+    if key not in streams:
+        streams[key] = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed).get_state()
+    set_state(device, streams[key])
+    try:
+        yield
+    finally:
+        streams[key] = get_state(device)
+        set_state(device, own)
+
+
+@contextlib.contextmanager
 def rank_0_draws(agreement: Agreement, devices: Iterable[torch.device]) -> Iterator[None]:
-    """torch's random numbers as rank 0 draws them, on all ranks; afterwards the others' are as they were before."""
-    if _drawing.alike:  # in another one, at whose end the ranks' own are restored
+    """Let all ranks draw the random numbers of rank 0; afterwards each other rank's own stream goes on."""
+    if _drawing.alike:  # nested: the outer one restores the ranks' own states
         yield
         return
-    own = {device: _state(device) for device in devices}
+    own = {device: get_state(device) for device in devices}
     for device, state in zip(own, agreement.of_rank_0(list(own.values())), strict=True):
-        _restore(device, state)
+        set_state(device, state)
     _drawing.alike = True
     try:
         yield
@@ -47,4 +66,4 @@ def rank_0_draws(agreement: Agreement, devices: Iterable[torch.device]) -> Itera
         _drawing.alike = False
         if agreement.mesh.rank:
             for device, state in own.items():
-                _restore(device, state)
+                set_state(device, state)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from autotp.distributed.random_state import draw_from
 from passes.ops import context
 
 __all__ = ["lockstep"]
@@ -69,11 +70,7 @@ class World:
 
     def restart(self, seed: int) -> None:
         """Start all ranks' streams of random numbers anew."""
-        self.streams = {
-            (rank, same): torch.Generator().manual_seed(seed + (0 if same else 1 + rank)).get_state()
-            for rank in range(self.tp)
-            for same in (True, False)
-        }
+        self.seed, self.streams = seed, dict[tuple[int, bool], torch.Tensor]()
 
     def meeting(self, key: Any, size: int) -> _Exchange:
         with self.lock:
@@ -106,14 +103,9 @@ class _ThreadContext:
 
     @contextlib.contextmanager
     def random(self, same: bool, device: torch.device) -> Iterator[None]:
-        with World._default_generator:
-            before = torch.get_rng_state()
-            torch.set_rng_state(self.world.streams[self.rank, same])
-            try:
-                yield
-            finally:
-                self.world.streams[self.rank, same] = torch.get_rng_state()
-                torch.set_rng_state(before)
+        seed = self.world.seed + (0 if same else 1 + self.rank)
+        with World._default_generator, draw_from(self.world.streams, (self.rank, same), torch.device("cpu"), seed):
+            yield
 
 
 def lockstep(tp: int, world: World, work: Callable[[int], Any]) -> list[Any]:
