@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import all_reduce as _all_reduce
 
-from autotp.distributed.mesh import Mesh
+from autotp.distributed.mesh import Mesh, describe_differences
 from autotp.distributed.process_groups import new_group
 from autotp.distributed.shared_memory import join_board
 from autotp.distributed.shared_memory_board import LINE, Board
@@ -176,10 +176,4 @@ def _said(error: Exception | None) -> str:
 def _differences(found: list[Mapping[str, str]]) -> str:
     if len({each["what it does"] for each in found}) > 1:  # then all else differs, too
         found = [{k: each[k] for k in ("what it does", "error") if k in each} for each in found]
-    lines = []
-    for key in dict.fromkeys(k for each in found for k in each):
-        values = [each.get(key, "nothing") for each in found]
-        if len(set(values)) > 1:
-            lines.append(f"  {key}: " + ", ".join(f"{v} on rank {r}" for r, v in enumerate(values)))
-    more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
-    return "the ranks must do the same, but differ in\n" + "\n".join(lines[:12]) + more
+    return f"the ranks must do the same, but differ in\n{describe_differences(found)}"

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from autotp.errors import AutoTPError, LaunchError, MismatchError, check_tp
+from autotp.errors import AutoTPError, CaptureError, LaunchError, MismatchError, check_tp
 
-__all__ = ["Mesh", "join"]
+__all__ = ["Mesh", "describe_differences", "join"]
+
+R = TypeVar("R")
 
 """How long a collective may wait for the other ranks in groups that autotp itself starts."""
 
@@ -43,15 +45,8 @@ class Mesh:
         Raises:
             MismatchError: it names the entries that differ, and the ranks' values.
         """
-        every = self.gathered(dict(what))
-        lines = []
-        for key in dict.fromkeys(k for each in every for k in each):
-            values = [each.get(key, "nothing") for each in every]
-            if any(v != values[0] for v in values):
-                lines.append(f"  {key}: " + ", ".join(f"{v} on rank {r}" for r, v in enumerate(values)))
-        if lines:
-            more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
-            raise MismatchError("the ranks must agree, but differ in\n" + "\n".join(lines[:12]) + more)
+        if differences := describe_differences(self.gathered(dict(what))):
+            raise MismatchError(f"the ranks must agree, but differ in\n{differences}")
 
     @contextlib.contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -68,10 +63,49 @@ class Mesh:
         if failed:
             raise AutoTPError(f"{doing} failed on rank {failed[0][0]}: {failed[0][1]}")
 
+    def attempt(
+        self, doing: str, step: Callable[[], R], recoverable: type[CaptureError] = CaptureError
+    ) -> tuple[R, None] | tuple[None, CaptureError]:
+        """Run a step that may fail, and go on if it has failed on every rank in a way that all can recover from.
+
+        Args:
+            doing: the step, for messages.
+            step: the step.
+            recoverable: the errors to recover from.
+
+        Returns:
+            The step's result and None, on every rank; or None and this rank's error, if every rank has one.
+
+        Raises:
+            Exception: the step has failed on some ranks only, or in another way; it is raised as by :meth:`together`.
+        """
+        error: CaptureError | None = None
+        with self.together(doing):
+            try:
+                result = step()
+            except recoverable as caught:
+                error = caught
+        if len(set(self.gathered(error is None))) > 1:
+            with self.together(doing):
+                if error is not None:
+                    raise error
+        return (result, None) if error is None else (None, error)
+
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Overwrite a tensor by rank 0's."""
         if self.group is not None:
             dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
+
+
+def describe_differences(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The keys at which the ranks' entries differ, a line for each with every rank's value; empty if there are none."""
+    lines = []
+    for key in dict.fromkeys(k for entry in entries for k in entry):
+        values = [entry.get(key, "nothing") for entry in entries]
+        if any(v != values[0] for v in values):
+            lines.append(f"  {key}: " + ", ".join(f"{v} on rank {r}" for r, v in enumerate(values)))
+    more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
+    return "\n".join(lines[:12]) + more
 
 
 def _launch_line(tp: int) -> str:
