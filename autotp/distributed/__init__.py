@@ -1,6 +1,6 @@
 """Processes: groups, collectives, agreement of the ranks, random streams.
 
-Backends and what ranks say to each other are changed here. It must know no models and no graphs: it moves tensors and
+Change backends and the messages between ranks here. The package knows no models and no graphs: it moves tensors and
 compares fingerprints.
 """
 

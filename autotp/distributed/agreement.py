@@ -1,4 +1,4 @@
-"""agreement: the ranks compare what they are about to do together, before they do it."""
+"""agreement: ranks compare the next step with collectives before any of them starts it."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ __all__ = ["Agreement"]
 
 
 class Agreement:
-    """The comparison of ranks before every step that has collectives.
+    """Compares the ranks before every step that has collectives.
 
-    Ranks that run different steps pair up collectives that do not belong together: they hang, or, where
-    shapes happen to fit, go on with wrong numbers. So each step starts with a comparison of one
-    fingerprint, through memory that nothing else uses or, between hosts, on a gloo group likewise (the largest of it
-    and of its negative); only where they differ are the details exchanged. No collective of the step itself starts
-    before.
+    Ranks that run different steps would pair collectives that do not belong together: they would hang or, where shapes
+    happen to fit, go on with wrong numbers. So each step starts with a comparison of one fingerprint. On one host it
+    goes through mapped memory that nothing else uses. Between hosts it goes through a gloo group that nothing else
+    uses, as the maximum of the fingerprint and of its negative. The ranks exchange details only where the fingerprints
+    differ. No collective of the step itself starts earlier.
 
     Args:
-        mesh: this process among the ranks.
-        model: what to call the model in messages.
+        mesh: this process's rank and group.
+        model: the model's name in messages.
         timeout: how long a rank waits for the others.
-        debug: whether calls are compared in the values of inputs and of whole parameters, too.
+        debug: whether calls also compare the values of inputs and of unsplit parameters.
         shared_memory: whether ranks on one host compare through memory.
-        broadcast_inputs: whether ranks that are given other inputs than rank 0 take its.
+        broadcast_inputs: whether ranks with other inputs than rank 0 take rank 0's.
 
     Attributes:
         number: how many steps this rank has begun.
-        doing: the last of them, for messages.
+        doing: the name of the last step, for messages.
         steps: how many steps optimizers have taken on the model's parameters.
     """
 
@@ -51,7 +51,7 @@ class Agreement:
         self.mesh, self.model, self.timeout, self.debug = mesh, model, timeout, debug
         self.broadcast_inputs = broadcast_inputs
         self.number, self.doing, self.steps = 0, "parallelize", 0
-        self._doings: dict[str, int] = {}
+        self._step_hashes: dict[str, int] = {}
         self._group: dist.ProcessGroup | None = None
         self._board: Board | None = None
         if mesh.group is not None:
@@ -73,35 +73,37 @@ class Agreement:
         error: Exception | None = None,
         inputs: Callable[[], Mapping[str, str]] | None = None,
     ) -> bool:
-        """Raise on every rank unless all of them are about to do the same.
+        """Raise on every rank unless all ranks are about to run the same step.
 
         Args:
-            doing: what, for messages: ``"call"``, ``"full_state_dict"``.
-            fingerprint: equal on two ranks if and only if they do the same.
-            describe: the details behind the fingerprint; asked for only where ranks differ.
-            error: what this rank would raise instead. It is raised here, and the others learn of it.
-            inputs: those of the details that rank 0's may replace, where ``broadcast_inputs`` is set.
+            doing: the step's name, for messages: ``"call"``, ``"full_state_dict"``.
+            fingerprint: equal on two ranks if and only if their steps are the same.
+            describe: returns the details behind the fingerprint; called only where the ranks differ.
+            error: an error of this rank. It is raised here, and the other ranks learn of it.
+            inputs: returns the details that rank 0's may replace, where ``broadcast_inputs`` is set.
 
         Returns:
-            True; or False, on every rank, if the ranks differ in such inputs only, and are to take rank 0's.
+            True if the ranks agree. False, on every rank, if they differ in such inputs only, and must take rank 0's.
 
         Raises:
-            MismatchError: the ranks differ, which it names; or some have not come within the timeout.
+            MismatchError: the ranks differ, and the message lists the differences; or some have not come within the
+                timeout.
         """
         if not self.same(doing, fingerprint, error):
-            head = {"what it does": doing, **({"error": _said(error)} if error else {})}
-            found = self.gathered((head, dict(inputs()) if inputs is not None else {}, dict(describe())))
-            alike = all((h, rest) == (head, found[0][2]) for h, _, rest in found)
-            if self.broadcast_inputs and inputs is not None and error is None and alike:
+            head = {"what it does": doing, **({"error": _error_text(error)} if error else {})}
+            ranks = self.gathered((head, dict(inputs()) if inputs is not None else {}, dict(describe())))
+            inputs_only = all((h, details) == (head, ranks[0][2]) for h, _, details in ranks)
+            if self.broadcast_inputs and inputs is not None and error is None and inputs_only:
                 return False
             if error is None:
-                raise MismatchError(f"{self._where()}: {_differences([h | given | rest for h, given, rest in found])}")
+                steps = [h | values | details for h, values, details in ranks]
+                raise MismatchError(f"{self._step()}: {_mismatch(steps)}")
         if error is not None:
             raise error
         return True
 
     def same(self, doing: str, fingerprint: int, error: Exception | None = None) -> bool:
-        """Whether all ranks are about to do the same: the first half of :meth:`check`.
+        """Whether all ranks are about to run the same step: the first half of :meth:`check`.
 
         Raises:
             MismatchError: some have not come within the timeout.
@@ -109,54 +111,60 @@ class Agreement:
         self.number, self.doing = self.number + 1, doing
         if self._group is None:
             return True
-        if (known := self._doings.get(doing)) is None:
-            known = self._doings[doing] = stable_hash(doing)
-        own = combined(self.number, known, fingerprint, stable_hash(_said(error)) if error is not None else 0)
+        if (step_hash := self._step_hashes.get(doing)) is None:
+            step_hash = self._step_hashes[doing] = stable_hash(doing)
+        error_hash = stable_hash(_error_text(error)) if error is not None else 0
+        word = combined(self.number, step_hash, fingerprint, error_hash)
         try:
-            return self._board.same(own) if self._board is not None else self._same(own)
+            return self._board.same(word) if self._board is not None else self._same_in_group(word)
         except RuntimeError as failure:
             raise self.missing(failure) from (error or failure)
 
     def release(self) -> None:
-        """Let the group go; nothing is compared from now on."""
+        """Drop the group; from now on nothing is compared."""
         self._group = self._board = None
 
     def gathered(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, in rank order, through the CPU; for what is rare."""
-        found: list[Any] = [value] * self.mesh.tp
+        """All ranks' values in rank order, through the CPU; for rare exchanges."""
+        values: list[Any] = [value] * self.mesh.tp
         if self._group is not None:
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def of_rank_0(self, value: Any) -> Any:
         """Rank 0's ``value``, through the CPU."""
-        held = [value]
+        values = [value]
         if self._group is not None:
-            dist.broadcast_object_list(held, dist.get_global_rank(self._group, 0), group=self._group)
-        return held[0]
+            dist.broadcast_object_list(values, dist.get_global_rank(self._group, 0), group=self._group)
+        return values[0]
 
-    def _same(self, number: int) -> bool:
-        pair = torch.tensor([number, -number])
+    def _same_in_group(self, word: int) -> bool:
+        """Whether all ranks have the same word, by one all-reduce: its maximum is then also its minimum."""
+        pair = torch.tensor([word, -word])
         _all_reduce(pair, dist.ReduceOp.MAX, self._group)
         return int(pair[0]) == -int(pair[1])
 
-    def _where(self) -> str:
+    def _step(self) -> str:
+        """The step in words, for messages."""
         return f"step {self.number} of this {self.model} on {self.mesh.tp} ranks"
 
     def missing(self, failure: Exception) -> AutoTPError:
-        """The error of a step that not all ranks joined in, with the ranks that did not."""
-        absent = self._absent()
+        """The error of a step that not all ranks have joined; it names those that have not."""
+        absent = self._absent_ranks()
         who = f"rank {' and '.join(map(str, absent))}" if absent else "a rank"
         first = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
         return MismatchError(
-            f"{self._where()}, {self.doing}: {who} did not come within {self.timeout.total_seconds():g} s. Either that "
+            f"{self._step()}, {self.doing}: {who} did not come within {self.timeout.total_seconds():g} s. Either that "
             "process has died or hangs, or the ranks' scripts differ: all must call the model, backward, "
             "full_state_dict, full_gradients and clip_grad_norm_ equally often and in the same order. "
             f"(parallelize(timeout=...) sets how long to wait. The process group said: {first})"
         )
 
-    def _absent(self) -> list[int]:
-        """The ranks that do not say, too, that they wait in this step: their group breaks when the first gives up."""
+    def _absent_ranks(self) -> list[int]:
+        """The ranks that do not report that they wait in this step.
+
+        They report through the store, since their group breaks when the first rank gives up.
+        """
         if self._group is None:
             return []
         key = f"autotp/{self._group.group_name}/{self.number}"
@@ -169,11 +177,12 @@ class Agreement:
             return []
 
 
-def _said(error: Exception | None) -> str:
-    return f"{type(error).__name__}: {error}" if error is not None else ""
+def _error_text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
-def _differences(found: list[Mapping[str, str]]) -> str:
-    if len({each["what it does"] for each in found}) > 1:  # then all else differs, too
-        found = [{k: each[k] for k in ("what it does", "error") if k in each} for each in found]
-    return f"the ranks must do the same, but differ in\n{describe_differences(found)}"
+def _mismatch(steps: list[Mapping[str, str]]) -> str:
+    """The differences between the ranks' steps, in words."""
+    if len({step["what it does"] for step in steps}) > 1:  # then all else differs, too
+        steps = [{k: step[k] for k in ("what it does", "error") if k in step} for step in steps]
+    return f"the ranks must do the same, but differ in\n{describe_differences(steps)}"

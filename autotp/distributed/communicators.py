@@ -33,7 +33,7 @@ class SoloCommunicator:
 
 @dataclass
 class ProcessCommunicator:
-    """One process's end of a process group; ``missing`` makes the error of a collective that fails."""
+    """One process's end of a process group; ``missing`` returns the error to raise where a collective fails."""
 
     group: dist.ProcessGroup
     rank: int
@@ -49,7 +49,7 @@ class ProcessCommunicator:
         return self.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same, in the memory of ``tensor`` if that has no gaps."""
+        """The same sum, in the memory of ``tensor`` if that is contiguous."""
         total = tensor.contiguous()
         try:
             dist.all_reduce(total, group=self.group)
@@ -58,17 +58,17 @@ class ProcessCommunicator:
         return total
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin :meth:`all_reduce_`; what it returns waits for the sum, and gives it."""
+        """Begin :meth:`all_reduce_`, and return a function that waits for the sum and returns it."""
         total = tensor.contiguous()
         try:
-            begun = dist.all_reduce(total, group=self.group, async_op=True)
+            work = dist.all_reduce(total, group=self.group, async_op=True)
         except RuntimeError as failure:
             raise self.missing(failure) from failure
 
         def finish() -> torch.Tensor:
             try:
-                if begun is not None:
-                    begun.wait()
+                if work is not None:
+                    work.wait()
             except RuntimeError as failure:
                 raise self.missing(failure) from failure
             return total
@@ -76,19 +76,20 @@ class ProcessCommunicator:
         return finish
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """The ranks' tensors in rank order; ``shapes`` says what shape each has."""
+        """The ranks' tensors in rank order; ``shapes`` gives the shape of each."""
         sizes = [int(torch.Size(s).numel()) for s in shapes]
-        most = max(sizes)
-        if not most:
+        longest = max(sizes)
+        if not longest:
             return [tensor.new_empty(list(s)) for s in shapes]
-        mine = tensor.reshape(-1)
-        if mine.numel() < most:  # backends gather equal sizes only
-            mine = torch.cat([mine, mine.new_empty(most - mine.numel())])
-        every = mine.new_empty(self.size * most)
+        padded = tensor.reshape(-1)
+        if padded.numel() < longest:  # backends gather equal sizes only
+            padded = torch.cat([padded, padded.new_empty(longest - padded.numel())])
+        gathered = padded.new_empty(self.size * longest)
         try:
-            dist.all_gather(list(every.split(most)), mine.contiguous(), group=self.group)
+            dist.all_gather(list(gathered.split(longest)), padded.contiguous(), group=self.group)
         except RuntimeError as failure:
             raise self.missing(failure) from failure
         return [
-            every[r * most : r * most + n].view(list(s)) for r, (n, s) in enumerate(zip(sizes, shapes, strict=True))
+            gathered[r * longest : r * longest + n].view(list(s))
+            for r, (n, s) in enumerate(zip(sizes, shapes, strict=True))
         ]

@@ -25,43 +25,43 @@ R = TypeVar("R")
 
 @dataclass
 class Mesh:
-    """This process's place among the tensor-parallel ranks; ``group`` is None for a single rank."""
+    """This process's rank among the tensor-parallel ranks, and their group, which is None for a single rank."""
 
     rank: int
     tp: int
     group: dist.ProcessGroup | None
 
     def gathered(self, value: Any) -> list[Any]:
-        """Every rank's ``value`` (any picklable object), in rank order."""
+        """All ranks' values (any picklable objects), in rank order."""
         if self.group is None:
             return [value]
-        found: list[Any] = [None] * self.tp
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        values: list[Any] = [None] * self.tp
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
-    def agree(self, what: Mapping[str, Any]) -> None:
-        """Raise on every rank if the ranks differ in any entry of ``what``.
+    def agree(self, entries: Mapping[str, Any]) -> None:
+        """Raise on every rank if the ranks' entries differ.
 
         Raises:
-            MismatchError: it names the entries that differ, and the ranks' values.
+            MismatchError: some entries differ; the message lists them, with each rank's value.
         """
-        if differences := describe_differences(self.gathered(dict(what))):
+        if differences := describe_differences(self.gathered(dict(entries))):
             raise MismatchError(f"the ranks must agree, but differ in\n{differences}")
 
     @contextlib.contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """Run a step that may fail on some ranks only; if it fails on one, raise on all."""
+        """Run a step that may fail on some ranks only; if it fails on any rank, all ranks raise."""
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        said = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
+        texts = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        failed = [(r, s) for r, s in enumerate(said) if s is not None]
-        if failed:
-            raise AutoTPError(f"{doing} failed on rank {failed[0][0]}: {failed[0][1]}")
+        failures = [f"{doing} failed on rank {r}: {text}" for r, text in enumerate(texts) if text is not None]
+        if failures:
+            raise AutoTPError(failures[0])
 
     def attempt(
         self, doing: str, step: Callable[[], R], recoverable: type[CaptureError] = CaptureError
@@ -92,13 +92,13 @@ class Mesh:
         return (result, None) if error is None else (None, error)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Overwrite a tensor by rank 0's."""
+        """Overwrite a tensor with rank 0's."""
         if self.group is not None:
             dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
 
 
 def describe_differences(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The keys at which the ranks' entries differ, a line for each with every rank's value; empty if there are none."""
+    """A line for each key at which the ranks' entries differ, with every rank's value; empty if none differ."""
     lines = []
     for key in dict.fromkeys(k for entry in entries for k in entry):
         values = [entry.get(key, "nothing") for entry in entries]
@@ -122,11 +122,11 @@ def join(
         tp: the number of tensor-parallel ranks.
         mesh: a one-dimensional DeviceMesh or a process group of ``tp`` ranks; None for the world, in
             which consecutive ranks form groups of ``tp``.
-        backend: the backend to start a group with; by default ``nccl`` where CUDA is, ``gloo`` else.
+        backend: the backend of a group that is started here; by default ``nccl`` with CUDA, else ``gloo``.
         timeout: how long collectives wait in groups that are started here.
 
     Raises:
-        LaunchError: there is no group and the environment does not say how to make one.
+        LaunchError: there is no group, and the environment does not say how to start one.
         MismatchError: the group's size does not fit ``tp``, or ranks ask for different ``tp``.
     """
     check_tp(tp)
@@ -137,11 +137,11 @@ def join(
             )
         mesh = mesh.get_group()
     if mesh is not None:
-        found = Mesh(dist.get_rank(mesh), dist.get_world_size(mesh), mesh)
-        found.agree({"tp": tp})
-        if found.tp != tp:
-            raise MismatchError(f"tp={tp}, but the mesh given has {found.tp} ranks")
-        return found
+        joined = Mesh(dist.get_rank(mesh), dist.get_world_size(mesh), mesh)
+        joined.agree({"tp": tp})
+        if joined.tp != tp:
+            raise MismatchError(f"tp={tp}, but the mesh given has {joined.tp} ranks")
+        return joined
     if not dist.is_initialized():
         if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
             if tp == 1:

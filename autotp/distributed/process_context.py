@@ -1,4 +1,4 @@
-"""process_context: what a graph needs of its process: communicators by group name, random streams."""
+"""process_context: what a graph needs of its process, which are communicators by group name and random streams."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _CPU = torch.device("cpu")
 
 @dataclass
 class ProcessContext:
-    """The fabric of one process: process groups by name, and two streams of random numbers.
+    """The parallel context of one process: process groups by name, and two streams of random numbers.
 
     Args:
-        mesh: this process among the ranks.
-        seed: of the random numbers.
-        missing: makes the error of a collective that fails.
+        mesh: this process's rank and group.
+        seed: the seed of the random numbers.
+        missing: returns the error to raise where a collective fails.
         timeout: how long a collective waits.
         shared_memory: whether CPU ranks on one host communicate through memory.
-        symmetric_memory: whether GPUs of one host add up small values in each other's memory, where that is offered.
-        device: where the model is.
+        symmetric_memory: whether GPUs of one host add up small values in each other's memory, where torch offers it.
+        device: the model's device.
     """
 
     mesh: Mesh
@@ -47,15 +47,15 @@ class ProcessContext:
     _streams: dict[tuple[bool, str], torch.Tensor] = field(default_factory=dict)
 
     def group(self, name: str) -> context.Communicator:
-        """The communicator of a named group; replica groups are made when first asked for."""
+        """The communicator of a named group; it is made at the first request."""
         if name not in self._groups:
             self._groups[name] = self._make(name)
         return self._groups[name]
 
     def _make(self, name: str) -> context.Communicator:
         mesh = self.mesh
-        _, parts = context.parse_group(name)
-        members = next((p for p in parts if mesh.rank in p), list(range(mesh.tp)))
+        _, replica_groups = context.parse_group(name)
+        members = next((g for g in replica_groups if mesh.rank in g), list(range(mesh.tp)))
         if mesh.group is None or len(members) == 1:
             return SoloCommunicator()
         group = mesh.group
@@ -64,19 +64,19 @@ class ProcessContext:
             group = new_group(ranks, self.timeout)
         return self._nearest(ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing))
 
-    def _nearest(self, far: ProcessCommunicator) -> context.Communicator:
-        """The fastest way between the ranks of a group: memory, where they share it, else the group itself."""
-        near: context.Communicator = far
-        backends = dist.get_backend_config(far.group)
+    def _nearest(self, fallback: ProcessCommunicator) -> context.Communicator:
+        """The fastest communicator of a group: through memory where the ranks can share it, else the group itself."""
+        communicator: context.Communicator = fallback
+        backends = dist.get_backend_config(fallback.group)
         if self.symmetric_memory and "nccl" in backends and self.device.type == "cuda":
-            near = join_symmetric_memory(far, self.device) or far
+            communicator = join_symmetric_memory(fallback, self.device) or fallback
         if self.shared_memory and "gloo" in backends:
-            board = join_board(far.group, far.rank, far.size, self.timeout)
-            near = near if board is None else SharedMemory(board, near, self.missing)
-        return near
+            board = join_board(fallback.group, fallback.rank, fallback.size, self.timeout)
+            communicator = communicator if board is None else SharedMemory(board, communicator, self.missing)
+        return communicator
 
     def release(self) -> None:
-        """Let the groups go."""
+        """Drop the groups."""
         self._groups.clear()
 
     def stream(self, number: int) -> ProcessContext:
@@ -84,11 +84,11 @@ class ProcessContext:
         return replace(self, seed=self.seed + number + self.mesh.tp, _groups={}, _streams={})
 
     def restart(self, seed: int) -> None:
-        """Start the streams of random numbers anew."""
+        """Start the random streams again, from another seed."""
         self.seed = seed
         self._streams.clear()
 
     def random(self, same: bool, device: torch.device) -> AbstractContextManager[None]:
-        """Random numbers from the stream shared by all ranks, or from this rank's own."""
+        """Let torch draw from the stream that all ranks have in common (``same``), or from this rank's own."""
         seed = self.seed + (0 if same else 1 + self.mesh.rank)
         return draw_from(self._streams, (same, str(device)), device, seed)

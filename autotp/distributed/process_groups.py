@@ -1,4 +1,4 @@
-"""groups: process groups of some ranks, which only these ranks make."""
+"""process_groups: process groups of some ranks, made by these ranks alone."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from torch.distributed import distributed_c10d
 
 __all__ = ["new_group"]
 
-_made: Counter[tuple[int, ...]] = Counter()
+_counts: Counter[tuple[int, ...]] = Counter()
+"""How many groups this process has made of each list of ranks."""
 
 
 def new_group(ranks: Sequence[int], timeout: timedelta, backend: str | None = None) -> Any:
     """A process group of some ranks; collective among them alone.
 
-    torch names such a group after how many groups the process has. Of two members one may be in a group that the other
-    is not in, and then they would wait for each other under different names. So here the name is how many groups of
-    just these ranks have been made, which their members agree in.
+    torch puts the number of groups that the process has into the group's name. If one member is in a group without the
+    other, their numbers differ, and they wait for each other under different names. So the name here has the number
+    of groups that were made of exactly these ranks, which is the same for all members.
 
     Args:
         ranks: the members, by global rank.
         timeout: how long a collective waits.
-        backend: left out, the default group's.
+        backend: the backend; left out, it is the default group's.
     """
     key = tuple(ranks)
-    _made[key] += 1
-    name = hashlib.sha256(f"autotp {key} {_made[key]}".encode()).hexdigest()
-    named: Any = contextlib.nullcontext()
+    _counts[key] += 1
+    name = hashlib.sha256(f"autotp {key} {_counts[key]}".encode()).hexdigest()
+    naming: Any = contextlib.nullcontext()
     if hasattr(distributed_c10d, "_hash_ranks_to_str"):
-        named = mock.patch.object(distributed_c10d, "_hash_ranks_to_str", return_value=name)
-    with named:
+        naming = mock.patch.object(distributed_c10d, "_hash_ranks_to_str", return_value=name)
+    with naming:
         return dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)

@@ -1,4 +1,4 @@
-"""tally: the collectives that really run, counted where a rank meets the others."""
+"""tally: count the collectives that really run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _KINDS = {"all_reduce": _REDUCE, "all_reduce_": _REDUCE, "start_all_reduce": _RE
 
 
 class Tally:
-    """Counts the collectives of parallelized models in this process, in whichever way they run.
+    """Counts the collectives of parallelized models in this process, whichever communicator runs them.
 
-    Those by which ranks compare what they do, before they do it, are not among them. One at a time.
+    The comparisons of the ranks before each step are not counted. Only one tally may be open at a time.
 
     Attributes:
-        calls: how many, by kind: ``all_reduce``, ``all_gather``.
-        elements: of the reduced values, and of the gathered ones.
-        bytes: of the same.
+        calls: the number of collectives by kind: ``all_reduce``, ``all_gather``.
+        elements: the number of elements of the reduced, or gathered, values by kind.
+        bytes: the number of bytes of these values by kind.
 
     Example:
         >>> with autotp.Tally() as tally:
@@ -43,28 +43,28 @@ class Tally:
 
     def __enter__(self) -> Tally:
         self._inside = False
-        self._own = {(end, kind): getattr(end, kind) for end in _ENDS for kind in _KINDS}
-        for (end, kind), call in self._own.items():
-            setattr(end, kind, self._counted(_KINDS[kind], call))
+        self._originals = {(end, kind): getattr(end, kind) for end in _ENDS for kind in _KINDS}
+        for (end, kind), call in self._originals.items():
+            setattr(end, kind, self._counting(_KINDS[kind], call))
         return self
 
-    def _counted(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(end: Any, tensor: torch.Tensor, *shapes: Any) -> Any:
-            if self._inside:  # what memory leaves to the process group
+    def _counting(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(end: Any, tensor: torch.Tensor, *shapes: Any) -> Any:
+            if self._inside:  # a communicator through memory has called its fallback
                 return call(end, tensor, *shapes)
             self._inside = True
             try:
                 result = call(end, tensor, *shapes)
             finally:
                 self._inside = False
-            count = tensor.numel() if kind == _REDUCE else sum(t.numel() for t in result)
+            elements = tensor.numel() if kind == _REDUCE else sum(t.numel() for t in result)
             self.calls[kind] += 1
-            self.elements[kind] += count
-            self.bytes[kind] += count * tensor.element_size()
+            self.elements[kind] += elements
+            self.bytes[kind] += elements * tensor.element_size()
             return result
 
-        return counted
+        return count
 
     def __exit__(self, *_: Any) -> None:
-        for (end, kind), call in self._own.items():
+        for (end, kind), call in self._originals.items():
             setattr(end, kind, call)

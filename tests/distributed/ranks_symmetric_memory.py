@@ -84,7 +84,7 @@ def symmetric(rank: int, world: int) -> dict[str, Any]:
     as_offered: dict[str, Any] = {
         "host": lambda: ("here",), "_is_offered": lambda device: True, "_identity": lambda device: f"gpu {rank}",
         "_are_joined": lambda device, others: others == ["gpu 0", "gpu 1"], "_empty": _allocated,
-        "_meet": lambda buffer, of: None,
+        "_rendezvous": lambda buffer, of: None,
     }  # fmt: skip
 
     def joined(**other: Any) -> symmetric_memory.SymmetricMemory | None:
@@ -140,7 +140,7 @@ def symmetric(rank: int, world: int) -> dict[str, Any]:
     one: dict[str, dict[str, Any]] = {
         "not offered": {"_is_offered": lambda device: not rank}, "unknown": {"_identity": fails},
         "another host": {"host": lambda: (f"host {rank}",)}, "not joined": {"_are_joined": lambda *_: not rank},
-        "no memory": {"_empty": fails}, "does not meet": {"_meet": fails}, "takes nothing": {"_ALIGNMENT": 48},
+        "no memory": {"_empty": fails}, "does not meet": {"_rendezvous": fails}, "takes nothing": {"_ALIGNMENT": 48},
     }  # fmt: skip
     for name, other in one.items():
         found[name] = joined(**other if rank or name in by_rank else {})
