@@ -1,7 +1,7 @@
 """Parameters, checkpoints, optimizer state and gradient norms as shards.
 
-Formats of checkpoints and what dense tensors are cut by are changed here. Layouts are handed in: nothing here decides
-how a weight is split.
+Change checkpoint formats and the sharding of dense tensors here. Callers pass the layouts: nothing here decides how a
+weight is split.
 """
 
 from autotp.weights.checkpoint import Source, open_checkpoint

@@ -1,8 +1,8 @@
-"""clipping: torch's norms of gradients, right where parameters are shards.
+"""grad_norm: torch's norms of gradients, correct where parameters are shards.
 
-``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm`` see a rank's tensors and know nothing of the other
-ranks. From the first ``parallelize`` on they count every element of the dense model once, and give all ranks
-the same bits. Tensors of other models are left to torch.
+``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm`` see a rank's tensors and know nothing of the other ranks. From
+the first ``parallelize`` on they count every element of the dense model once, and return the same bits on all ranks.
+For tensors of other models they do what torch does.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def patch_grad_norms() -> None:
     """Let torch's gradient norms count the elements of parallelized models once over the ranks.
 
     Raises:
-        AutoTPError: torch's functions are not as autotp knows them.
+        AutoTPError: torch's functions are not those that autotp knows.
     """
-    for function, ours in ((clip_grad._get_total_norm, _total_norm), (clip_grad.clip_grad_norm_, _clip)):
-        _exchange(function, ours)
+    for function, replacement in ((clip_grad._get_total_norm, _total_norm), (clip_grad.clip_grad_norm_, _clip)):
+        _replace(function, replacement)
 
 
-def _exchange(function: Any, ours: Callable[..., Any]) -> None:
-    """Exchange what one of torch's functions calls inside its ``no_grad`` wrapper.
+def _replace(function: Any, replacement: Callable[..., Any]) -> None:
+    """Replace the function inside the ``no_grad`` wrapper of one of torch's functions.
 
-    The wrapper stays: a script that has it from ``from torch.nn.utils import clip_grad_norm_`` means it too.
+    The wrapper stays, so that the replacement also runs where a script has imported the wrapper before.
     """
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     if "func" not in names:
@@ -47,15 +47,15 @@ def _exchange(function: Any, ours: Callable[..., Any]) -> None:
         )
     cell = function.__closure__[names.index("func")]
     if not isinstance(cell.cell_contents, functools.partial):
-        cell.cell_contents = functools.partial(ours, cell.cell_contents)
+        cell.cell_contents = functools.partial(replacement, cell.cell_contents)
 
 
-def _listed(tensors: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def _as_list(tensors: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
 def _clip(
-    torchs: Callable[..., torch.Tensor],
+    original: Callable[..., torch.Tensor],
     parameters: torch.Tensor | Iterable[torch.Tensor],
     max_norm: float,
     norm_type: float = 2.0,
@@ -64,92 +64,94 @@ def _clip(
 ) -> torch.Tensor:
     """torch's ``clip_grad_norm_``, after the ranks have compared which parameters have a gradient.
 
-    A rank without any gradient would not know that the others wait for it.
+    Without the comparison, a rank that has no gradient would not know that the others wait for it.
     """
-    given = parameters if isinstance(parameters, torch.Tensor) else list(parameters)
-    ids = {id(p) for p in _listed(given)}
+    parameters = parameters if isinstance(parameters, torch.Tensor) else list(parameters)
+    ids = {id(p) for p in _as_list(parameters)}
     for model in living():
-        mine = [(name, p, shards) for name, p, shards in model.placed() if id(p) in ids]
-        if any(shards for _, _, shards in mine):
-            there = {f"gradient of {name}": "None" if p.grad is None else "a tensor" for name, p, _ in mine}
+        clipped = [(name, p, shards) for name, p, shards in model.placed() if id(p) in ids]
+        if any(shards for _, _, shards in clipped):
+            gradients = {f"gradient of {name}": "None" if p.grad is None else "a tensor" for name, p, _ in clipped}
             settings = {"max_norm": str(float(max_norm)), "norm_type": str(float(norm_type))}
-            _compare(model, "clip_grad_norm_", settings | there)
-    return torchs(given, max_norm, norm_type, error_if_nonfinite, foreach)
+            _compare(model, "clip_grad_norm_", settings | gradients)
+    return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
-def _compare(model: Sharded, doing: str, what: Mapping[str, str]) -> None:
-    model.agreement.check(doing, stable_hash(str(what)), lambda: what)
+def _compare(model: Sharded, doing: str, details: Mapping[str, str]) -> None:
+    """Raise on all ranks unless the details are the same on them."""
+    model.agreement.check(doing, stable_hash(str(details)), lambda: details)
 
 
 def _total_norm(
-    torchs: Callable[..., torch.Tensor],
+    original: Callable[..., torch.Tensor],
     tensors: torch.Tensor | Iterable[torch.Tensor],
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> torch.Tensor:
-    """torch's ``get_total_norm`` over the dense tensors of which some given are shards.
+    """torch's ``get_total_norm``, in which each shard stands for its dense tensor.
 
-    Shards are parameters of parallelized models or their ``.grad``, or share memory with one. Each rank takes
-    torch's norm of the elements that no lower rank holds; the norms, and rank 0's of what is whole, are
-    gathered, and torch's norm of those is the result, from the same numbers on every rank.
+    Shards are parameters of parallelized models, their ``.grad``, or tensors that share memory with one of these. Each
+    rank takes torch's norm of the elements that no lower rank holds. These norms are gathered, with rank 0's norm of
+    the unsplit tensors. The result is torch's norm of the gathered norms, which are the same numbers on every rank.
     """
-    given, power = _listed(tensors), float(norm_type)
-    every = _by_model(given)
-    if not every:
-        return torchs(given, norm_type, error_if_nonfinite, foreach)
-    if any(is_a(t, DTENSOR) for t in given):
+    tensors, power = _as_list(tensors), float(norm_type)
+    by_model = _by_model(tensors)
+    if not by_model:
+        return original(tensors, norm_type, error_if_nonfinite, foreach)
+    if any(is_a(t, DTENSOR) for t in tensors):
         raise AutoTPError("one norm over DTensors and a parallelized model's shards: take a norm of each, and combine")
     if power == 0:
         raise AutoTPError("norm_type=0 counts tensors, and a shard is not one: use autotp.full_gradients")
-    dtype = functools.reduce(torch.promote_types, [t.dtype.to_real() for t in given])
+    device, dtype = tensors[0].device, functools.reduce(torch.promote_types, [t.dtype.to_real() for t in tensors])
 
-    def norm(parts: list[torch.Tensor]) -> torch.Tensor:
-        parts = [p for p in parts if p.numel()]  # torch knows no largest element of nothing
-        found = torchs(parts, power, False, foreach) if parts else torch.tensor(0.0 if power > 0 else math.inf)
-        return found.to(given[0].device, dtype)
+    def norm(operands: list[torch.Tensor]) -> torch.Tensor:
+        operands = [t for t in operands if t.numel()]  # torch has no largest element of an empty tensor
+        if not operands:
+            return torch.tensor(0.0 if power > 0 else math.inf).to(device, dtype)
+        return original(operands, power, False, foreach).to(device, dtype)
 
-    rest = set(range(len(given))) - {i for _, found in every for i, _, _ in found}
-    scalars: list[torch.Tensor] = []
-    for model, found in every:
-        _compare(model, "get_total_norm", {"norm_type": str(power), "tensors": str([n for _, n, _ in found])})
-        split = [_unshared(given[i], shards, model.mesh.rank) for i, _, shards in found if shards]
-        whole = [given[i] for i, _, shards in found if not shards] + [given[i] for i in sorted(rest)]
+    rest = set(range(len(tensors))) - {i for _, entries in by_model for i, _, _ in entries}
+    norms: list[torch.Tensor] = []
+    for model, entries in by_model:
+        _compare(model, "get_total_norm", {"norm_type": str(power), "tensors": str([n for _, n, _ in entries])})
+        split = [_owned(tensors[i], shards, model.mesh.rank) for i, _, shards in entries if shards]
+        unsplit = [tensors[i] for i, _, shards in entries if not shards] + [tensors[i] for i in sorted(rest)]
         rest = set()
-        pair = torch.stack([norm(split), norm(whole)])
+        pair = torch.stack([norm(split), norm(unsplit)])
         pairs = model.fabric.group("tp").all_gather(pair, [[2]] * model.mesh.tp)
-        scalars += [p[0] for p in pairs] + [pairs[0][1]]
-    return torchs(scalars, power, error_if_nonfinite, foreach)
+        norms += [p[0] for p in pairs] + [pairs[0][1]]
+    return original(norms, power, error_if_nonfinite, foreach)
 
 
-def _memory(t: torch.Tensor) -> Any:
-    """What ``p.grad`` and ``p.grad.detach()`` have in common."""
+def _memory_key(t: torch.Tensor) -> Any:
+    """A key that is equal for tensors with the same memory, such as ``p.grad`` and ``p.grad.detach()``."""
     plain = t.layout is torch.strided and not is_a(t, DTENSOR) and t.numel()
     return (t.data_ptr(), t.shape) if plain else id(t)
 
 
-def _by_model(given: list[torch.Tensor]) -> list[tuple[Any, list[tuple[int, str, Mapping[int, Shards]]]]]:
-    """Per parallelized model of which a shard is given: position, name and split dims of its tensors given."""
+def _by_model(tensors: list[torch.Tensor]) -> list[tuple[Any, list[tuple[int, str, Mapping[int, Shards]]]]]:
+    """The parallelized models with shards among the tensors, and the position, name and split dims of each tensor."""
     if not living():
         return []
     positions: dict[Any, list[int]] = {}
-    for i, t in enumerate(given):
-        positions.setdefault(_memory(t), []).append(i)
+    for i, t in enumerate(tensors):
+        positions.setdefault(_memory_key(t), []).append(i)
     result = []
     for model in living():
-        found = [
+        entries = [
             (i, name, shards)
             for name, p, shards in model.placed()
             for t in (p, p.grad)
             if t is not None
-            for i in positions.get(_memory(t), ())
+            for i in positions.get(_memory_key(t), ())
         ]
-        if any(shards for _, _, shards in found):
-            result.append((model, sorted(found, key=lambda each: each[0])))
+        if any(shards for _, _, shards in entries):
+            result.append((model, sorted(entries, key=lambda entry: entry[0])))
     return result
 
 
-def _unshared(local: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
+def _owned(local: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
     """The elements of a shard that no lower rank holds."""
     for dim, s in shards.items():
         if not s.disjoint:

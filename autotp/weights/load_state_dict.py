@@ -1,4 +1,4 @@
-"""loading: ``load_state_dict`` of a parallelized model takes dense tensors as well as local ones."""
+"""load_state_dict: let a parallelized model load dense tensors as well as shards."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from passes import Shards
 __all__ = ["accept_dense_state", "dense_shape"]
 
 Split = Callable[[str, torch.Tensor], Mapping[int, Shards]]
+"""Returns the split dims of a parameter or buffer, by any of its names and by what this rank holds of it."""
 
 
 def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
-    """Let the model, or whatever it is a part of, load dense state dicts: each tensor is cut to the rank's share.
+    """Let the model, and any module that contains it, load dense state dicts.
 
-    A tensor of the dense shape is cut, one of the local shape is taken as it is, and any other is an error
-    of ``load_state_dict`` that says both. Where all ranks hold the whole there is no difference.
+    A tensor of the dense shape is sharded, one of the shard's shape is taken as it is, and any other is an error of
+    ``load_state_dict`` that names both shapes. Unsplit tensors load as always.
 
     Args:
         model: the parallelized model.
-        shards: gives the split dims of a parameter or buffer by any of its names, and by what this rank holds of it.
+        shards: returns the split dims of a parameter or buffer.
         rank: this rank.
 
     Example:
@@ -34,11 +35,11 @@ def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
     for name, module in model.named_modules(remove_duplicate=False):
         path = f"{name}." if name else ""
         if any(p is not None and shards(path + n, p) for n, p in module._parameters.items()) or module._buffers:
-            module.register_load_state_dict_pre_hook(_Cut(path, shards, rank))
+            module.register_load_state_dict_pre_hook(_ShardState(path, shards, rank))
 
 
-class _Cut:
-    """The pre-hook of a module that holds shards, or may come to."""
+class _ShardState:
+    """The pre-hook of a module that holds shards, or may hold some later."""
 
     def __init__(self, path: str, shards: Split, rank: int) -> None:
         self.path, self.shards, self.rank = path, shards, rank
@@ -47,23 +48,23 @@ class _Cut:
         self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool,
         _missing: list[str], _unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        for name, held in (*module._parameters.items(), *module._buffers.items()):
-            given = state.get(prefix + name)
-            if not isinstance(given, torch.Tensor) or held is None or given.shape == held.shape:
-                continue  # what is no tensor is torch's to refuse
-            if not (shards := self.shards(self.path + name, held)):
+        for name, own in (*module._parameters.items(), *module._buffers.items()):
+            loaded = state.get(prefix + name)
+            if not isinstance(loaded, torch.Tensor) or own is None or loaded.shape == own.shape:
+                continue  # torch refuses values that are no tensors
+            if not (shards := self.shards(self.path + name, own)):
                 continue
-            dense = dense_shape(held.shape, shards)
-            if tuple(given.shape) == dense:
-                state[prefix + name] = local_part(given.detach(), shards, self.rank).clone()
+            dense = dense_shape(own.shape, shards)
+            if tuple(loaded.shape) == dense:
+                state[prefix + name] = local_part(loaded.detach(), shards, self.rank).clone()
                 continue
             errors.append(
-                f"size mismatch for {prefix}{name}: copying a param with shape {given.shape} from checkpoint, the "
-                f"shape in the dense model is {torch.Size(dense)}, this rank's share of it is {held.shape}."
+                f"size mismatch for {prefix}{name}: copying a param with shape {loaded.shape} from checkpoint, the "
+                f"shape in the dense model is {torch.Size(dense)}, this rank's shard of it is {own.shape}."
             )
-            state[prefix + name] = held  # torch would say it again, and know of the share only
+            state[prefix + name] = own  # else torch adds an error that names the shard's shape only
 
 
 def dense_shape(local: Sequence[int], shards: Mapping[int, Shards]) -> tuple[int, ...]:
-    """The shape of the dense tensor of which a rank holds a share of shape ``local``."""
+    """The shape of the dense tensor of which a rank holds a shard of shape ``local``."""
     return tuple(shards[d].size if d in shards else n for d, n in enumerate(local))

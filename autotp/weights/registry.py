@@ -1,4 +1,4 @@
-"""registry: the parallelized models that are alive, for what torch does to parameters without asking the model."""
+"""registry: the parallelized models that are alive, for torch functions that see parameters only, not their model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["Sharded", "latest", "living", "register"]
 
 
 class Sharded(Protocol):
-    """A parallelized model, as far as its parameters are concerned."""
+    """A parallelized model, as the functions on its parameters see it."""
 
     mesh: Mesh
     context: ProcessContext
     agreement: Agreement
 
     def placed(self) -> Iterable[tuple[str, nn.Parameter, Mapping[int, Shards]]]:
-        """Each parameter once: its name, itself, its split dims."""
+        """The name and split dims of each parameter, and the parameter; tied ones once."""
         ...
 
     def stepped(self) -> None:
-        """An optimizer is about to take a step on the parameters."""
+        """Note that an optimizer is about to take a step on the parameters."""
         ...
 
 
@@ -39,24 +39,26 @@ _numbers = itertools.count()
 
 
 def register(model: Sharded) -> None:
-    """Remember a model for as long as it lives."""
+    """Add a model, for as long as it lives."""
     _models[next(_numbers)] = model
 
 
 def living() -> list[Sharded]:
-    """The models in the order in which they were made, which is the same on every rank."""
+    """The models that are alive, in the order of their creation, which is the same on every rank."""
     return [model for _, model in sorted(_models.items())]
 
 
 @atexit.register
 def _release() -> None:
-    """Let process groups go while Python still runs: threads of theirs that return to an interpreter that has ended
-    abort the process."""
+    """Drop process groups while Python still runs.
+
+    Otherwise one of their threads may return to an interpreter that has ended, and that aborts the process.
+    """
     for model in living():
         model.agreement.release()
         model.context.release()
 
 
 def latest() -> int:
-    """A number that grows with every model; -1 where none is alive."""
+    """The number of the latest model that is alive; numbers grow, and -1 means that there is none."""
     return max(_models, default=-1)

@@ -1,4 +1,4 @@
-"""Weights and their shards: cutting the local part out, and putting parts together."""
+"""slicing: cut a rank's shard out of a tensor, and join shards."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ __all__ = ["local_part", "own_part", "shards_of", "unshard"]
 
 
 def shards_of(weight_layouts: Mapping[str, Layout], name: str) -> dict[int, Shards]:
-    """The split dims of a weight, by dim of the weight."""
+    """The split dims of a weight: for each the ranks' indices."""
     layout = weight_layouts.get(name)
     return layout.dims if layout is not None else {}
 
 
-def local_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
-    """The part of a whole tensor that ``rank`` holds (a view where its indices are one run)."""
+def local_part(tensor: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
+    """A rank's shard of a dense tensor (a view where its indices are one run)."""
     for dim, s in shards.items():
-        whole = ops.narrow(whole, dim, s.ranks[rank].runs)
-    return whole
+        tensor = ops.narrow(tensor, dim, s.ranks[rank].runs)
+    return tensor
 
 
 class _OwnPart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
-        ctx.shards, ctx.shape, ctx.group = shards, list(whole.shape), context.current().group("tp")
-        return local_part(whole, shards, rank).clone()
+    def forward(ctx: Any, tensor: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
+        ctx.shards, ctx.shape, ctx.group = shards, list(tensor.shape), context.current().group("tp")
+        return local_part(tensor, shards, rank).clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -41,23 +41,23 @@ class _OwnPart(torch.autograd.Function):
         return unshard(ctx.group.all_gather(gradient.contiguous(), shapes), ctx.shards), None, None
 
 
-def own_part(whole: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
-    """A copy of the part of a whole tensor that ``rank`` holds; in a backward all get the gradient of the whole."""
-    made: torch.Tensor = _OwnPart.apply(whole, shards, rank)
-    return made
+def own_part(tensor: torch.Tensor, shards: Mapping[int, Shards], rank: int) -> torch.Tensor:
+    """A copy of a rank's shard of a dense tensor; in the backward all ranks get the gradient of the dense tensor."""
+    shard: torch.Tensor = _OwnPart.apply(tensor, shards, rank)
+    return shard
 
 
-def unshard(parts: Sequence[torch.Tensor], shards: Mapping[int, Shards]) -> torch.Tensor:
-    """The whole tensor from all ranks' parts; of what several hold, the lowest rank's."""
+def unshard(tensors: Sequence[torch.Tensor], shards: Mapping[int, Shards]) -> torch.Tensor:
+    """The dense tensor from all ranks' shards of it; where several ranks hold an element, the lowest rank's counts."""
     if not shards:
-        return parts[0]
+        return tensors[0]
     ((dim, s),) = shards.items()
-    shape = list(parts[0].shape)
+    shape = list(tensors[0].shape)
     shape[dim] = s.size
-    whole = parts[0].new_empty(shape)
-    for rank in reversed(range(len(parts))):
+    dense = tensors[0].new_empty(shape)
+    for rank in reversed(range(len(tensors))):
         start = 0
         for a, b in s.ranks[rank].runs:
-            whole.narrow(dim, a, b - a).copy_(parts[rank].narrow(dim, start, b - a))
+            dense.narrow(dim, a, b - a).copy_(tensors[rank].narrow(dim, start, b - a))
             start += b - a
-    return whole
+    return dense

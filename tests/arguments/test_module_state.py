@@ -56,7 +56,7 @@ class TestOnProcesses:
             assert result["emptied"]
             assert result["local"] == result["still local"]
             assert set(result["local"].values()) == {CACHES["3 buffers 1"][rank]}
-            assert "this rank's share of it is" in result["wrong shape"]
+            assert "this rank's shard of it is" in result["wrong shape"]
             assert result["loaded"] < 1e-12
 
     def test_what_users_do_with_buffers(self, ran: Ran) -> None:

@@ -195,7 +195,7 @@ def test_any_part_in_any_pieces(piece: int, row: int, tmp_path: Path, monkeypatc
                     for dtype in (tensor.dtype, torch.float64):
                         wanted = local_part(tensor, shards, 0)
                         out = torch.full(wanted.shape, 7.0, dtype=dtype)
-                        reader.part(found[name], shards, 0, out)
+                        reader.read_shard(found[name], shards, 0, out)
                         assert torch.equal(out, wanted.to(dtype)), (source, name, dim)
             assert reader.buffer(0).untyped_storage().nbytes() <= max(piece, 8)
 
@@ -205,9 +205,9 @@ def test_any_part_in_any_pieces(piece: int, row: int, tmp_path: Path, monkeypatc
     [
         (b"nonsense and more", "neither a safetensors file nor one that torch.save"),
         ([1, 2], "holds a list, not a state dict"),
-        ({"model": {"weight": torch.ones(2)}, "epoch": 3}, "has what is no plain tensor: model, epoch"),
-        ({"conj": torch.ones(2, dtype=torch.complex64).conj()}, "has what is no plain tensor: conj"),
-        ({"sparse": torch.eye(3).to_sparse()}, "has what is no plain tensor: sparse"),
+        ({"model": {"weight": torch.ones(2)}, "epoch": 3}, "has entries that are no plain tensors: model, epoch"),
+        ({"conj": torch.ones(2, dtype=torch.complex64).conj()}, "has entries that are no plain tensors: conj"),
+        ({"sparse": torch.eye(3).to_sparse()}, "has entries that are no plain tensors: sparse"),
         ("packed", "was packed by something else than torch.save"),
         ("compressed", "it is compressed"),
         ("big", "in another order of bytes"),
