@@ -20,6 +20,7 @@ from autotp.program.sharded_program import ShardedProgram
 from passes import Layout, Reason, ops
 from passes.graphs import op_name
 from passes.ops.norms import norm_over_shards
+from passes.ops.registry import COLLECTIVES
 from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
 from passes.rules.contraction import MOVES
 
@@ -53,36 +54,35 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
     found = []
     needed = _needed(graph, "global")
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.target not in COLLECTIVES:
             continue
-        module = node.meta.get("module", "")
-        if node.target in (ops.all_reduce, ops.all_gather, ops.broadcast_from_first):
-            kind = "all_gather" if node.target is ops.all_gather else "all_reduce"
-            found.append(Collective(kind, "forward", node.name, module, *_elements(node.meta["global"]), node.args[-1]))
-        elif node.target is vocab_parallel_cross_entropy:
-            rows, itemsize = _elements(node.args[1].meta["global"])[0], node.args[0].meta["global"].element_size()
-            elements, group = (3 + bool(node.args[8])) * rows * tp, node.args[6]
-            found.append(Collective("all_gather", "forward", node.name, module, elements, max(itemsize, 4), group))
-        elif node.target is norm_over_shards:
-            elements, itemsize = _elements(node.meta["global"])
-            rows = elements // sum(node.args[4])
-            found.append(Collective("all_gather", "forward", node.name, module, 2 * rows * tp, itemsize, node.args[-1]))
-            if needed[node]:
-                found.append(Collective("all_reduce", "backward", node.name, module, 2 * rows, itemsize, node.args[-1]))
-        elif node.target in (ops.enter, ops.enter_overlapping):
-            entered = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
-            if not any(needed[v] for v in entered):
-                continue  # made of inputs that need no gradient: nothing to reduce
-            sizes = []
-            for value in entered:
-                elements, itemsize = _elements(value.meta["global"])
-                layout = value.meta.get("layout")
-                if value.op == "get_attr" and layout is not None and node.target is ops.enter:
-                    for _, s in layout.shards:
-                        elements = elements // s.size * max(s.counts)
-                sizes.append(elements)
-            found.append(Collective("all_reduce", "backward", node.name, module, sum(sizes), itemsize, node.args[-1]))
+        _, _, forward, backward, group = COLLECTIVES[node.target]
+        for kind, when in ((forward, "forward"), (backward if needed[node] else "", "backward")):
+            if kind:
+                size, module = _size(node, kind, tp), node.meta.get("module", "")
+                found.append(Collective(kind, when, node.name, module, *size, node.args[group]))
     return found
+
+
+def _size(node: fx.Node, kind: str, tp: int) -> tuple[int, int]:
+    """The number of elements that an op's collective of this kind communicates, and their bytes."""
+    if node.target is vocab_parallel_cross_entropy:
+        rows, itemsize = _elements(node.args[1].meta["global"])[0], node.args[0].meta["global"].element_size()
+        return (3 + bool(node.args[8])) * rows * tp, max(itemsize, 4)
+    if node.target is norm_over_shards:
+        elements, itemsize = _elements(node.meta["global"])
+        return 2 * (elements // sum(node.args[4])) * (tp if kind == "all_gather" else 1), itemsize
+    if node.target not in (ops.enter, ops.enter_overlapping):
+        return _elements(node.meta["global"])
+    total = 0
+    for value in node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],):
+        elements, itemsize = _elements(value.meta["global"])
+        layout = value.meta.get("layout")
+        if value.op == "get_attr" and layout is not None and node.target is ops.enter:
+            for _, s in layout.shards:
+                elements = elements // s.size * max(s.counts)
+        total += elements
+    return total, itemsize
 
 
 _STYLES = {

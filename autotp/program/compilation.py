@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from passes import Lowered
-from passes.lowering.local_values import COLLECTIVES
 from passes.ops import context
+from passes.ops.registry import COLLECTIVES
 
 __all__ = ["Region", "can_be_compiled", "can_repeat", "compile_graph"]
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from passes import Shards
 from passes.layouts.sharded_value import PerRank
+from passes.ops.registry import COLLECTIVES
 
 __all__ = ["graph_dot", "graph_text", "inputs_text", "lowered_text"]
 
@@ -148,7 +149,7 @@ def graph_dot(graph: fx.Graph, title: str) -> str:
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
-        collective = _target(node) in ("all_reduce", "all_gather", "enter", "enter_overlapping")
+        collective = node.target in COLLECTIVES and COLLECTIVES[node.target].moves
         colour = _COLOURS.get(node.meta.get("type", "I"), "white")
         label = f"{node.name}\\n{_target(node) if node.op == 'call_function' else node.op}\\n{_shape(node)}"
         lines.append(f'  "{node.name}" [label="{label}" fillcolor={colour}{" penwidth=3" if collective else ""}];')

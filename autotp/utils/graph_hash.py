@@ -15,11 +15,11 @@ from torch.fx.node import _format_arg
 
 from autotp.utils.hashing import checksum, stable_hash
 from passes import ops
+from passes.ops.registry import COLLECTIVES
 
 __all__ = ["graph_hash"]
 
-_ORDERED = (ops.all_reduce, ops.all_gather, ops.enter, ops.enter_overlapping, ops.broadcast_from_first, ops.random_same,
-            ops.random_per_rank)  # fmt: skip
+_ORDERED = {*(op for op, collective in COLLECTIVES.items() if collective.moves), ops.random_same, ops.random_per_rank}
 
 
 def graph_hash(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> int:

@@ -18,11 +18,9 @@ from torch import fx
 
 from passes import ops
 from passes.graphs import op_name
-from passes.ops.norms import norm_over_shards
-from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
+from passes.ops.registry import COLLECTIVES
 
 __all__ = [
-    "COLLECTIVES",
     "Local",
     "Size",
     "call",
@@ -168,11 +166,6 @@ def remove_dead_code(graph: fx.Graph) -> int:
     before = len(graph.nodes)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in COLLECTIVES)
     return before - len(graph.nodes)
-
-
-COLLECTIVES = {ops.all_reduce, ops.start_all_reduce, ops.wait, ops.all_gather, ops.broadcast_from_first, ops.enter,
-           ops.enter_overlapping, norm_over_shards, vocab_parallel_embedding, vocab_parallel_cross_entropy}  # fmt: skip
-"""What ranks meet in, forward or backward: all of them in one order."""
 
 
 _PLAIN: dict[Any, Any] = {

@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from passes import ops
-from passes.lowering.local_values import COLLECTIVES, call, local
+from passes.lowering.local_values import call, local
 from passes.lowering.merge import apart, joined
+from passes.ops.registry import COLLECTIVES
 
 __all__ = ["repeat"]
 

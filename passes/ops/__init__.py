@@ -35,6 +35,7 @@ from passes.ops.products import (
     row_parallel_matmul,
 )
 from passes.ops.random import random_per_rank, random_same
+from passes.ops.registry import COLLECTIVES
 from passes.ops.single_results import (
     OUTPUTS,
     flex_attention_logsumexp,
@@ -48,6 +49,7 @@ from passes.ops.single_results import (
 from passes.ops.vocabulary import cross_entropy_over, vocab_parallel_cross_entropy, vocab_parallel_embedding
 
 __all__ = [
+    "COLLECTIVES",
     "COLUMN_PARALLEL",
     "OUTPUTS",
     "ROW_PARALLEL",

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from passes.layouts.layout import IndexSet, Shards
 from passes.ops import collectives, context, norms, random, vocabulary
+from passes.ops.registry import COLLECTIVES
 
 __all__ = ["Traced", "traced"]
 
@@ -191,16 +192,16 @@ def norm_over_shards(
     return norms._Norm.apply(x, weight, bias, eps, tuple(counts), centered, group)
 
 
-_TRACED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
-    collectives.all_reduce: (all_reduce, 1),
-    collectives.all_gather: (all_gather, 2),
-    collectives.enter: (enter, 1),
-    collectives.broadcast_from_first: (broadcast_from_first, 1),
-    collectives.enter_overlapping: (enter_overlapping, 2),
-    vocabulary.vocab_parallel_cross_entropy: (cross_entropy, 6),
-    norms.norm_over_shards: (norm_over_shards, 6),
+_TRACEABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    collectives.all_reduce: all_reduce,
+    collectives.all_gather: all_gather,
+    collectives.enter: enter,
+    collectives.broadcast_from_first: broadcast_from_first,
+    collectives.enter_overlapping: enter_overlapping,
+    vocabulary.vocab_parallel_cross_entropy: cross_entropy,
+    norms.norm_over_shards: norm_over_shards,
 }
-"""For each op by which ranks meet the one that can be compiled, and which of its arguments names the group."""
+"""For each op by which ranks communicate, the op that can be compiled."""
 
 
 def traced(graphs: Sequence[fx.Graph], of: context.ParallelContext) -> bool:
@@ -219,9 +220,9 @@ def traced(graphs: Sequence[fx.Graph], of: context.ParallelContext) -> bool:
     if any(n.target in drawing or (n.target is collectives.all_gather and len(n.args[1]) > 1) for n in nodes):
         return False
     for node in nodes:
-        if node.target not in _TRACED:
+        if node.target not in _TRACEABLE:
             continue
-        target, at = _TRACED[node.target]
+        target, at = _TRACEABLE[node.target], COLLECTIVES[node.target].group
         group = of.group(node.args[at])
         key = (_BY_HOST if group.by_host else "") + context.register(of, node.args[at])
         given = list(node.args)
