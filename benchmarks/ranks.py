@@ -104,7 +104,7 @@ def _distance(expected: Any, found: Any) -> float:
 
 
 def alone(rank: int, tp: int) -> Any:
-    """A fabric in which a rank of ``tp`` meets nobody: each group's collectives run in a group of one process."""
+    """A rank's context, alone of ``tp``: each group's collectives run in a group of one process."""
     import torch
     import torch.distributed as dist
 

@@ -12,6 +12,7 @@ import torch
 
 from autotp.distributed.random_state import draw_from
 from passes.ops import context
+from passes.ops.context import use_context
 
 __all__ = ["lockstep"]
 
@@ -119,7 +120,7 @@ def lockstep(tp: int, world: World, work: Callable[[int], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            with context.use_context(_ThreadContext(rank, world)), torch.set_grad_enabled(grad):
+            with use_context(_ThreadContext(rank, world)), torch.set_grad_enabled(grad):
                 results[rank] = work(rank)
         except threading.BrokenBarrierError:
             pass

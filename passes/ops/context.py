@@ -1,8 +1,8 @@
-"""What a rewritten graph needs of the world it runs in: groups of ranks that communicate, by name.
+"""context: the groups of ranks and the random streams that a rewritten graph finds by name while it runs.
 
-The graph names a group (``"tp"``; ``"tp:0,1|2,3"`` for its division into replica groups) and the op
-asks the current :class:`ParallelContext` for the rank's :class:`Communicator`. Processes and the lockstep
-simulation are two fabrics; nothing in ``passes`` needs either.
+The graph names a group (``"tp"``; ``"tp:0,1|2,3"`` for its division into replica groups). The op asks the current
+:class:`ParallelContext` for this rank's :class:`Communicator` in it. Processes and the lockstep simulation are two such
+contexts; nothing in ``passes`` needs either.
 """
 
 from __future__ import annotations
@@ -33,75 +33,77 @@ class Communicator(Protocol):
     rank: int
     size: int
     by_host: bool
-    """Whether the host takes part in an exchange, so that no CUDA graph can hold it."""
+    """Whether the host takes part in a collective, so that no CUDA graph can contain it."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, all of one shape."""
         ...
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same, perhaps in the memory of ``tensor``."""
+        """The same sum, perhaps in the memory of ``tensor``."""
         ...
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin :meth:`all_reduce_`. What it returns waits for the sum, and gives it; until then this rank begins no
-        other collective of the group."""
+        """Begin :meth:`all_reduce_`, and return a function that waits for the sum and returns it.
+
+        Until that function was called, this rank begins no other collective of the group.
+        """
         ...
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """The ranks' tensors in rank order; ``shapes`` says what shape each has."""
+        """The ranks' tensors in rank order; ``shapes`` holds the shape of each."""
         ...
 
 
 class ParallelContext(Protocol):
-    """One rank's view of its world."""
+    """One rank's groups and random streams."""
 
     def group(self, name: str) -> Communicator:
-        """The communicator of the named group, or of this rank's part of a divided one."""
+        """The communicator of the named group; of a divided group, of this rank's part."""
         ...
 
     def random(self, same: bool, device: torch.device) -> AbstractContextManager[None]:
-        """A context whose random numbers are the same on all ranks, or this rank's own."""
+        """A context manager in which random numbers are the same on all ranks, or else this rank's own."""
         ...
 
 
 class _Current(threading.local):
-    fabric: ParallelContext | None = None
+    context: ParallelContext | None = None
 
 
 _current = _Current()
 
 
 def current() -> ParallelContext:
-    """The fabric that this thread runs in.
+    """The context that this thread runs in.
 
     Raises:
-        RuntimeError: there is none; the graph was called outside of its runtime.
+        RuntimeError: there is none, because the graph was called outside of its runtime.
     """
-    if _current.fabric is None:
+    if _current.context is None:
         raise RuntimeError(
             "a rewritten graph runs inside its model: call the model that autotp.parallelize or "
-            "autotp.simulate returned, or wrap the call in passes.ops.context.use_context(fabric)"
+            "autotp.simulate returned, or wrap the call in passes.ops.context.use_context(context)"
         )
-    return _current.fabric
+    return _current.context
 
 
 class use_context:  # noqa: N801
-    """Run with ``fabric`` as the current one (written as a class: a generator takes a microsecond of each call).
+    """Run with ``context`` as the current one (written as a class: a generator takes a microsecond of each call).
 
     Example:
-        >>> with use(fabric):
+        >>> with use_context(context):
         ...     results = graph(*inputs)
     """
 
-    def __init__(self, fabric: ParallelContext) -> None:
-        self._fabric = fabric
+    def __init__(self, context: ParallelContext) -> None:
+        self._context = context
 
     def __enter__(self) -> None:
-        self._before, _current.fabric = _current.fabric, self._fabric
+        self._before, _current.context = _current.context, self._context
 
     def __exit__(self, *_: object) -> None:
-        _current.fabric = self._before
+        _current.context = self._before
 
 
 def replica_group(name: str, parts: Sequence[Sequence[int]]) -> str:
@@ -114,23 +116,23 @@ def replica_group(name: str, parts: Sequence[Sequence[int]]) -> str:
 
 
 def parse_group(name: str) -> tuple[str, list[list[int]]]:
-    """The parent group and the parts of a name that :func:`replica_group` made (no parts: undivided)."""
+    """The parent group and the parts of a name that :func:`replica_group` made; no parts if it is not divided."""
     parent, _, parts = name.partition(":")
     return parent, [[int(r) for r in part.split(",")] for part in parts.split("|")] if parts else []
 
 
-_fabrics: weakref.WeakValueDictionary[int, ParallelContext] = weakref.WeakValueDictionary()
+_contexts: weakref.WeakValueDictionary[int, ParallelContext] = weakref.WeakValueDictionary()
 
 
-def register(fabric: ParallelContext, name: str) -> str:
-    """A key for a group of a fabric that says in any thread which one is meant (:func:`registered`)."""
-    number = next((n for n, f in _fabrics.items() if f is fabric), len(_fabrics))
-    while _fabrics.setdefault(number, fabric) is not fabric:
+def register(context: ParallelContext, name: str) -> str:
+    """A key by which any thread finds the named group of a context (:func:`registered`)."""
+    number = next((n for n, c in _contexts.items() if c is context), len(_contexts))
+    while _contexts.setdefault(number, context) is not context:
         number += 1
     return f"{number}/{name}"
 
 
 def registered(key: str) -> Communicator:
-    """The communicator of a group by its key."""
+    """The communicator of a group, by the key that :func:`register` gave it."""
     number, _, name = key.partition("/")
-    return _fabrics[int(number)].group(name)
+    return _contexts[int(number)].group(name)

@@ -1,8 +1,8 @@
 """traced: how ranks meet in a program that is compiled: through ops that a compiler sees and leaves as they are.
 
-A compiler cannot look into a process group, nor ask a thread which fabric it runs in. So each exchange is an op of
+A compiler cannot look into a process group, nor ask a thread which context it runs in. So each exchange is an op of
 torch's library, with the shapes of its result, and names its group by a key that is the same in all threads: the
-number of a fabric and the group's name in it (:func:`passes.ops.context.register`).
+number of a context and the group's name in it (:func:`passes.ops.context.register`).
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def traced(graphs: Sequence[fx.Graph], of: context.ParallelContext) -> bool:
 
     Args:
         graphs: a rank's graph, and those that it calls; changed in place.
-        of: the fabric in which they will run.
+        of: the context in which they will run.
 
     Returns:
         Whether they can be compiled: not, and nothing is changed, if they draw random numbers, which ranks draw alike

@@ -17,7 +17,7 @@ from autotp.distributed.process_context import ProcessContext
 from autotp.distributed.shared_memory import SharedMemory
 from autotp.verification.measure import relative_error
 from passes import ops
-from passes.ops import context
+from passes.ops.context import use_context
 from tests.comparison import apart, backward, gradients_apart, outputs, raised, same, scaled
 from tests.models import IDS, MLP, Grouped, Scaled, SmallGPT, TutorialAttention, small_gpt
 
@@ -202,7 +202,7 @@ def random_state(rank: int, world: int) -> Result:
     found["outputs agree"] = all(whole) and len(set(drops)) == 20
     found["whole parameters agree"] = all(same(p.data) for _, p, shards in runtime.placed() if not shards)
     found["shards differ"] = not same(model.second[0].weight.data)
-    with context.use_context(runtime.context):
+    with use_context(runtime.context):
         own = ops.random_per_rank(torch.nn.functional.dropout, torch.ones(1000), 0.5)
         shared = ops.random_same(torch.nn.functional.dropout, torch.ones(1000), 0.5)
     found["own"], found["shared"] = same(own), same(shared)

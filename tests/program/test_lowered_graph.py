@@ -28,8 +28,7 @@ from autotp.verification.simulation import Simulation
 from autotp.weights.slicing import local_part, shards_of
 from passes import Lowering, localize
 from passes.lowering.cache_in_place import grown
-from passes.ops import context
-from tests.comparison import backward, outputs
+from passes.ops.context import use_context
 from tests.models import make
 
 NAMES = ("gpt", "gpt2", "llama", "neox", "bloom", "bert")
@@ -182,9 +181,9 @@ def test_sums_run_beside_what_does_not_need_them() -> None:
 
     def logged(lowering: Lowering) -> tuple[_Log, _Log]:
         graph = RankGraph(programs.last, 0, model)
-        with Float64(), context.use_context(forward := _Log()), forward, torch.no_grad():
+        with Float64(), use_context(forward := _Log()), forward, torch.no_grad():
             graph.execute(lowering, given)
-        with Float64(), context.use_context(backward := _Log()):
+        with Float64(), use_context(backward := _Log()):
             results = graph.execute(lowering, given)
             backward.seen.clear()
             with backward:

@@ -26,7 +26,7 @@ class TestChangesAfterParallelize:
             wrong = result["wrong state"]
             assert wrong.startswith("RuntimeError: Error(s) in loading state_dict for Scaled")
             assert wrong.count("size mismatch") == 1
-            assert "dense model is torch.Size([128, 64]), this rank's share of it is torch.Size([64, 64])" in wrong
+            assert "dense model is torch.Size([128, 64]), this rank's shard of it is torch.Size([64, 64])" in wrong
             assert "Missing key(s)" in result["missing keys"]
 
     def test_loading_keeps_shares(self, states: Ran) -> None:

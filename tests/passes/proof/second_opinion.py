@@ -47,6 +47,7 @@ from passes import ops
 from passes.layouts.sharded_value import GROUP, PerRank
 from passes.ops import collectives as parallel
 from passes.ops import context, norms, vocabulary
+from passes.ops.context import use_context
 
 __all__ = ["refusal"]
 
@@ -167,7 +168,7 @@ def checking(tp: int, axes: Axes) -> Iterator[None]:
     with ExitStack() as stack:
         for function, rule in RULES.items():
             stack.enter_context(mock.patch.object(function, "spmd_typecheck", staticmethod(rule), create=True))
-        for manager in (context.use_context(Alone(tp, axes)), spmd.set_current_mesh(axes.mesh()), typecheck("strict")):
+        for manager in (use_context(Alone(tp, axes)), spmd.set_current_mesh(axes.mesh()), typecheck("strict")):
             stack.enter_context(manager)
         yield
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from passes import ops
-from passes.ops import context
+from passes.ops.context import use_context
 from passes.ops.single_results import OUTPUTS
 from tests.passes.harness import captured_of, check, randn, scrambled
 
@@ -279,7 +279,7 @@ class _Alone:
 
 def test_what_no_gradient_reaches_has_none_also_where_it_enters_with_others() -> None:
     read, unread, other = (torch.ones(3, requires_grad=True) for _ in range(3))
-    with context.use_context(_Alone()):  # type: ignore[arg-type]
+    with use_context(_Alone()):  # type: ignore[arg-type]
         first, _, third = ops.enter((read, unread, other), "tp")
         (first * 2 + third * 3).sum().backward()
     assert read.grad.tolist() == [2.0] * 3
