@@ -173,13 +173,11 @@ def enter_overlapping(x: torch.Tensor, places: Any, key: str, rank: int, size: i
 
 
 def cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, start: int, classes: int, reduction: int, ignore_index: int,
-    key: str, rank: int, size: int, weight: torch.Tensor | None = None, label_smoothing: float = 0.0,
-) -> torch.Tensor:  # fmt: skip
+    logits: torch.Tensor, target: torch.Tensor, options: Any, key: str, rank: int, size: int, weight: Any
+) -> torch.Tensor:
     """:func:`passes.ops.vocabulary.vocab_parallel_cross_entropy`."""
     group = Traced(key, rank, size)
-    given = (logits, target, start, classes, reduction, ignore_index)
-    return vocabulary.cross_entropy_over(*given, group, weight, label_smoothing)
+    return vocabulary.cross_entropy_over(logits, target, vocabulary.LossOptions(*options), group, weight)
 
 
 def norm_over_shards(
@@ -225,8 +223,11 @@ def traced(graphs: Sequence[fx.Graph], of: context.ParallelContext) -> bool:
         target, at = _TRACEABLE[node.target], COLLECTIVES[node.target].group
         group = of.group(node.args[at])
         key = (_BY_HOST if group.by_host else "") + context.register(of, node.args[at])
-        given = list(node.args)
+        before, after = list(node.args[:at]), node.args[at + 1 :]
         if node.target is collectives.all_gather:
-            given[1] = _how(given[1], group.rank)
-        node.target, node.args = target, (*given[:at], key, group.rank, group.size, *given[at + 1 :])
+            before[1] = _how(before[1], group.rank)
+        elif node.target is vocabulary.vocab_parallel_cross_entropy:
+            weight, label_smoothing = after
+            before[2:], after = [(*before[2:], label_smoothing)], (weight,)
+        node.target, node.args = target, (*before, key, group.rank, group.size, *after)
     return True

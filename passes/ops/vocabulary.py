@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from passes.ops import context
 
-__all__ = ["cross_entropy_over", "vocab_parallel_cross_entropy", "vocab_parallel_embedding"]
+__all__ = ["LossOptions", "cross_entropy_over", "vocab_parallel_cross_entropy", "vocab_parallel_embedding"]
 
 
 def _check_range(inside: torch.Tensor, message: str) -> None:
@@ -126,22 +126,29 @@ def vocab_parallel_cross_entropy(
     Raises:
         IndexError: a target is no class (on a CPU; on other devices their assertion fails).
     """
-    own = context.current().group(group)
-    return cross_entropy_over(logits, target, start, classes, reduction, ignore_index, own, weight, label_smoothing)
+    options = LossOptions(start, classes, reduction, ignore_index, label_smoothing)
+    return cross_entropy_over(logits, target, options, context.current().group(group), weight)
+
+
+class LossOptions(NamedTuple):
+    """The numbers that :func:`vocab_parallel_cross_entropy` takes."""
+
+    start: int
+    classes: int
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
 
 
 def cross_entropy_over(
     logits: torch.Tensor,
     target: torch.Tensor,
-    start: int,
-    classes: int,
-    reduction: int,
-    ignore_index: int,
+    options: LossOptions,
     group: context.Communicator,
     weight: torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """:func:`vocab_parallel_cross_entropy` among the ranks of a given group."""
+    """:func:`vocab_parallel_cross_entropy` among the ranks of a communicator."""
+    start, classes, reduction, ignore_index, label_smoothing = options
     ignored = target == ignore_index
     inside = ((target >= 0) & (target < classes)) | ignored
     _check_range(inside, f"target is out of bounds: it must be at least 0 and less than {classes}, or {ignore_index}")
