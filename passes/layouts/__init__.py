@@ -1,6 +1,6 @@
-"""Which indices of a value each rank holds, and the labels that layouts are found by.
+"""layouts: which indices of a value each rank holds, and the labels from which planning derives layouts.
 
-The data structures of all passes are changed here. They are values: nothing here knows an op or walks a graph.
+These are the data structures that all passes share. They are values: nothing here knows an op or walks a graph.
 """
 
 from passes.layouts.axes import Axes, Size

@@ -1,10 +1,10 @@
-"""Axes: the factors that a value's dims are made of.
+"""axes: the factors that a value's dims are made of.
 
-A view does not move data, it only regroups factors: ``(B, S, H*D) -> (B, S, H, D)`` splits one
-factor, ``(B, H, S, D) -> (B*H, S, D)`` groups two. So each dim of a value is kept as a tuple of
-:class:`Size` factors, outermost first, and a dim of size one as the empty tuple. A factor, counted
-over all the dims of a value, is a *virtual dim*; labels and layouts are stated on virtual dims, and
-so a batch dim that is symbolic and heads that are split may well share one dim.
+A view moves no data, it only regroups factors: ``(B, S, H*D) -> (B, S, H, D)`` splits one
+factor, ``(B, H, S, D) -> (B*H, S, D)`` groups two. So each dim of a value is a tuple of
+:class:`Size` factors, outermost first; a dim of size one is the empty tuple. A factor, counted
+over all the dims of a value, is a *virtual dim*. Labels and layouts are stated on virtual dims, so
+one dim may contain both a symbolic batch and split heads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Size:
         return Size(self.number * other.number, tuple(sorted(self.symbols + other.symbols)))
 
     def over(self, other: Size) -> Size | None:
-        """This size divided by ``other``, or None where that is not a size."""
+        """This size divided by ``other``; None if the quotient is not a size."""
         if other.number == 0 or self.number % other.number:
             return None
         rest = list(self.symbols)
@@ -62,7 +62,7 @@ Axes = tuple[Dim, ...]
 
 
 @lru_cache(maxsize=4096)
-def _of_expression(expression: sympy.Expr) -> Size:
+def _size_of_expression(expression: sympy.Expr) -> Size:
     if expression.is_Integer:
         return Size(int(expression))
     number, symbols = 1, []
@@ -80,20 +80,20 @@ def _of_expression(expression: sympy.Expr) -> Size:
 
 
 _KNOWN: WeakKeyDictionary[Any, dict[sympy.Expr, Size]] = WeakKeyDictionary()
-"""By torch's shape environment, which a finished capture does not change: the sizes that expressions have."""
+"""The sizes of expressions, by torch's shape environment, which a finished capture does not change."""
 
 
-def _guarded(environment: Any) -> dict[sympy.Expr, Size]:
-    """The expressions of which guards of a capture say that they are some number, each with the others put in."""
+def _guarded_sizes(environment: Any) -> dict[sympy.Expr, Size]:
+    """The expressions that a capture's guards equate to an integer, also once these integers are put in."""
     equal = [g.expr.args for g in environment.guards if isinstance(g.expr, sympy.Eq)]
     equal = [(left, right) for left, right in equal if right.is_Integer and right > 0]
     known: dict[sympy.Expr, sympy.Expr] = {}
     while True:  # blocks // n = 512 and n = 1: then blocks = 512
-        found = {left.xreplace({e: n for e, n in known.items() if e != left}): right for left, right in equal}
-        found = {left: right for left, right in found.items() if not left.is_number and left not in known}
-        if not found:
+        new = {left.xreplace({e: n for e, n in known.items() if e != left}): right for left, right in equal}
+        new = {left: right for left, right in new.items() if not left.is_number and left not in known}
+        if not new:
             return {e: Size(int(n)) for e, n in known.items()}
-        known |= found
+        known |= new
 
 
 def size_of(size: int | torch.SymInt) -> Size:
@@ -101,16 +101,17 @@ def size_of(size: int | torch.SymInt) -> Size:
     if not isinstance(size, torch.SymInt):
         return Size(int(size))
     expression, environment = size.node.expr, size.node.shape_env
-    found = _of_expression(expression)
-    if all(x.isidentifier() for x in found.symbols):
-        return found
+    result = _size_of_expression(expression)
+    if all(x.isidentifier() for x in result.symbols):
+        return result
     if environment not in _KNOWN:
-        _KNOWN[environment] = _guarded(environment)
+        _KNOWN[environment] = _guarded_sizes(environment)
     known = _KNOWN[environment]
-    if expression not in known:  # such as max(1, s), of s that is two at least, or one more than what is known
-        found = _of_expression(expression.xreplace({e: sympy.Integer(n.number) for e, n in known.items() if n.static}))
+    if expression not in known:  # such as max(1, s) where s is at least two, or n + 1 where n is known
+        integers = {e: sympy.Integer(n.number) for e, n in known.items() if n.static}
+        result = _size_of_expression(expression.xreplace(integers))
         bounds = environment.bound_sympy(expression)
-        known[expression] = Size(int(bounds.lower)) if bounds.lower == bounds.upper else found
+        known[expression] = Size(int(bounds.lower)) if bounds.lower == bounds.upper else result
     return known[expression]
 
 
@@ -131,7 +132,7 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 def common_refinement(first: Dim, second: Dim) -> Dim | None:
-    """The coarsest factors of which both dims' factors are products, or None.
+    """The coarsest factors into which both dims' factors split; None if there are none.
 
     >>> four, three, twelve = Size(4), Size(3), Size(12)
     >>> common_refinement((twelve,), (four, three)) == (four, three)
@@ -161,8 +162,8 @@ def view_axes(axes: Axes, shape: Sequence[Size]) -> tuple[Axes, Axes] | None:
         shape: the output's sizes.
 
     Returns:
-        The refined input axes (same dims, factors split where the view splits them) and the output
-        axes, whose factors in order are the same; None where the view cuts across factors.
+        The refined input axes (same dims, factors split where the view splits them) and the output axes
+        (the same factors in order); None if the view cuts across factors.
     """
     factors = [(dim, size) for dim, sizes in enumerate(axes) for size in sizes]
     refined: list[list[Size]] = [[] for _ in axes]
@@ -174,14 +175,14 @@ def view_axes(axes: Axes, shape: Sequence[Size]) -> tuple[Axes, Axes] | None:
                 return None
             dim, size = factors.pop(0)
             if (rest := target.over(size)) is not None:
-                taken, target = size, rest
+                factor, target = size, rest
             elif (rest := size.over(target)) is not None:
-                taken, target = target, Size(1)
+                factor, target = target, Size(1)
                 factors.insert(0, (dim, rest))
             else:
                 return None
-            group.append(taken)
-            refined[dim].append(taken)
+            group.append(factor)
+            refined[dim].append(factor)
         out.append(tuple(group))
     if factors:
         return None

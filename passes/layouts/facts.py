@@ -1,4 +1,4 @@
-"""facts: what propagation finds out about a captured graph."""
+"""facts: the results of propagation over a captured graph."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Facts"]
 
 @dataclass
 class Facts:
-    """What propagation finds out about a graph.
+    """The results of propagation over a graph.
 
     Attributes:
-        units: labels, what unites them and which serve which.
+        units: the labels, and how they are united and serve each other.
         values: the labelled value of every tensor node.
-        alignments: per node, the correspondence its rule worked out (rules may keep other things here).
-        pending: per node, the labels over which its result is a pending sum if they are split.
-        exchanged: per node, the labels for which, if they are split, ranks exchange a few numbers a row.
-        picked: per node, the labels of which it takes one: if they are split, every rank needs another's.
-        wanted_whole: per node, the operands that it needs whole.
+        alignments: per node, how its operands' dims correspond (some rules keep other notes here).
+        pending: per node, the labels that make its result a partial sum if they are split.
+        exchanged: per node, the labels that, if they are split, make ranks exchange a few numbers a row.
+        picked: per node, the labels from which it selects one; if they are split, other ranks need it too.
+        wanted_whole: per node, the operands that it needs replicated.
         work: per node, its floating-point operations (a size) and the labels that divide them.
-        reasons: per label, why nothing can be split along it (the node that mixes it).
+        mixed: per node, the labels that it unites because it mixes their indices.
     """
 
     units: Units = field(default_factory=Units)
@@ -47,13 +47,13 @@ class Facts:
         return self.units.unite_along(factor, factor.dims if dims is None else dims)
 
     def opaque(self, node: fx.Node, operands: Sequence[fx.Node]) -> None:
-        """Record that ``node`` needs these operands whole."""
+        """Record that ``node`` needs these operands replicated."""
         self.wanted_whole.setdefault(node, []).extend(operands)
 
 
 def without(node: fx.Node, value: Value, dims: Iterable[int], facts: Facts) -> Value:
-    """A value with no labels on ``dims``, which ``node`` mixes."""
+    """The value without labels on ``dims``, because ``node`` mixes them."""
     inside = {v for d in dims for v in value.virtual(d)}
-    touched = [[v for v in f.dims if v in inside] for f in value.factors]
-    kept = [facts.mix(node, f, own) if own else f for f, own in zip(value.factors, touched, strict=True)]
-    return Value(value.axes, tuple(f for f in kept if f is not None))
+    mixed = [[v for v in f.dims if v in inside] for f in value.factors]
+    factors = [facts.mix(node, f, own) if own else f for f, own in zip(value.factors, mixed, strict=True)]
+    return Value(value.axes, tuple(f for f in factors if f is not None))

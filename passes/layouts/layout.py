@@ -1,7 +1,7 @@
-"""Layouts: which indices of each dim every rank holds.
+"""layout: which indices of each dim every rank holds.
 
-A layout is an exact statement. For each dim that is split it gives, per rank, the sorted set of
-global indices that rank holds; every other dim is whole. With ``I_r`` for the set of rank ``r``,
+A layout is an exact statement. For each split dim it gives, per rank, the sorted set of global
+indices that the rank holds; of every other dim each rank holds all. With ``I_r`` for the set of rank ``r``,
 
     local_r = global[np.ix_(I_r^0, I_r^1, ...)]
 
@@ -32,7 +32,7 @@ class IndexSet:
 
     @staticmethod
     def of(indices: Iterable[int] | np.ndarray) -> IndexSet:
-        """The set of the given indices, in any order, repeats allowed."""
+        """The set of these indices, which may come in any order and repeat."""
         if not isinstance(indices, np.ndarray):
             indices = np.fromiter(indices, dtype=np.int64)
         values = np.unique(indices)
@@ -59,15 +59,15 @@ class IndexSet:
         return sum(b - a for a, b in self.runs)
 
     def positions(self, subset: IndexSet) -> IndexSet:
-        """Where the members of ``subset``, all members of this set, stand in this set's order.
+        """The positions of ``subset``'s members in this set's order.
 
         Raises:
             ValueError: ``subset`` has an index that this set lacks.
         """
-        found = np.searchsorted(self.indices, subset.indices)
-        if found.size and (found.max() >= len(self) or not np.array_equal(self.indices[found], subset.indices)):
+        result = np.searchsorted(self.indices, subset.indices)
+        if result.size and (result.max() >= len(self) or not np.array_equal(self.indices[result], subset.indices)):
             raise ValueError(f"{subset} is not a subset of {self}")
-        return IndexSet.of(found)
+        return IndexSet.of(result)
 
     def __str__(self) -> str:
         return ",".join(f"{a}:{b}" for a, b in self.runs) or "-"
@@ -100,17 +100,17 @@ class Shards:
 
     @cached_property
     def owned(self) -> Shards:
-        """The same dim with every index left only to the lowest rank that holds it."""
-        taken = np.zeros(self.size, dtype=bool)
+        """The same dim, each index only on the lowest rank that holds it."""
+        seen = np.zeros(self.size, dtype=bool)
         sets = []
         for s in self.ranks:
-            mine = s.indices[~taken[s.indices]]
-            taken[mine] = True
-            sets.append(IndexSet.of(mine))
+            new = s.indices[~seen[s.indices]]
+            seen[new] = True
+            sets.append(IndexSet.of(new))
         return Shards(self.size, tuple(sets))
 
     def contains(self, other: Shards) -> bool:
-        """Whether each rank of ``other`` holds a subset of what it holds here."""
+        """Whether each rank's set in ``other`` is a subset of its set here."""
         return self.size == other.size and all(
             np.isin(b.indices, a.indices, assume_unique=True).all()
             for a, b in zip(self.ranks, other.ranks, strict=True)
@@ -118,7 +118,7 @@ class Shards:
 
     @cached_property
     def replicas(self) -> tuple[tuple[int, ...], ...] | None:
-        """The ranks grouped by equal sets, if the sets of different groups are disjoint; else None."""
+        """The ranks grouped by equal sets; None if two groups' sets overlap."""
         groups: dict[IndexSet, list[int]] = {}
         for rank, s in enumerate(self.ranks):
             groups.setdefault(s, []).append(rank)
@@ -132,10 +132,11 @@ class Shards:
 
 @dataclass(frozen=True)
 class Layout:
-    """The split dims of a value, by dim; no dim: the value is whole on every rank.
+    """A value's split dims; a value with none is replicated.
 
-    ``shards`` holds ``(dim, Shards)`` pairs in dim order. Whether a value is a pending sum is not
-    part of the layout but of its type (see :mod:`passes.shard`): a pending sum is always whole.
+    ``shards`` holds ``(dim, Shards)`` pairs in dim order. Whether a value is a partial sum is not
+    part of the layout but of its type (:class:`passes.layouts.sharded_value.ShardedValue`): no dim of a
+    partial sum is split.
     """
 
     shards: tuple[tuple[int, Shards], ...] = ()
@@ -156,7 +157,7 @@ class Layout:
         return dict(self.shards)
 
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """The shape that ``rank`` holds of a value of the given global shape."""
+        """The shape of ``rank``'s shard of a value with this global shape."""
         local = list(shape)
         for dim, shards in self.shards:
             local[dim] = len(shards.ranks[rank])

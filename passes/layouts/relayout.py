@@ -29,7 +29,7 @@ def on_virtual(layout: Layout, axes: Axes) -> Layout:
 
 
 def flattened(sizes: Sequence[Size], shards: Sequence[Shards | None], tp: int) -> Shards | None:
-    """The index sets on the product of static factors from those on each (None: whole)."""
+    """The index sets on the product of static factors, from those on each factor (None: it is not split)."""
     if all(s is None for s in shards):
         return None
     sets = []
@@ -43,9 +43,9 @@ def flattened(sizes: Sequence[Size], shards: Sequence[Shards | None], tp: int) -
 
 
 def unflattened(shards: Shards, sizes: Sequence[Size], tp: int) -> list[Shards | None] | None:
-    """The index sets on each factor from those on the product; None where they are no product."""
+    """The index sets on each factor, from those on the product; None if these are no product of sets."""
     shape = [s.number for s in sizes]
-    found: list[list[IndexSet]] = [[] for _ in sizes]
+    by_factor: list[list[IndexSet]] = [[] for _ in sizes]
     for rank in range(tp):
         mask = np.zeros(shards.size, dtype=bool)
         mask[shards.ranks[rank].indices] = True
@@ -54,23 +54,23 @@ def unflattened(shards: Shards, sizes: Sequence[Size], tp: int) -> list[Shards |
         if int(np.prod([len(s) for s in sets])) != mask.sum():
             return None
         for i, s in enumerate(sets):
-            found[i].append(IndexSet.of(s))
+            by_factor[i].append(IndexSet.of(s))
     return [
-        None if all(len(s) == size.number for s in each) else Shards(size.number, tuple(each))
-        for each, size in zip(found, sizes, strict=True)
+        None if all(len(s) == size.number for s in ranks) else Shards(size.number, tuple(ranks))
+        for ranks, size in zip(by_factor, sizes, strict=True)
     ]
 
 
-@lru_cache(maxsize=4096)  # layers that repeat ask the same
+@lru_cache(maxsize=4096)  # repeated layers ask the same
 def relayout(layout: Layout, axes: Axes, other: Axes, tp: int) -> Layout | None:
-    """The same layout stated on other factors of the same dims; None where it cannot be."""
+    """The same layout stated on other factors of the same dims; None if they cannot express it."""
     if axes == other or layout.whole:
         return layout
     dims = layout.dims
     out: dict[int, Shards | None] = {}
     a = b = 0
     for mine, theirs in zip(axes, other, strict=True):
-        if len(mine) == len(theirs) == 1:  # one size, if in other words
+        if len(mine) == len(theirs) == 1:  # the same size, perhaps written differently
             out[b] = dims.get(a)
             a, b = a + 1, b + 1
             continue

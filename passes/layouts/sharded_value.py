@@ -1,4 +1,4 @@
-"""Where a captured value stands in a rewritten graph, and what of that differs between ranks."""
+"""sharded_value: a captured value in the rewritten graph, and constants that differ between ranks."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class PerRank:
 
     @staticmethod
     def of(values: Sequence[Any]) -> Any:
-        """The one value if all ranks have the same, else a PerRank."""
+        """The value itself if all ranks have the same, else a PerRank."""
         return values[0] if all(v == values[0] for v in values) else PerRank(tuple(values))
 
 
 @dataclass
 class ShardedValue:
-    """Where a captured value stands in the rewritten graph.
+    """A captured value's node in the rewritten graph, and its layout there.
 
     Attributes:
         node: the rewritten node.
         layout: its layout on the value's own virtual dims.
-        pending: whether it is a pending sum; then it is whole.
-        addend: for a pending sum, a whole node to add once after the reduction.
+        pending: whether it is a partial sum; then no dim is split.
+        addend: for a partial sum, a replicated node to add once after the reduction.
     """
 
     node: fx.Node
@@ -46,5 +46,5 @@ class ShardedValue:
 
 
 def varies(node: fx.Node) -> bool:
-    """Whether a rewritten value is whole on every rank and its gradient is the sum of the ranks'."""
+    """Whether a rewritten value is replicated, and its gradient is a partial sum (type R)."""
     return node.meta.get("state") == "split" and node.meta["layout"].whole

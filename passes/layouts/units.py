@@ -1,16 +1,16 @@
-"""Units: the indices that must stay together, found by union-find over labels.
+"""units: the indices that must stay together, found by union-find over labels.
 
 Every index of every static dim carries a *label*. Ops unite labels: the label of row 7 of an
 ``up_proj`` is also that of neuron 7 of its output, of the activation, and of column 7 of
-``down_proj``. An op that mixes indices (softmax over a dim, a product over head features) unites all
-that it mixes. What ends up united is a *unit*: one head with all its rows of q, k and v, one neuron,
+``down_proj``. An op that mixes indices (softmax over a dim, a product over head features) unites
+their labels. A set of united labels is a *unit*: one head with all its rows of q, k and v, one neuron,
 one word of the vocabulary. A *class* is the set of units that share a dim.
 
-Where one index serves several (a key-value head and the query heads that read it, a norm weight and
-all the heads it scales) the labels are not united; the source only *serves* the users, and so must be
-on every rank that holds one of them. That is how replicated key-value heads arise.
+Where several indices read one (query heads a key-value head, all heads a norm weight), the labels are
+not united. The source only *serves* its users: it must be on every rank that holds one of them. That is
+how replicated key-value heads arise.
 
-Labels of one value are kept in :class:`Factor` arrays over virtual dims (see :mod:`passes.layouts.axes`), so
+The labels of a value are :class:`Factor` arrays over virtual dims (see :mod:`passes.layouts.axes`), so
 that a fused ``(3, H, D)`` or ``(H, 3, D)`` is one array that views merely reshape.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["Factor", "Units", "Value", "components", "services_of"]
 
 
 def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """For each of ``count`` vertices the lowest vertex of its component, given edges ``a[i] - b[i]``.
+    """The lowest vertex of each vertex's component, in a graph of ``count`` vertices with edges ``a[i] - b[i]``.
 
     Hooking to the smaller root and pointer jumping, in numpy: a few passes over the edges (Shiloach
     and Vishkin, 1982).
@@ -44,7 +44,7 @@ def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def services_of(users: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The services whose user is one of ``units``: per service the user's place among them, and its own index.
+    """The services whose user is one of ``units``: per service, its user's position in ``units``, and its own index.
 
     Args:
         users: the user of each service, ascending (see :meth:`Units.services`).
@@ -52,8 +52,8 @@ def services_of(users: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.nd
     """
     starts, stops = np.searchsorted(users, units), np.searchsorted(users, units, side="right")
     counts = stops - starts
-    place = np.repeat(np.arange(units.size), counts)
-    return place, np.arange(place.size) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+    positions = np.repeat(np.arange(units.size), counts)
+    return positions, np.arange(positions.size) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +66,10 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What is known of one value's dims: their factors and the labels on them.
+    """A value's axes, and the labels on its virtual dims.
 
-    A static virtual dim without a label is one along which all that the value holds is the same on
-    every index (an expanded dim) or is never split.
+    A static virtual dim without labels is never split, or the value is the same at every index along it
+    (an expanded dim).
     """
 
     axes: Axes
@@ -77,7 +77,7 @@ class Value:
 
     @property
     def sizes(self) -> Dim:
-        """The virtual dims' sizes, over all dims in order."""
+        """The sizes of all virtual dims, in order."""
         return tuple(size for dim in self.axes for size in dim)
 
     def offset(self, dim: int) -> int:
@@ -115,7 +115,7 @@ class Value:
         return Value(axes, tuple(factors))
 
     def merged(self, dim: int, units: Units) -> Value | None:
-        """The same value with the factors of ``dim`` made one; None where one of them is symbolic."""
+        """The same value with the factors of ``dim`` multiplied into one; None if one of them is symbolic."""
         sizes = self.axes[dim]
         if len(sizes) <= 1:
             return self if all(s.static for s in sizes) else None
@@ -143,7 +143,7 @@ class Value:
             outside_before = [v for v in factor.dims if v < first]
             outside_after = [v for v in factor.dims if v >= first + count]
             labels = factor.labels
-            for position, v in enumerate(sorted(inside)):  # spread over the merged dims it does not vary on
+            for position, v in enumerate(sorted(inside)):  # broadcast over the merged dims that this factor lacks
                 if v not in touched:
                     labels = np.expand_dims(labels, len(outside_before) + position)
             shape = labels.shape
@@ -158,7 +158,7 @@ class Value:
 
 @dataclass
 class Units:
-    """The labels of a graph, what unites them, and which serve which."""
+    """The labels of a graph, which of them are united, and which serve which."""
 
     count: int = 0
     _united: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -192,7 +192,7 @@ class Units:
             self.unite(labels.reshape(-1)[1:], labels.reshape(-1)[:1])
 
     def unite_along(self, factor: Factor, dims: Iterable[int]) -> Factor | None:
-        """Unite labels along virtual ``dims``; the factor over the other dims, None if there are none."""
+        """Unite labels along virtual ``dims``, and return the factor over the other dims (None if there are none)."""
         positions = tuple(i for i, d in enumerate(factor.dims) if d in set(dims))
         labels = factor.labels
         if not positions:
@@ -205,14 +205,14 @@ class Units:
         )
 
     def serve(self, users: np.ndarray, source: np.ndarray) -> None:
-        """Record that every label of ``source`` is needed wherever its user (arrays broadcast) is."""
+        """Record that each label of ``source`` is needed on every rank that holds its user (arrays broadcast)."""
         users, source = np.broadcast_arrays(users, source)
         differ = users != source
         if differ.any():
             self._served.append((users[differ], source[differ]))
 
     def roots(self) -> np.ndarray:
-        """For each label the lowest label of its unit."""
+        """The lowest label of each label's unit."""
         if not self._united:
             return np.arange(self.count, dtype=np.int64)
         pairs = (np.concatenate([x for x, _ in self._united]), np.concatenate([y for _, y in self._united]))

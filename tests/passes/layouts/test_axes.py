@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv
 
-from passes.layouts.axes import Size, _guarded, common_refinement, product, trivial_axes, view_axes
+from passes.layouts.axes import Size, _guarded_sizes, common_refinement, product, trivial_axes, view_axes
 from passes.layouts.units import Units, Value
 from tests.passes.layouts.strategies import sized, sizes
 
@@ -44,7 +44,7 @@ def test_guards_say_what_a_size_is_by_way_of_one_another() -> None:
     blocks, count, other = sympy.symbols("blocks count other", positive=True, integer=True)
     guards = [sympy.Eq(FloorDiv(blocks, count), 512, evaluate=False), sympy.Eq(count, 1, evaluate=False)]
     guards += [sympy.Ne(other, 3, evaluate=False)]
-    known = _guarded(SimpleNamespace(guards=[SimpleNamespace(expr=g) for g in guards]))
+    known = _guarded_sizes(SimpleNamespace(guards=[SimpleNamespace(expr=g) for g in guards]))
     assert known[count] == Size(1)
     assert known[blocks] == Size(512)
     assert other not in known
