@@ -1,6 +1,6 @@
-"""The captured graph made plain, so that later passes meet one spelling of each thing.
+"""normalize: the captured graph in a normal form, so that later passes see one spelling of each thing.
 
-Each pass keeps what the graph computes, gradients included. It must know nothing of ranks.
+Each pass preserves the function that the graph computes, gradients included. It must know nothing of ranks.
 """
 
 from passes.normalize.canonicalize import canonicalize

@@ -14,20 +14,20 @@ __all__ = ["aliases", "is_undeclared", "may_alias", "sources"]
 
 _UNDECLARED = {"aten.einsum", "aten.meshgrid", "aten.unsafe_chunk", "aten.unsafe_split", "aten.unsafe_split_with_sizes",
                "aten.broadcast_tensors", "aten.cartesian_prod"}  # fmt: skip
-"""What may share memory though its schema does not say so; einsum where it multiplies nothing."""
+"""Ops whose result may share memory with an operand, although their schema does not say so."""
 _DROPS = {"aten.dropout", "aten.alpha_dropout", "aten.feature_dropout", "aten.feature_alpha_dropout"}
-"""What returns its argument itself where nothing is dropped, as torch's own functionalization knows."""
+"""Ops that return their argument itself if they drop nothing, as torch's own functionalization knows."""
 
 
 def is_undeclared(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with its input though the schema does not say so."""
-    if op_name(node) == "aten.einsum" and len(node.args[1]) > 1:  # a product, in memory of its own
+    """Whether a node's value may share memory with an operand, although its op's schema does not say so."""
+    if op_name(node) == "aten.einsum" and len(node.args[1]) > 1:  # a product, in new memory
         return False
     return op_name(node) in _UNDECLARED
 
 
 def may_alias(node: fx.Node) -> bool:
-    """Whether a node's value may share memory with another's: by its op's schema, or as a part of one that does."""
+    """Whether a node's value may share memory with an operand, by its op's schema; or is a result of such a node."""
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.target is operator.getitem:
@@ -39,7 +39,7 @@ def may_alias(node: fx.Node) -> bool:
 
 
 def sources(node: fx.Node) -> Iterator[fx.Node]:
-    """A node and those that its value may share memory with because it is made of them."""
+    """A node, and the nodes upstream whose values its own may be a view of."""
     yield node
     if node.op == "call_function" and may_alias(node):
         for source in node.all_input_nodes:
@@ -47,10 +47,10 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def aliases(node: fx.Node) -> dict[fx.Node, None]:
-    """A node and those whose values may share memory with its own because they are made of it, in order."""
-    found, pending = {node: None}, [node]
+    """A node, and the nodes downstream whose values may be views of its own, in order."""
+    views, pending = {node: None}, [node]
     while pending:
-        made = [u for u in pending.pop().users if u.op == "call_function" and u not in found and may_alias(u)]
-        found.update(dict.fromkeys(made))
-        pending += made
-    return found
+        new = [u for u in pending.pop().users if u.op == "call_function" and u not in views and may_alias(u)]
+        views.update(dict.fromkeys(new))
+        pending += new
+    return views

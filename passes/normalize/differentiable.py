@@ -16,15 +16,15 @@ _STOPS = {"aten.detach", "aten.detach_", "aten.zeros_like", "aten.ones_like", "a
 def differentiable(graph: fx.Graph, parameters: set[str]) -> int:
     """Set ``meta["grad"]`` on every node: whether a gradient can reach it.
 
-    A floating-point input or parameter can need one whatever ``requires_grad`` says now, because that
-    may change after the graph is made; buffers and constants never do.
+    A floating-point input or parameter counts whatever its ``requires_grad`` says now, because that may change
+    after capture. Buffers and constants never count.
 
     Args:
         graph: a captured graph whose nodes carry ``meta["val"]``.
         parameters: the ``get_attr`` targets that are parameters.
 
     Returns:
-        How many nodes were marked true.
+        The number of nodes that were marked true.
     """
     count = 0
     for node in graph.nodes:

@@ -14,37 +14,38 @@ __all__ = ["inline"]
 
 aten = torch.ops.aten
 
-_ITSELF = {"aten.to", "aten.dropout", "aten.real", "aten.resolve_conj", "aten.resolve_neg", "aten.atleast_1d",
-           "aten.atleast_2d", "aten.atleast_3d"}  # fmt: skip
-"""What may return its argument itself, which torch.export takes for a new tensor."""
+_MAY_RETURN_ARGUMENT = {"aten.to", "aten.dropout", "aten.real", "aten.resolve_conj", "aten.resolve_neg",
+                        "aten.atleast_1d", "aten.atleast_2d", "aten.atleast_3d"}  # fmt: skip
+"""Ops that may return their argument itself, although torch.export takes it for a new tensor."""
 
 
-def _itself(node: fx.Node) -> fx.Node:
-    """The argument that an op returned as it was: of a cast to its own type, of dropout that drops nothing."""
-    while op_name(node) in _ITSELF and is_tensor(node) and is_tensor(node.args[0]):
-        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
-        was, value = node.args[0].meta["val"], node.meta["val"]
-        if given.get("copy") or given.get("memory_format") is not None or given.get("train"):
+def _returned_argument(node: fx.Node) -> fx.Node:
+    """The argument that an op returned unchanged: a cast to the same dtype, dropout that drops nothing."""
+    while op_name(node) in _MAY_RETURN_ARGUMENT and is_tensor(node) and is_tensor(node.args[0]):
+        names = (a.name for a in node.target._schema.arguments)
+        arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+        source, value = node.args[0].meta["val"], node.meta["val"]
+        if arguments.get("copy") or arguments.get("memory_format") is not None or arguments.get("train"):
             break
-        if (was.dtype, was.device, was.dim()) != (value.dtype, value.device, value.dim()):
+        if (source.dtype, source.device, source.dim()) != (value.dtype, value.device, value.dim()):
             break
         node = node.args[0]
     return node
 
 
-def _stopped(graph: fx.Graph, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node:
-    """A result of a region without gradients; one that is an input as it was keeps its own."""
+def _detach(graph: fx.Graph, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node:
+    """Detach a result of a no-grad region, unless it is one of the region's inputs."""
     if node in inputs:
         return node
-    stopped = graph.call_function(aten.detach.default, (node,))
-    stopped.meta = dict(node.meta)
-    return stopped
+    detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
 
 
 def _inline(graph: fx.Graph, node: fx.Node) -> None:
     """Put the nodes of a ``wrap_with_set_grad_enabled`` region in place of the call.
 
-    Where the region switched gradients off, its results are detached, which stops them all the same.
+    If the region switched gradients off, its results are detached, which stops gradients as well.
     """
     enabled, region_ref, *inputs = node.args
     region = getattr(graph.owning_module, region_ref.target)
@@ -56,12 +57,12 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
             elif inner.op != "placeholder":
                 copies[inner] = graph.node_copy(inner, lambda n: copies[n])
                 copies[inner].meta["no_grad"] = not enabled
-                if inner.op == "get_attr":  # a region within: regions name theirs alike, so under a name of its own
+                if inner.op == "get_attr":  # an inner region, under a new name: regions reuse names
                     name = f"{region_ref.target}_{inner.target}"
                     setattr(graph.owning_module, name, getattr(region, inner.target))
                     copies[inner].target = name
         if not enabled:
-            results = [_stopped(graph, _itself(r), inputs) if is_tensor(r) else r for r in results]
+            results = [_detach(graph, _returned_argument(r), inputs) if is_tensor(r) else r for r in results]
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])

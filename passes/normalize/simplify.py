@@ -1,4 +1,4 @@
-"""simplify: take out of a captured graph what computes nothing."""
+"""simplify: remove the nodes of a captured graph that compute nothing."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ _IDENTITIES = {"aten.contiguous", "aten.clone", "aten.alias", "aten.lift_fresh",
 
 
 def _is_identity(node: fx.Node) -> bool:
-    """Whether a node, known to be one of ``_IDENTITIES``, gives its input's values unchanged."""
+    """Whether a node, whose op is one of ``_IDENTITIES``, returns its input's values unchanged."""
     source = node.args[0]
     if not is_tensor(source) or not is_tensor(node):
         return False
-    was, now = source.meta["val"], node.meta["val"]
-    if was.dtype != now.dtype or was.device != now.device or shape(source) != shape(node):
+    before, after = source.meta["val"], node.meta["val"]
+    if before.dtype != after.dtype or before.device != after.device or shape(source) != shape(node):
         return False
     name = op_name(node)
     if source.op in ("placeholder", "get_attr") and any(u.op == "output" for u in node.users):
-        return False  # a copy of what the caller holds must stay a copy
+        return False  # a copy of the caller's tensor must stay a copy
     if name.endswith("dropout"):
         _, p, train = node.args
         return not train or p == 0
     if name == "aten.slice":
         bounds = list(node.args[2:])
         start, end, step = bounds + [0, sys.maxsize, 1][len(bounds) :]
-        size = was.shape[node.args[1]]
+        size = before.shape[node.args[1]]
         return start in (0, None) and end in (None, sys.maxsize, size if isinstance(size, int) else None) and step == 1
     if name == "aten.detach":
         return not source.meta.get("grad", True)
     return True
 
 
-def _joined_with_nothing(node: fx.Node) -> fx.Node | None:
-    """The one part of a ``cat`` that is not empty, if there is just one (an empty cache, say)."""
+def _only_operand_of_cat(node: fx.Node) -> fx.Node | None:
+    """The one operand of a ``cat`` that is not empty, if there is just one (beside an empty cache, say)."""
     if op_name(node) != "aten.cat":
         return None
-    parts = [p for p in node.args[0] if not any(isinstance(n, int) and n == 0 for n in p.meta["val"].shape)]
-    return parts[0] if len(parts) == 1 and shape(parts[0]) == shape(node) else None
+    operands = [p for p in node.args[0] if not any(isinstance(n, int) and n == 0 for n in p.meta["val"].shape)]
+    return operands[0] if len(operands) == 1 and shape(operands[0]) == shape(node) else None
 
 
 def simplify(graph: fx.Graph) -> int:
-    """Remove asserts, casts and copies to what a value already is, full slices, dropout that drops
-    nothing, joins with an empty tensor, and dead code.
+    """Remove asserts, casts to a value's own dtype, copies, full slices, dropout that drops nothing, ``cat`` with
+    an empty tensor, and dead code.
 
-    Memory format and aliasing are not part of a graph's meaning once it is functional (see
-    :func:`passes.functionalize`), so ``contiguous`` and ``clone`` go too.
+    Memory format and aliasing do not matter once a graph is functional (:func:`passes.functionalize`), so
+    ``contiguous`` and ``clone`` go too.
 
     Args:
         graph: a captured graph whose nodes carry ``meta["val"]``; changed in place.
 
     Returns:
-        How many nodes were removed.
+        The number of removed nodes.
     """
     before = len(graph.nodes)
     for node in list(graph.nodes):
@@ -70,8 +70,8 @@ def simplify(graph: fx.Graph) -> int:
         elif name in _IDENTITIES and _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif (part := _joined_with_nothing(node)) is not None:
-            node.replace_all_uses_with(part)
+        elif (operand := _only_operand_of_cat(node)) is not None:
+            node.replace_all_uses_with(operand)
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return before - len(graph.nodes)
