@@ -48,13 +48,13 @@ def measure(layers: int, tp: int) -> dict[str, float]:
 
     def rewrite() -> ShardedProgram:
         layouts = assign(captured.graph, facts, decision.weight_layouts, tp)
-        sharder = shard(captured.graph, facts, layouts, dict(decision.weight_layouts), tp)
-        sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-        enter(sharder.graph)
+        sharded = shard(captured.graph, facts, layouts, dict(decision.weight_layouts), tp)
+        sharded.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        enter(sharded.graph)
         fewest = minimum(captured.graph, facts, layouts, decision.weight_layouts)
         reasons = decision.reasons
         rewritten = ShardedProgram(
-            captured, sharder.graph, decision.weight_layouts, reasons, sharder.gathered, tp, fewest
+            captured, sharded.graph, decision.weight_layouts, reasons, sharded.gathered, tp, fewest
         )
         RankGraph(rewritten, 0, model)
         return rewritten

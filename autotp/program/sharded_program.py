@@ -124,12 +124,12 @@ def shard_graph(
         reasons = _confirmed(captured, decision.reasons) | outside
     layouts = assign(captured.graph, facts, weight_layouts, tp, slots)
     fewest = minimum(captured.graph, facts, layouts, weight_layouts)
-    sharder = shard(captured.graph, facts, layouts, dict(weight_layouts), tp, slots)
-    sharder.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    enter(sharder.graph)
+    sharded = shard(captured.graph, facts, layouts, dict(weight_layouts), tp, slots)
+    sharded.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    enter(sharded.graph)
     return ShardedProgram(
-        captured, sharder.graph, weight_layouts, reasons, sharder.gathered, tp, fewest, sharder.slots, sharder.inputs,
-        sharder.results,
+        captured, sharded.graph, weight_layouts, reasons, sharded.gathered, tp, fewest, sharded.slots, sharded.inputs,
+        sharded.results,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ heads: ``h`` is then ``(kv group)``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -19,9 +19,7 @@ from passes.layouts.facts import Facts
 from passes.layouts.units import Factor, Value
 from passes.rules.alignment import Alignment, align, as_value, combine, keyed_factors
 from passes.rules.base import Rule, register
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["Attention"]
 
@@ -127,23 +125,25 @@ class Attention(Rule):
             operands[i] = (axes[:dim] + (kept,) + axes[dim + 1 :], names[: end - count] + names[end:])
         return Alignment(tuple(operands), alignment.out, alignment.sizes)
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        layout = sharder.layout(node)
-        if layout.whole or node not in sharder.facts.alignments:
-            sharder.copy(node)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        layout = builder.layout(node)
+        if layout.whole or node not in builder.facts.alignments:
+            builder.copy(node)
             return
-        alignment, operands = sharder.facts.alignments[node]
-        keys = sharder.out_keys(node, alignment)
+        alignment, operands = builder.facts.alignments[node]
+        keys = builder.out_keys(node, alignment)
         local: dict[fx.Node, fx.Node] = {}
         for i, operand in enumerate(operands):
-            wanted = sharder.operand_layout(operand, alignment, i, keys)
+            wanted = builder.operand_layout(operand, alignment, i, keys)
             if not keys or wanted is None:
-                sharder.copy(node)
+                builder.copy(node)
                 return
-            local[operand] = sharder.local(operand, wanted)
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local[n] if n in local else sharder.rest(n))
+            local[operand] = builder.local(operand, wanted)
+        args, kwargs = fx.map_arg(
+            (node.args, dict(node.kwargs)), lambda n: local[n] if n in local else builder.argument(n)
+        )
         target, args = self._on_heads(node, args, kwargs)
-        sharder.emit(node, target, args, kwargs, layout=layout)
+        builder.emit(node, target, args, kwargs, layout=layout)
 
     def _on_heads(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         """What attends with a rank's own heads, and its arguments."""

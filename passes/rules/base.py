@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from passes.layouts.facts import Facts
 from passes.layouts.units import Value
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["Rule", "register", "registered"]
 
@@ -27,7 +24,7 @@ class Rule:
         """Label the result of ``node``, whose tensor inputs are already in ``facts.values``."""
         raise NotImplementedError
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
+    def shard(self, node: fx.Node, builder: Builder) -> None:
         """Emit what stands for ``node``."""
         raise NotImplementedError
 

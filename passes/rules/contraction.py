@@ -7,7 +7,7 @@ a weight's); along a contracted letter it makes the result a pending sum (row pa
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,9 +19,7 @@ from passes.layouts.layout import Layout, Shards
 from passes.layouts.units import Factor, Value
 from passes.rules.alignment import Alignment, Key, align, as_value, combine, keyed_factors
 from passes.rules.base import Rule, register
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["MOVES", "Contraction", "contract"]
 
@@ -103,53 +101,53 @@ class Contraction(Rule):
         facts.opaque(node, operands)
         return facts.units.labelled(shape(node))
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        if node not in sharder.facts.alignments:
-            sharder.copy(node)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        if node not in builder.facts.alignments:
+            builder.copy(node)
             return
-        alignment, operands = sharder.facts.alignments[node]
+        alignment, operands = builder.facts.alignments[node]
         weights = [n for n in operands if is_weight(n) and n is not self.bias(node)]
-        if not sharder.layout(node).whole:
-            keys = sharder.out_keys(node, alignment)
-            wanted = [sharder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+        if not builder.layout(node).whole:
+            keys = builder.out_keys(node, alignment)
+            wanted = [builder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
             if keys and all(w is not None for w in wanted):
-                local = {id(n): sharder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
+                local = {id(n): builder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
                 column = any(not w.whole for n, w in zip(operands, wanted, strict=True) if n in weights and w)
                 target = ops.COLUMN_PARALLEL.get(op_name(node)) if column else None
-                self._emit(node, target or node.target, local, sharder, layout=sharder.layout(node))
+                self._emit(node, target or node.target, local, builder, layout=builder.layout(node))
                 return
-        keys = self._split_sum(node, alignment, operands, sharder)
+        keys = self._split_sum(node, alignment, operands, builder)
         if keys:
             kept = [n for n in operands if n is not self.bias(node)]
-            wanted = [sharder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+            wanted = [builder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
             if all(w is not None for w in wanted):
-                local = {id(n): sharder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w and n in kept}
+                local = {id(n): builder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w and n in kept}
                 row = ops.ROW_PARALLEL.get(op_name(node)) if weights else None
-                self._emit_pending(node, row, local, sharder)
+                self._emit_pending(node, row, local, builder)
                 return
-        sharder.copy(node)
+        builder.copy(node)
 
     @staticmethod
-    def _split_sum(node: fx.Node, alignment: Alignment, operands: list[fx.Node], sharder: Builder) -> dict[Key, Shards]:
+    def _split_sum(node: fx.Node, alignment: Alignment, operands: list[fx.Node], builder: Builder) -> dict[Key, Shards]:
         """Shards of the contracted letters that count every index once, as the plan splits one operand."""
         out = set(alignment.out[1])
         for i, operand in enumerate(operands):
             axes, names = alignment.operands[i]
-            layout = sharder.relayout(sharder.layout(operand), sharder.value(operand).axes, axes)
+            layout = builder.relayout(builder.layout(operand), builder.value(operand).axes, axes)
             if layout is None or layout.whole or any(names[v] in out for v, _ in layout.shards):
                 continue
-            owned = sharder.owned(layout, axes)
+            owned = builder.owned(layout, axes)
             if owned is not None:
                 return {names[v]: s for v, s in owned.shards}
         return {}
 
-    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder, layout: Layout) -> None:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or sharder.rest(n))
-        sharder.emit(node, target, args, kwargs, layout=layout)
+    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], builder: Builder, layout: Layout) -> None:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or builder.argument(n))
+        builder.emit(node, target, args, kwargs, layout=layout)
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or sharder.rest(n))
-        sharder.emit(node, target or node.target, args, kwargs, pending=True)
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], builder: Builder) -> None:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local.get(id(n)) or builder.argument(n))
+        builder.emit(node, target or node.target, args, kwargs, pending=True)
 
 
 @register("aten.linear")
@@ -165,11 +163,11 @@ class Linear(Contraction):
     def bias(self, node: fx.Node) -> Any:
         return node.args[2] if len(node.args) > 2 else None
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], builder: Builder) -> None:
         x, weight = (local[id(n)] for n in node.args[:2])
         bias = self.bias(node)
-        addend = sharder.whole(bias) if bias is not None else None
-        sharder.emit(node, target or node.target, (x, weight), pending=True, addend=addend)
+        addend = builder.replicated(bias) if bias is not None else None
+        builder.emit(node, target or node.target, (x, weight), pending=True, addend=addend)
 
 
 @register("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot")
@@ -223,22 +221,22 @@ class AddMatmul(Contraction):
     def bias(self, node: fx.Node) -> Any:
         return node.args[0]
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], builder: Builder) -> None:
         bias, left, right = node.args
         alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
-        value = sharder.value(node)
+        value = builder.value(node)
         product = aten.bmm.default if len(shape(node)) == 3 else aten.mm.default
         target = target or product
-        total = sharder.call(target, (local[id(left)], local[id(right)]), state="pending", value=value)
+        total = builder.call(target, (local[id(left)], local[id(right)]), state="pending", value=value)
         if alpha != 1:
-            total = sharder.call(aten.mul.Tensor, (total, alpha), state="pending", value=value)
+            total = builder.call(aten.mul.Tensor, (total, alpha), state="pending", value=value)
         addend = None
         if beta != 0:
-            addend = sharder.whole(bias)
+            addend = builder.replicated(bias)
             if beta != 1:
-                of = sharder.value(bias)
-                addend = sharder.call(aten.mul.Tensor, (addend, beta), state="whole", value=of, shaped=False)
-        sharder.stand(node, total, pending=True, addend=addend)
+                of = builder.value(bias)
+                addend = builder.call(aten.mul.Tensor, (addend, beta), state="whole", value=of, shaped=False)
+        builder.record(node, total, pending=True, addend=addend)
 
 
 @register("aten.einsum")

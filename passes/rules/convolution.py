@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,10 +14,8 @@ from passes.layouts.facts import Facts, without
 from passes.layouts.layout import Layout
 from passes.layouts.units import Value
 from passes.rules.base import register
+from passes.rules.builder import Builder
 from passes.rules.contraction import Contraction, contract
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
 
 __all__ = ["Convolution", "GroupedMatmul"]
 
@@ -68,21 +66,21 @@ class Convolution(Contraction):
     def bias(self, node: fx.Node) -> Any:
         return node.args[2] if len(node.args) > 2 else None
 
-    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder, layout: Layout) -> None:
-        args = list(fx.map_arg(node.args, lambda n: local.get(id(n)) or sharder.rest(n)))
+    def _emit(self, node: fx.Node, target: Any, local: dict[int, fx.Node], builder: Builder, layout: Layout) -> None:
+        args = list(fx.map_arg(node.args, lambda n: local.get(id(n)) or builder.argument(n)))
         if self.depthwise(node):
             channels = len(shape(node)) - len(shape(node.args[1])) + 1
-            (args[6],) = sharder.local_sizes(node, [args[6]], channels)
-        sharder.emit(node, node.target, tuple(args), dict(node.kwargs), layout=layout)
+            (args[6],) = builder.local_sizes(node, [args[6]], channels)
+        builder.emit(node, node.target, tuple(args), dict(node.kwargs), layout=layout)
 
-    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], sharder: Builder) -> None:
+    def _emit_pending(self, node: fx.Node, target: Any, local: dict[int, fx.Node], builder: Builder) -> None:
         bias, addend = self.bias(node), None
         if bias is not None:
             sizes = [-1, *[1] * (len(shape(node.args[1])) - 2)]
-            shaped = (sharder.whole(bias), sizes)
-            addend = sharder.call(aten.reshape.default, shaped, state="whole", value=sharder.value(node))
+            shaped = (builder.replicated(bias), sizes)
+            addend = builder.call(aten.reshape.default, shaped, state="whole", value=builder.value(node))
         args = (*(local[id(n)] for n in node.args[:2]), None, *node.args[3:])
-        sharder.emit(node, node.target, args, dict(node.kwargs), pending=True, addend=addend)
+        builder.emit(node, node.target, args, dict(node.kwargs), pending=True, addend=addend)
 
 
 @register("aten._grouped_mm", "transformers.grouped_mm_fallback")

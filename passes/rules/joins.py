@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from torch import fx
 
@@ -14,10 +12,8 @@ from passes.layouts.layout import IndexSet, Layout, Shards
 from passes.layouts.units import Factor, Value
 from passes.rules.alignment import Keyed, combine
 from passes.rules.base import register
+from passes.rules.builder import Builder
 from passes.rules.movement import Move, behind
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
 
 __all__ = ["Complex", "Join", "Pad"]
 
@@ -126,10 +122,10 @@ class Join(Move):
         roots = facts.units.roots()
         return any((roots[x] != roots[labels[0]]).any() for x in labels)
 
-    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
-        layout, parts, dim = sharder.layout(node), list(node.args[0]), self.dim(node)
-        all_axes, sizes = sharder.facts.alignments[node]
-        place = sharder.value(node).offset(dim)
+    def shard_split(self, node: fx.Node, builder: Builder) -> None:
+        layout, parts, dim = builder.layout(node), list(node.args[0]), self.dim(node)
+        all_axes, sizes = builder.facts.alignments[node]
+        place = builder.value(node).offset(dim)
         local: list[fx.Node] = []
         start = 0
         for i, (part, axes) in enumerate(zip(parts, all_axes, strict=True)):
@@ -139,13 +135,13 @@ class Join(Move):
                 inside = [h.indices[(h.indices >= start) & (h.indices < start + size)] - start for h in joined.ranks]
                 start += size
                 if not all(len(x) for x in inside):
-                    sharder.copy(node)
+                    builder.copy(node)
                     return
                 if not all(len(x) == size for x in inside):
                     dims[place] = Shards(size, tuple(IndexSet.of(x) for x in inside))
-            wanted = sharder.relayout(Layout.of(dims), axes, sharder.value(part).axes)
+            wanted = builder.relayout(Layout.of(dims), axes, builder.value(part).axes)
             if wanted is None:
-                sharder.copy(node)
+                builder.copy(node)
                 return
-            local.append(sharder.local(part, wanted))
-        sharder.emit(node, node.target, (local, dim), layout=layout)
+            local.append(builder.local(part, wanted))
+        builder.emit(node, node.target, (local, dim), layout=layout)

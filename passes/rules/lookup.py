@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,12 +15,10 @@ from passes.layouts.units import Factor, Value
 from passes.ops.vocabulary import vocab_parallel_embedding
 from passes.rules.alignment import align, as_value, combine, keyed_factors
 from passes.rules.base import Rule, register
+from passes.rules.builder import Builder
 from passes.rules.movement import Move, behind
 from passes.rules.opaque import Opaque
 from passes.rules.pointwise import Pointwise
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
 
 __all__ = ["Embedding", "Index", "Pick", "Place"]
 
@@ -48,23 +46,23 @@ class Embedding(Rule):
         facts.work[node] = (extra, pending)
         return Value(index.axes + table.axes[1:], tuple(factors))
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
+    def shard(self, node: fx.Node, builder: Builder) -> None:
         weight, ids, *rest = node.args
-        table, held, layout = sharder.value(weight), sharder.layout(weight), sharder.layout(node)
+        table, held, layout = builder.value(weight), builder.layout(weight), builder.layout(node)
         rows = table.virtual(0)
         if not layout.whole and not held.whole and not any(v in rows for v, _ in held.shards):
-            local = sharder.local(weight, held)
-            sharder.emit(node, node.target, (local, sharder.whole(ids), *rest), layout=layout)
+            local = builder.local(weight, held)
+            builder.emit(node, node.target, (local, builder.replicated(ids), *rest), layout=layout)
             return
         split: Any = held.dims.get(rows[0]) if len(rows) == 1 and len(held.shards) == 1 else None
         if any(rest[1:]) or split is None or not split.owned.covers or any(len(s.runs) != 1 for s in split.owned.ranks):
-            sharder.copy(node)
+            builder.copy(node)
             return
-        local = sharder.local(weight, Layout.of({rows[0]: split.owned}))
+        local = builder.local(weight, Layout.of({rows[0]: split.owned}))
         padding = rest[0] if rest else -1
-        starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
-        args = (local, sharder.whole(ids), starts, split.size, padding)
-        sharder.emit(node, vocab_parallel_embedding, args, pending=True)
+        starts = builder.per_rank([s.runs[0][0] for s in split.owned.ranks])
+        args = (local, builder.replicated(ids), starts, split.size, padding)
+        builder.emit(node, vocab_parallel_embedding, args, pending=True)
 
 
 @register("aten.index_select")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
@@ -12,9 +12,7 @@ from passes.layouts.layout import Layout
 from passes.layouts.units import Value
 from passes.ops.vocabulary import vocab_parallel_cross_entropy
 from passes.rules.base import Rule, register
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["CrossEntropy"]
 
@@ -43,18 +41,19 @@ class CrossEntropy(Rule):
             facts.alignments[node] = sorted(classes)
         return facts.units.labelled(shape(node))
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
+    def shard(self, node: fx.Node, builder: Builder) -> None:
         logits, target = node.args[:2]
         rest: list[Any] = list(node.args[2:])
-        held: Any = sharder.layout(logits)
-        classes: Any = sharder.facts.alignments.get(node)
+        held: Any = builder.layout(logits)
+        classes: Any = builder.facts.alignments.get(node)
         split = held.dims.get(classes[0]) if classes and len(classes) == 1 and len(held.shards) == 1 else None
         if split is None or not split.owned.covers or any(len(s.runs) != 1 for s in split.owned.ranks):
-            sharder.copy(node)
+            builder.copy(node)
             return
-        local = sharder.local(logits, Layout.of({classes[0]: split.owned}))
-        starts = sharder.per_rank([s.runs[0][0] for s in split.owned.ranks])
+        local = builder.local(logits, Layout.of({classes[0]: split.owned}))
+        starts = builder.per_rank([s.runs[0][0] for s in split.owned.ranks])
         weight, reduction, ignore, smoothing = rest + [None, 1, -100, 0.0][len(rest) :]
-        weight = sharder.whole(weight) if weight is not None else None
-        args = (local, sharder.whole(target), starts, split.size, reduction, ignore, sharder.group, weight, smoothing)
-        sharder.emit(node, vocab_parallel_cross_entropy, args)
+        weight = builder.replicated(weight) if weight is not None else None
+        target = builder.replicated(target)
+        args = (local, target, starts, split.size, reduction, ignore, builder.group, weight, smoothing)
+        builder.emit(node, vocab_parallel_cross_entropy, args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from passes.layouts.facts import Facts, without
 from passes.layouts.layout import Layout
 from passes.layouts.units import Factor, Value
 from passes.rules.base import Rule, register
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["Expand", "Move", "Part", "Permute", "Regroup", "behind"]
 
@@ -44,26 +42,26 @@ class Move(Rule):
             return facts.units.labelled(shape(node))
         return value
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        if node in sharder.facts.wanted_whole or sharder.layout(node).whole:
-            sharder.copy(node)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        if node in builder.facts.wanted_whole or builder.layout(node).whole:
+            builder.copy(node)
         else:
-            self.shard_split(node, sharder)
+            self.shard_split(node, builder)
 
-    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
+    def shard_split(self, node: fx.Node, builder: Builder) -> None:
         """Emit the move on the rank's part, given that the result is split."""
-        self.emit(node, sharder, sharder.rest(node.args[1:]))
+        self.emit(node, builder, builder.arguments(node.args[1:]))
 
     @staticmethod
-    def emit(node: fx.Node, sharder: Builder, args: tuple[Any, ...], target: Any = None) -> None:
+    def emit(node: fx.Node, builder: Builder, args: tuple[Any, ...], target: Any = None) -> None:
         """Emit the move on the rank's part of its input, as the plan splits that."""
         source = node.args[0]
-        if sharder.layout(source).whole:
-            sharder.copy(node)
+        if builder.layout(source).whole:
+            builder.copy(node)
             return
-        local = sharder.local(source, sharder.layout(source))
-        kwargs = sharder.rest(dict(node.kwargs))
-        sharder.emit(node, target or node.target, (local, *args), kwargs, layout=sharder.layout(node))
+        local = builder.local(source, builder.layout(source))
+        kwargs = builder.arguments(dict(node.kwargs))
+        builder.emit(node, target or node.target, (local, *args), kwargs, layout=builder.layout(node))
 
 
 @register("aten.reshape", "aten.flatten", "aten.unflatten", "aten.unsqueeze", "aten.squeeze", "aten.view")
@@ -101,19 +99,19 @@ class Regroup(Move):
             value = value.merged(dim, facts.units) or value
         return value
 
-    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
+    def shard_split(self, node: fx.Node, builder: Builder) -> None:
         name, source = op_name(node), shape(node.args[0])
         if name == "aten.reshape":
-            self.emit(node, sharder, (sharder.local_sizes(node, node.args[1]),))
+            self.emit(node, builder, (builder.local_sizes(node, node.args[1]),))
         elif name == "aten.unflatten":
             dim = node.args[1] % len(source)
-            self.emit(node, sharder, (dim, sharder.local_sizes(node, node.args[2], dim)))
+            self.emit(node, builder, (dim, builder.local_sizes(node, node.args[2], dim)))
         elif name == "aten.squeeze":  # a dim that is one only on this rank stays
             named = node.args[1] if len(node.args) > 1 else range(len(source))
             dims = {d % len(source) for d in ([named] if isinstance(named, int) else named)}
-            self.emit(node, sharder, ([d for d in sorted(dims) if source[d].is_one],), aten.squeeze.dims)
+            self.emit(node, builder, ([d for d in sorted(dims) if source[d].is_one],), aten.squeeze.dims)
         else:
-            super().shard_split(node, sharder)
+            super().shard_split(node, builder)
 
 
 @register("aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes", "aten.numpy_T", "aten.mT")
@@ -170,17 +168,17 @@ class Expand(Move):
         facts.units.serve(labels, spread)
         return Factor(dims, labels)
 
-    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
-        layout, source = sharder.layout(node), node.args[0]
-        value, before = sharder.value(node), sharder.value(source)
+    def shard_split(self, node: fx.Node, builder: Builder) -> None:
+        layout, source = builder.layout(node), node.args[0]
+        value, before = builder.value(node), builder.value(source)
         shift = len(value.axes) - len(before.axes)
         kept = {}
         for dim in range(len(before.axes)):
             for v, p in zip(before.virtual(dim), value.virtual(dim + shift)):  # none, where the copies are
                 if p in layout.dims:
                     kept[v] = layout.dims[p]
-        local = sharder.local(source, Layout.of(kept))
-        sharder.emit(node, node.target, (local, sharder.local_sizes(node, node.args[1])), layout=layout)
+        local = builder.local(source, Layout.of(kept))
+        builder.emit(node, node.target, (local, builder.local_sizes(node, node.args[1])), layout=layout)
 
 
 @register("aten.slice", "aten.select", "aten.narrow", "aten.flip")
@@ -244,52 +242,52 @@ class Part(Move):
                 factors.append(Factor(moved, labels))
         return Value(value.axes[:dim] + remains + value.axes[dim + 1 :], tuple(factors))
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        if node in sharder.facts.alignments and sharder.layout(node).whole and self._held_by_all(node, sharder):
-            self.shard_split(node, sharder)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        if node in builder.facts.alignments and builder.layout(node).whole and self._held_by_all(node, builder):
+            self.shard_split(node, builder)
         else:
-            super().shard(node, sharder)
+            super().shard(node, builder)
 
     @staticmethod
-    def _held_by_all(node: fx.Node, sharder: Builder) -> bool:
+    def _held_by_all(node: fx.Node, builder: Builder) -> bool:
         """Whether every rank's part of a split input has all of what is taken (the one key of multi-query)."""
-        axes, dim, what = sharder.facts.alignments[node]
-        have = sharder.layout(node.args[0])
-        merged = sharder.relayout(have, sharder.value(node.args[0]).axes, axes) if not have.whole else None
+        axes, dim, what = builder.facts.alignments[node]
+        have = builder.layout(node.args[0])
+        merged = builder.relayout(have, builder.value(node.args[0]).axes, axes) if not have.whole else None
         if merged is None or len(merged.shards) != 1 or merged.shards[0][0] != Value(axes).offset(dim):
             return False
         split = merged.shards[0][1]
         picked = np.arange(split.size)[what]
         return bool(picked.size) and all(np.isin(picked, held.indices).all() for held in split.ranks)
 
-    def shard_split(self, node: fx.Node, sharder: Builder) -> None:
-        source, layout = node.args[0], sharder.layout(node)
-        have = sharder.layout(source)
-        if node not in sharder.facts.alignments or have.whole:  # no label on the dim, so no split
-            super().shard_split(node, sharder)
+    def shard_split(self, node: fx.Node, builder: Builder) -> None:
+        source, layout = node.args[0], builder.layout(node)
+        have = builder.layout(source)
+        if node not in builder.facts.alignments or have.whole:  # no label on the dim, so no split
+            super().shard_split(node, builder)
             return
-        axes, dim, what = sharder.facts.alignments[node]
-        merged = sharder.relayout(have, sharder.value(source).axes, axes)
+        axes, dim, what = builder.facts.alignments[node]
+        merged = builder.relayout(have, builder.value(source).axes, axes)
         if merged is None:
-            sharder.copy(node)
+            builder.copy(node)
             return
         split = merged.dims.get(Value(axes).offset(dim)) if axes[dim] else None
         if split is None:
-            super().shard_split(node, sharder)
+            super().shard_split(node, builder)
             return
         picked = np.arange(split.size)[what]
         kept = [picked[np.isin(picked, held.indices)] for held in split.ranks]
         if not all(k.size for k in kept):
-            sharder.copy(node)
+            builder.copy(node)
             return
         positions = [np.searchsorted(held.indices, k) for held, k in zip(split.ranks, kept, strict=True)]
-        local = sharder.local(source, have)
+        local = builder.local(source, have)
         if op_name(node) == "aten.select":
-            index = sharder.per_rank([int(p[0]) for p in positions])
-            sharder.emit(node, aten.select.int, (local, dim, index), layout=layout, varying=layout.whole)
+            index = builder.per_rank([int(p[0]) for p in positions])
+            builder.emit(node, aten.select.int, (local, dim, index), layout=layout, varying=layout.whole)
         elif all((np.diff(p) == 1).all() for p in positions):
-            start = sharder.per_rank([int(p[0]) for p in positions])
-            stop = sharder.per_rank([int(p[-1]) + 1 for p in positions])
-            sharder.emit(node, aten.slice.Tensor, (local, dim, start, stop), layout=layout, varying=layout.whole)
+            start = builder.per_rank([int(p[0]) for p in positions])
+            stop = builder.per_rank([int(p[-1]) + 1 for p in positions])
+            builder.emit(node, aten.slice.Tensor, (local, dim, start, stop), layout=layout, varying=layout.whole)
         else:
-            sharder.emit_take(node, local, dim, positions, layout)
+            builder.emit_take(node, local, dim, positions, layout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -13,10 +12,8 @@ from passes.layouts.units import Factor, Value
 from passes.ops.norms import norm_over_shards
 from passes.rules.alignment import align, as_value, combine, keyed_factors
 from passes.rules.base import register
+from passes.rules.builder import Builder
 from passes.rules.pointwise import Pointwise
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
 
 __all__ = ["Normalization"]
 
@@ -47,25 +44,25 @@ class Normalization(Pointwise):
         facts.alignments[node] = (alignment, operands)
         return as_value(alignment, combine(factors, facts.units))
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        value, layout, normalized = sharder.value(node), sharder.layout(node), len(node.args[1])
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        value, layout, normalized = builder.value(node), builder.layout(node), len(node.args[1])
         inner = value.virtual(len(value.axes) - 1)
         last = {v for d in range(len(value.axes) - normalized, len(value.axes)) for v in value.virtual(d)}
         if not any(v in last for v, _ in layout.shards):
-            super().shard(node, sharder)
+            super().shard(node, builder)
             return
-        local = self.local_operands(node, sharder)
+        local = self.local_operands(node, builder)
         v, shards = layout.shards[0]
         if normalized > 1 or len(layout.shards) > 1 or local is None or not (shards.disjoint or shards.replicas):
-            sharder.copy(node)
+            builder.copy(node)
             return
         each = math.prod(value.sizes[i].number for i in inner if i != v)
-        first = {group[0] for group in shards.replicas or ()} or set(range(sharder.tp))
+        first = {group[0] for group in shards.replicas or ()} or set(range(builder.tp))
         counts = tuple(each * n if r in first else 0 for r, n in enumerate(shards.counts))
         centered = op_name(node) == "aten.layer_norm"
         x, weight, bias, eps = self._arguments(node, centered)
         args = (local[x], *(None if n is None else local[n] for n in (weight, bias)), eps, counts, centered)
-        sharder.emit(node, norm_over_shards, (*args, sharder.group), layout=layout)
+        builder.emit(node, norm_over_shards, (*args, builder.group), layout=layout)
 
     @staticmethod
     def _arguments(node: fx.Node, centered: bool) -> tuple[fx.Node, fx.Node | None, fx.Node | None, float | None]:

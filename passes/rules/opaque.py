@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import fx
 
 from passes.graphs import is_tensor, shape
 from passes.layouts.facts import Facts
 from passes.layouts.units import Value
 from passes.rules.base import Rule
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["Opaque"]
 
@@ -24,5 +20,5 @@ class Opaque(Rule):
         facts.opaque(node, [n for n in node.all_input_nodes if is_tensor(n)])
         return facts.units.labelled(shape(node)) if is_tensor(node) else Value(())
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        sharder.copy(node)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        builder.copy(node)

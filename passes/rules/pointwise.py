@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,9 +12,7 @@ from passes.layouts.facts import Facts
 from passes.layouts.units import Value
 from passes.rules.alignment import align, as_value, combine, keyed_factors
 from passes.rules.base import Rule, register
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["Pointwise"]
 
@@ -52,39 +50,39 @@ class Pointwise(Rule):
         factors = [f for each in keyed_factors(alignment, refined) for f in each]
         return as_value(alignment, combine(factors, facts.units))
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        if self._stays_pending(node, sharder):
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        if self._stays_pending(node, builder):
             return
-        local = self.local_operands(node, sharder)
+        local = self.local_operands(node, builder)
         if local is None:
-            sharder.copy(node)
+            builder.copy(node)
             return
-        mapped = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local[n] if n in local else sharder.rest(n))
-        self.emit_local(node, mapped[0], mapped[1], sharder)
+        mapped = fx.map_arg((node.args, dict(node.kwargs)), lambda n: local[n] if n in local else builder.argument(n))
+        self.emit_local(node, mapped[0], mapped[1], builder)
 
-    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Builder) -> None:
+    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, builder: Builder) -> None:
         """Emit the op on local operands."""
-        sharder.emit(node, node.target, args, kwargs, layout=sharder.layout(node))
+        builder.emit(node, node.target, args, kwargs, layout=builder.layout(node))
 
     @staticmethod
-    def local_operands(node: fx.Node, sharder: Builder) -> dict[fx.Node, fx.Node] | None:
+    def local_operands(node: fx.Node, builder: Builder) -> dict[fx.Node, fx.Node] | None:
         """The operands in the layouts that match the result's; None where the result is whole."""
-        if sharder.layout(node).whole or node not in sharder.facts.alignments:
+        if builder.layout(node).whole or node not in builder.facts.alignments:
             return None
-        alignment, operands = sharder.facts.alignments[node]
-        keys = sharder.out_keys(node, alignment)
-        wanted = [sharder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+        alignment, operands = builder.facts.alignments[node]
+        keys = builder.out_keys(node, alignment)
+        wanted = [builder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
         if not keys or any(w is None for w in wanted):
             return None
-        return {n: sharder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
+        return {n: builder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
 
     @staticmethod
-    def _stays_pending(node: fx.Node, sharder: Builder) -> bool:
+    def _stays_pending(node: fx.Node, builder: Builder) -> bool:
         """Sums of pending sums, and what is whole beside them; multiples of a pending sum."""
         name, args = op_name(node), node.args
         if name in ("aten.add", "aten.sub") and len(args) == 2 and not node.kwargs:
             left, right = args
-            sums = [a for a in (left, right) if sharder.pending(a)]
+            sums = [a for a in (left, right) if builder.is_partial_sum(a)]
             same = any(shape(a) == shape(node) for a in sums)  # a smaller sum broadcasts to the larger
             types = {a.meta["val"].dtype if is_tensor(a) else None for a in args}
             if not sums or not same or len(types) != 1:
@@ -92,31 +90,31 @@ class Pointwise(Rule):
             minus = name == "aten.sub"
 
             def combined(a: fx.Node | None, b: fx.Node | None, state: str) -> fx.Node | None:
-                value = sharder.value(node)
+                value = builder.value(node)
                 if a is not None and b is not None:
-                    return sharder.call(node.target, (a, b), state=state, value=value, shaped=state == "pending")
+                    return builder.call(node.target, (a, b), state=state, value=value, shaped=state == "pending")
                 if b is not None and minus:
-                    return sharder.call(aten.neg.default, (b,), state=state, value=value, shaped=state == "pending")
+                    return builder.call(aten.neg.default, (b,), state=state, value=value, shaped=state == "pending")
                 return a if a is not None else b
 
-            first, second = (sharder.states[a] if sharder.pending(a) else None for a in (left, right))
+            first, second = (builder.states[a] if builder.is_partial_sum(a) else None for a in (left, right))
             total = combined(first and first.node, second and second.node, "pending")
             beside = combined(
-                first.addend if first else sharder.whole(left),
-                second.addend if second else sharder.whole(right),
+                first.addend if first else builder.replicated(left),
+                second.addend if second else builder.replicated(right),
                 "whole",
             )
             assert total is not None
-            sharder.stand(node, total, pending=True, addend=beside)
+            builder.record(node, total, pending=True, addend=beside)
             return True
-        if name in ("aten.mul", "aten.div", "aten.neg") and args and sharder.pending(args[0]):
+        if name in ("aten.mul", "aten.div", "aten.neg") and args and builder.is_partial_sum(args[0]):
             if any(is_tensor(a) for a in args[1:]) or node.kwargs:
                 return False
-            state, value, rest = sharder.states[args[0]], sharder.value(node), sharder.rest(args[1:])
-            beside = state.addend and sharder.call(
+            state, value, rest = builder.states[args[0]], builder.value(node), builder.arguments(args[1:])
+            beside = state.addend and builder.call(
                 node.target, (state.addend, *rest), state="whole", value=value, shaped=False
             )
-            total = sharder.call(node.target, (state.node, *rest), state="pending", value=value)
-            sharder.stand(node, total, pending=True, addend=beside)
+            total = builder.call(node.target, (state.node, *rest), state="pending", value=value)
+            builder.record(node, total, pending=True, addend=beside)
             return True
         return False

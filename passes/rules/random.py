@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from passes import ops
 from passes.rules.base import register
+from passes.rules.builder import Builder
 from passes.rules.pointwise import Pointwise
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
 
 
 @register("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.bernoulli", "aten.rand_like",
@@ -19,11 +17,11 @@ if TYPE_CHECKING:
 class Random(Pointwise):
     """Pointwise and random: on whole values all ranks draw the same, on shards each draws its own."""
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        if sharder.layout(node).whole or not all(s.disjoint for _, s in sharder.layout(node).shards):
-            sharder.copy(node)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        if builder.layout(node).whole or not all(s.disjoint for _, s in builder.layout(node).shards):
+            builder.copy(node)
         else:
-            super().shard(node, sharder)
+            super().shard(node, builder)
 
-    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, sharder: Builder) -> None:
-        sharder.emit(node, ops.random_per_rank, (node.target, *args), kwargs, layout=sharder.layout(node))
+    def emit_local(self, node: fx.Node, args: Any, kwargs: Any, builder: Builder) -> None:
+        builder.emit(node, ops.random_per_rank, (node.target, *args), kwargs, layout=builder.layout(node))

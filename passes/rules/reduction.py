@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -14,9 +13,7 @@ from passes.layouts.facts import Facts
 from passes.layouts.layout import Layout
 from passes.layouts.units import Factor, Value
 from passes.rules.base import Rule, register
-
-if TYPE_CHECKING:
-    from passes.rules.builder import Builder
+from passes.rules.builder import Builder
 
 __all__ = ["Reduction", "Scan", "Sum"]
 
@@ -95,31 +92,31 @@ class Reduction(Rule):
         facts.pending[node] = pending
         return reduced(value, dims, self.keeps(node), kept)
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        source, layout = node.args[0], sharder.layout(node)
-        value, dims = sharder.value(source), self.dims(node)
-        have = sharder.layout(source)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        source, layout = node.args[0], builder.layout(node)
+        value, dims = builder.value(source), self.dims(node)
+        have = builder.layout(source)
         inside = {v for d in dims for v in value.virtual(d)}
         if not (layout.whole or have.whole or any(v in inside for v, _ in have.shards)):
-            self.emit_split(node, sharder.local(source, have), sharder, layout)
+            self.emit_split(node, builder.local(source, have), builder, layout)
         elif self.sums and layout.whole and not have.whole and all(v in inside for v, _ in have.shards):
-            owned = sharder.owned(have, value.axes)
+            owned = builder.owned(have, value.axes)
             if owned is not None:
-                self.emit_sum(node, sharder.local(source, owned), sharder)
+                self.emit_sum(node, builder.local(source, owned), builder)
             elif len(have.shards) == 1 and (replicas := have.shards[0][1].replicas) is not None:
                 first = {group[0] for group in replicas}  # one of those that hold the same counts it
-                self.emit_sum(node, sharder.local(source, have), sharder, [int(r in first) for r in range(sharder.tp)])
+                self.emit_sum(node, builder.local(source, have), builder, [int(r in first) for r in range(builder.tp)])
             else:
-                sharder.copy(node)
+                builder.copy(node)
         else:
-            sharder.copy(node)
+            builder.copy(node)
 
-    def emit_split(self, node: fx.Node, local: fx.Node, sharder: Builder, layout: Layout) -> None:
+    def emit_split(self, node: fx.Node, local: fx.Node, builder: Builder, layout: Layout) -> None:
         """Emit the reduction over dims that are whole."""
-        sharder.emit(node, node.target, (local, *sharder.rest(node.args[1:])), sharder.rest(dict(node.kwargs)),
-                     layout=layout)  # fmt: skip
+        args, kwargs = builder.arguments((node.args[1:], dict(node.kwargs)))
+        builder.emit(node, node.target, (local, *args), kwargs, layout=layout)
 
-    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Builder, times: Sequence[int] | None = None) -> None:
+    def emit_sum(self, node: fx.Node, local: fx.Node, builder: Builder, times: Sequence[int] | None = None) -> None:
         """Emit the rank's share of a sum, ``times[rank]`` times."""
         raise NotImplementedError
 
@@ -130,21 +127,21 @@ class Sum(Reduction):
 
     sums = True
 
-    def emit_sum(self, node: fx.Node, local: fx.Node, sharder: Builder, times: Sequence[int] | None = None) -> None:
+    def emit_sum(self, node: fx.Node, local: fx.Node, builder: Builder, times: Sequence[int] | None = None) -> None:
         dims, keep = self.dims(node), self.keeps(node)
         kwargs = {"dtype": node.kwargs["dtype"]} if node.kwargs.get("dtype") is not None else {}
-        value = sharder.value(node)
-        total = sharder.call(aten.sum.dim_IntList, (local, dims, keep), kwargs, state="pending", value=value)
+        value = builder.value(node)
+        total = builder.call(aten.sum.dim_IntList, (local, dims, keep), kwargs, state="pending", value=value)
         if times is not None:
-            total = sharder.call(aten.mul.Tensor, (total, sharder.per_rank(times)), state="pending", value=value)
+            total = builder.call(aten.mul.Tensor, (total, builder.per_rank(times)), state="pending", value=value)
         if op_name(node) == "aten.mean":
             source = node.args[0]
             sizes = {d: source.meta["val"].shape[d] for d in dims}
             counts = [math.prod(s for s in sizes.values() if isinstance(s, int))]
-            counts += [sharder.extent(source, d) for d, s in sizes.items() if not isinstance(s, int)]
+            counts += [builder.extent(source, d) for d, s in sizes.items() if not isinstance(s, int)]
             for count in counts:
-                total = sharder.call(aten.div.Tensor, (total, count), state="pending", value=value)
-        sharder.stand(node, total, pending=True)
+                total = builder.call(aten.div.Tensor, (total, count), state="pending", value=value)
+        builder.record(node, total, pending=True)
 
 
 @register("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod",
@@ -167,13 +164,13 @@ class Scan(Rule):
                 facts.mix(node, factor, [v for v in factor.dims if v in inside])
         return value
 
-    def shard(self, node: fx.Node, sharder: Builder) -> None:
-        source, layout = node.args[0], sharder.layout(node)
-        value = sharder.value(source)
+    def shard(self, node: fx.Node, builder: Builder) -> None:
+        source, layout = node.args[0], builder.layout(node)
+        value = builder.value(source)
         inside = {v for d in self._dims(node) for v in value.virtual(d)}
         if layout.whole or any(v in inside for v, _ in layout.shards):
-            sharder.copy(node)
+            builder.copy(node)
             return
-        local = sharder.local(source, layout)
-        sharder.emit(node, node.target, (local, *sharder.rest(node.args[1:])), sharder.rest(dict(node.kwargs)),
-                     layout=layout)  # fmt: skip
+        local = builder.local(source, layout)
+        args, kwargs = builder.arguments((node.args[1:], dict(node.kwargs)))
+        builder.emit(node, node.target, (local, *args), kwargs, layout=layout)
