@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -14,6 +14,7 @@ from autotp.capture.captured_graph import CapturedGraph
 from autotp.capture.output_codegen import output_function
 from autotp.errors import ProofError, UnprovedWarning
 from passes import Layout, Minimum, Reason, Verdict, assign, check, decide, enter, minimum, ops, propagate, shard
+from passes.planning.reasons import confirm_limits
 
 __all__ = ["ShardedProgram", "prove", "shard_graph"]
 
@@ -121,7 +122,7 @@ def shard_graph(
         settled = settled or {}
         weight_layouts = {n: x for n, x in (decision.weight_layouts | dict(settled)).items() if not x.whole}
         outside = {n: Reason("read by Python that is not captured") for n, x in settled.items() if x.whole}
-        reasons = _confirmed(captured, decision.reasons) | outside
+        reasons = confirm_limits(decision.reasons, lambda ranks: _split_weights(captured, ranks)) | outside
     layouts = assign(captured.graph, facts, weight_layouts, tp, slots)
     fewest = minimum(captured.graph, facts, layouts, weight_layouts)
     sharded = shard(captured.graph, facts, layouts, dict(weight_layouts), tp, slots)
@@ -133,13 +134,6 @@ def shard_graph(
     )  # fmt: skip
 
 
-def _confirmed(captured: CapturedGraph, reasons: Mapping[str, Reason]) -> dict[str, Reason]:
-    """Reasons, with the limits only of those weights that are split where there are no more ranks than that."""
-    limits = {reason.limit for reason in reasons.values()} - {None, 1}
-    weight_layouts = {
-        n: decide(captured.graph, propagate(captured.graph), n).weight_layouts for n in limits if n is not None
-    }
-    return {
-        name: reason if name in weight_layouts.get(reason.limit or 0, {name}) else replace(reason, limit=None)
-        for name, reason in reasons.items()
-    }
+def _split_weights(captured: CapturedGraph, tp: int) -> Mapping[str, Layout]:
+    """The layouts of the weights that a plan for ``tp`` ranks splits."""
+    return decide(captured.graph, propagate(captured.graph), tp).weight_layouts
