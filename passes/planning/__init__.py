@@ -1,7 +1,7 @@
 """Which dims to split, among which ranks, and what that costs.
 
-The hardware model, the choice and its reasons are changed here. It decides from labels and costs alone: no name of a
-module or parameter, and no op but by its rule.
+The hardware model, the choice and its reasons are changed here. A plan is decided from labels and costs alone: it
+reads no name of a module or parameter, and knows an op only by its rule.
 """
 
 from passes.planning.assign import assign

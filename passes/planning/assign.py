@@ -18,11 +18,11 @@ __all__ = ["assign", "factor_shards", "spread_to_sources"]
 
 
 def spread_to_sources(ranks: np.ndarray, users: np.ndarray, sources: np.ndarray) -> np.ndarray:
-    """Add to each source unit the ranks of its users, until nothing changes.
+    """Per unit the ranks that hold it, once each source is on all the ranks of its users.
 
     Args:
-        ranks: per unit, a bit for each rank that holds it.
-        users: with ``sources``, the pairs of which the second serves the first; ascending.
+        ranks: per unit, a bit for each rank that holds it, before sources are spread.
+        users: with ``sources``, the pairs of units in which the source serves the user; users ascending.
         sources: see ``users``.
     """
     ranks = ranks.copy()
@@ -36,29 +36,40 @@ def spread_to_sources(ranks: np.ndarray, users: np.ndarray, sources: np.ndarray)
 
 
 def factor_shards(factor: Factor, ranks: np.ndarray, tp: int) -> dict[int, Shards] | None:
-    """A factor's shards by virtual dim, given each label's ranks; None where they are no product of
-    per-dim index sets or some rank would hold nothing."""
+    """A factor's shards by virtual dim.
+
+    Args:
+        factor: the factor.
+        ranks: per label, a bit for each rank that holds it.
+        tp: the number of ranks.
+
+    Returns:
+        The shards of the split dims; None where the indices of some rank are no product of per-dim sets, or empty.
+    """
     bits = ranks[factor.labels]
     if (bits == (1 << tp) - 1).all():
         return {}
-    by_place = _shards_of(bits.tobytes(), bits.shape, tp)  # values that move together have the same bits
-    return None if by_place is None else {v: s for v, s in zip(factor.dims, by_place, strict=True) if s is not None}
+    shards = _shards_of(bits.tobytes(), bits.shape, tp)  # values that move together have the same bits
+    return None if shards is None else {v: s for v, s in zip(factor.dims, shards, strict=True) if s is not None}
 
 
 @lru_cache(maxsize=1024)
 def _shards_of(bits: bytes, shape: tuple[int, ...], tp: int) -> tuple[Shards | None, ...] | None:
-    held = np.frombuffer(bits, dtype=np.int64).reshape(shape)
+    """The shards of each dim of an array of rank bits; None for a dim that all ranks hold entirely."""
+    ranks = np.frombuffer(bits, dtype=np.int64).reshape(shape)
     sets: list[list[IndexSet]] = [[] for _ in shape]
     for rank in range(tp):
-        mask = (held >> rank) & 1 == 1
-        each = [np.flatnonzero(mask.any(axis=tuple(j for j in range(mask.ndim) if j != i))) for i in range(mask.ndim)]
-        if not all(e.size for e in each) or int(np.prod([e.size for e in each])) != int(mask.sum()):
+        mask = (ranks >> rank) & 1 == 1
+        indices = [
+            np.flatnonzero(mask.any(axis=tuple(j for j in range(mask.ndim) if j != i))) for i in range(mask.ndim)
+        ]
+        if not all(i.size for i in indices) or int(np.prod([i.size for i in indices])) != int(mask.sum()):
             return None
-        for i, e in enumerate(each):
-            sets[i].append(IndexSet.of(e))
+        for dim, array in enumerate(indices):
+            sets[dim].append(IndexSet.of(array))
     return tuple(
-        Shards(size, tuple(each)) if any(len(s) != size for s in each) else None
-        for size, each in zip(shape, sets, strict=True)
+        Shards(size, tuple(per_rank)) if any(len(s) != size for s in per_rank) else None
+        for size, per_rank in zip(shape, sets, strict=True)
     )
 
 
@@ -69,19 +80,22 @@ def assign(
     tp: int,
     slots: Mapping[str, Layout] | None = None,
 ) -> dict[fx.Node, Layout]:
-    """Give every value the layout that follows from the layouts of the weights.
+    """Each value's layout, as it follows from the layouts of the weights.
 
-    A unit lives where a weight_layouts weight puts it, or else where the units it serves live, or else
-    everywhere. Where two weights disagree about a unit, or a value's indices on some rank are no
-    product of per-dim sets, or two unrelated dims of one value would be split, the value stays whole;
-    conversions then bridge the difference, so that the result is right if not fast.
+    A unit is on the ranks where a split weight or input puts it; else on the ranks of the units that it serves; else
+    on all ranks. A value is replicated where two weights disagree about a unit, where its indices on some rank are no
+    product of per-dim sets, and where two unrelated dims of it would be split. Conversions then bridge the
+    difference, so that the result is right, if not fast.
 
     Args:
         graph: the captured graph.
-        facts: what :func:`passes.propagate` found out about it.
+        facts: the facts from :func:`passes.propagate` about it.
         weight_layouts: each split weight's layout, by ``get_attr`` target.
         tp: the number of ranks.
-        slots: the layouts of inputs that ranks keep in parts, by slot.
+        slots: the layouts of inputs that stay split between calls, by slot.
+
+    Returns:
+        The layouts of the split values, on their virtual dims; all others are replicated.
     """
     roots = facts.units.roots()
     everywhere = (1 << tp) - 1
@@ -91,14 +105,14 @@ def assign(
     for node in graph.nodes:
         if node.op not in ("get_attr", "placeholder") or node not in facts.values:
             continue
-        held = weight_layouts.get(node.target) if node.op == "get_attr" else settled_layout(node, slots or {})
-        layout = on_virtual(held or WHOLE, facts.values[node].axes).dims
+        layout = weight_layouts.get(node.target) if node.op == "get_attr" else settled_layout(node, slots or {})
+        shards = on_virtual(layout or WHOLE, facts.values[node].axes).dims
         for factor in facts.values[node].factors:
             (v,) = factor.dims
-            if v not in layout:
+            if v not in shards:
                 continue
-            bits = np.zeros(layout[v].size, dtype=np.int64)
-            for rank, indices in enumerate(layout[v].ranks):
+            bits = np.zeros(shards[v].size, dtype=np.int64)
+            for rank, indices in enumerate(shards[v].ranks):
                 bits[indices.indices] |= 1 << rank
             units = roots[factor.labels]
             clash[units[fixed[units] & (ranks[units] != bits)]] = True
@@ -110,12 +124,12 @@ def assign(
     ranks[~fixed & ~has_user] = everywhere
     ranks = spread_to_sources(ranks, users, sources)
     ranks[ranks == 0] = everywhere
-    of_label = ranks[roots]
+    label_ranks = ranks[roots]
     layouts: dict[fx.Node, Layout] = {}
     if tp == 1:
         return layouts
     for node, value in facts.values.items():
-        split = [s for f in value.factors if (s := factor_shards(f, of_label, tp))]
+        split = [s for f in value.factors if (s := factor_shards(f, label_ranks, tp))]
         if len(split) == 1 and all(s.covers for s in split[0].values()):
             layouts[node] = Layout.of(split[0])
     return layouts

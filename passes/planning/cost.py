@@ -1,4 +1,4 @@
-"""The hardware model by which a plan is chosen: what splitting saves, what it costs, in one unit."""
+"""cost: the hardware model by which a plan is chosen: the savings of splitting and its costs, in one unit."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ __all__ = ["CostModel"]
 class CostModel:
     """Costs in floating-point operations of one forward pass.
 
-    People reach for tensor parallelism first for memory, so the prices of communication are set low:
-    a projection pair is split from a few dozen columns on, an embedding from a few hundred rows on.
-    What the model must get right is the *order* of alternatives (a layer's heads against the residual
-    stream), and for that only ratios count.
+    People want tensor parallelism for memory first, so the prices of communication are set low: a projection pair is
+    split from a few dozen columns on, an embedding from a few hundred rows on. The model must get the *order* of
+    alternatives right (a layer's heads against the residual stream), and for that only ratios count.
 
     Attributes:
-        per_element: what moving one element of an activation through a collective costs.
-        per_collective: what starting a collective costs.
-        per_parameter: what holding one parameter costs, beside computing with it.
-        extent: the extent assumed for a symbolic dim (batch, sequence).
-        scale: how many times more tokens than those of the captured inputs to reckon with.
+        per_element: the cost of moving one element of an activation through a collective.
+        per_collective: the cost of starting a collective.
+        per_parameter: the cost of holding one parameter, beside computing with it.
+        extent: the assumed extent of a symbolic dim (batch, sequence).
+        scale: the assumed number of tokens, as a multiple of the captured inputs' tokens.
     """
 
     per_element: float = 32.0
@@ -38,7 +37,7 @@ class CostModel:
 
     @staticmethod
     def of(graph: fx.Graph) -> CostModel:
-        """The model for a graph: some 4096 tokens, whether batch and sequence are both symbolic, or one, or neither."""
+        """The model for a graph, for about 4096 tokens: batch and sequence may both be symbolic, or one, or neither."""
         inputs = [n for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
         symbols = {x for n in inputs for size in shape(n) for x in size.symbols}
         if symbols:
@@ -48,7 +47,7 @@ class CostModel:
         return CostModel(scale=max(1.0, 4096 / max(most, 1)))
 
     def activation(self, sizes: Iterable[Size]) -> float:
-        """The number of elements of an activation of these sizes, at the number of tokens reckoned with."""
+        """The number of elements of an activation of these sizes, at the assumed number of tokens."""
         return self.elements(sizes) * self.scale
 
     def elements(self, sizes: Iterable[Size]) -> int:

@@ -1,8 +1,8 @@
-"""slots: inputs and results that ranks keep in parts between calls, such as cached keys and values.
+"""persistent_state: the layouts of inputs and results that stay split between calls, such as cached keys and values.
 
-A captured input that stays split carries the name of its slot in ``meta["slot"]``, and the output node the names
-of the results' in ``meta["slots"]``, by position. What one call leaves in a slot another finds there, so a slot
-has one layout, which the first call that meets it decides. It is one that splits a single dim.
+A *slot* is a place where one call leaves a result and a later call finds it as an input. A captured input carries the
+name of its slot in ``meta["slot"]``; the output node carries the names of its results' slots in ``meta["slots"]``, by
+position. So a slot has one layout. The first call that uses the slot decides it, and it splits a single dim at most.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["settled_layout"]
 
 
 def settled_layout(node: fx.Node, slots: Mapping[str, Layout], name: str | None = None) -> Layout | None:
-    """The layout that a slot has already; None where it has none yet, or one that this value cannot have.
+    """The layout that a slot already has; None where it has none, or one that this value cannot have.
 
     Args:
         node: the captured input or result.
         slots: the layouts of slots, by name.
-        name: the slot's, for a result.
+        name: the slot's name, for a result.
     """
     layout = slots.get(name or node.meta.get("slot", ""))
     sizes = shape(node)

@@ -1,4 +1,4 @@
-"""propagate: which indices of which values must stay together."""
+"""propagate: find the indices that must stay together: the units of all values of a graph."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["propagate"]
 
 
 def _keep_together(node: fx.Node, facts: Facts) -> None:
-    """Unite what an input holds along batch and sequence, where a capture fixed their sizes.
+    """Unite an input's labels along batch and sequence, where the capture fixed their sizes.
 
-    Those are all dims of integers, all but the features of a vector or sequence of vectors, and else the
-    first (caches hold heads).
+    Batch and sequence are taken to be all dims of an integer input; all but the last of a floating-point input of up
+    to three dims; the first of any other (caches hold heads).
     """
     value = facts.values[node]
     rank = len(value.axes)
@@ -28,7 +28,7 @@ def _keep_together(node: fx.Node, facts: Facts) -> None:
 
 
 def propagate(graph: fx.Graph) -> Facts:
-    """Label every static index of every value and unite what the ops tie together.
+    """Label every static index of every value, and unite the labels that the ops tie together.
 
     Args:
         graph: a captured, simplified graph whose nodes carry ``meta["val"]`` and ``meta["grad"]``.
@@ -45,7 +45,7 @@ def propagate(graph: fx.Graph) -> Facts:
                     _keep_together(node, facts)
             continue
         if node.op == "output":
-            slots = node.meta.get("slots", {})  # results that ranks may keep in parts
+            slots = node.meta.get("slots", {})  # results that may stay split between calls
             returned = [n for i, n in enumerate(node.args[0]) if i not in slots]
             facts.opaque(node, [n for n in dict.fromkeys(returned) if is_tensor(n)])
             continue
@@ -55,6 +55,6 @@ def propagate(graph: fx.Graph) -> Facts:
             assert len(sizes) == len(shape(node)), (node, value.axes, shape(node))
             assert all(a == b or not (a.static and b.static) for a, b in zip(sizes, shape(node), strict=True)), (
                 node, value.axes, shape(node))  # fmt: skip
-            held = tuple(f for f in value.factors if f.labels.size)  # a part of no elements has nothing to split
-            facts.values[node] = value if len(held) == len(value.factors) else Value(value.axes, held)
+            factors = tuple(f for f in value.factors if f.labels.size)  # a value of no elements has nothing to split
+            facts.values[node] = value if len(factors) == len(value.factors) else Value(value.axes, factors)
     return facts

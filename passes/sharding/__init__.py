@@ -1,6 +1,6 @@
-"""The rewritten graph: one for all ranks, with its collectives, then one for each.
+"""The rewritten graph: one for all ranks, with its collectives, then one for each rank.
 
-How a decided layout becomes nodes is changed here. It must not decide what is split.
+The way from decided layouts to nodes is changed here. Nothing here decides which weights or values are split.
 """
 
 from passes.sharding.enter import enter

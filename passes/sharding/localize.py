@@ -12,9 +12,10 @@ __all__ = ["localize"]
 
 
 def localize(graph: fx.Graph, rank: int) -> fx.Graph:
-    """Copy a rewritten graph with every per-rank constant replaced by that of ``rank``."""
+    """A copy of a rewritten graph in which the constants of ``rank`` replace all per-rank constants."""
 
     def pick(argument: Any) -> Any:
+        """An argument with the rank's own constants, at any depth."""
         if isinstance(argument, PerRank):
             return argument.values[rank]
         if isinstance(argument, (tuple, list)):
