@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.errors import AutoTPError, CaptureError, LaunchError, MismatchError, check_tp
+from autotp.options import TIMEOUT
 
 __all__ = ["Mesh", "describe_differences", "join"]
 
 R = TypeVar("R")
-
-"""How long a collective may wait for the other ranks in groups that autotp itself starts."""
 
 
 @dataclass

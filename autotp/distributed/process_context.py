@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from autotp.distributed.communicators import ProcessCommunicator, SoloCommunicator
-from autotp.distributed.mesh import TIMEOUT, Mesh
+from autotp.distributed.mesh import Mesh
 from autotp.distributed.process_groups import new_group
 from autotp.distributed.random_state import draw_from
 from autotp.distributed.shared_memory import SharedMemory, join_board
 from autotp.distributed.symmetric_memory import join_symmetric_memory
+from autotp.options import TIMEOUT
 from passes.ops import context
 
 __all__ = ["ProcessContext"]

@@ -27,7 +27,7 @@ from autotp.runtime.bound_call import BoundCall
 from autotp.runtime.broadcast_inputs import broadcast_inputs
 from autotp.runtime.call_agreement import CallAgreement
 from autotp.runtime.eager_region import EagerRegion, within_graph
-from autotp.runtime.graph_cache import GraphCache
+from autotp.runtime.graph_cache import Compiled, GraphCache
 from autotp.runtime.runtime import Runtime
 from autotp.utils.graph_hash import graph_hash
 from autotp.weights.registry import register
@@ -192,18 +192,18 @@ class GraphRuntime(Runtime):
     def _compiled(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Any
     ) -> tuple[BoundCall | None, CaptureError | None]:
-        """A call bound to a new graph; or the error that all ranks met, where the module's own Python may run instead."""
-        doing, mesh = "capturing this call", self.mesh
+        """A call bound to a new graph; or the error of all ranks, where the module's own Python may run instead."""
+        doing, error = "capturing this call", self._uncaptured.get(key)
+        compiled: Compiled | None = None
         if not self._may_run_eagerly():
-            with mesh.together(doing):
+            with self.mesh.together(doing):
                 compiled = self.cache.compile(args, kwargs)
-        elif key in self._uncaptured:
-            return None, self._uncaptured[key]
-        else:
-            compiled, error = mesh.attempt(doing, lambda: self.cache.compile(args, kwargs))
-            if compiled is None:
-                self._uncaptured[key] = error
-                return None, error
+        elif error is None:
+            compiled, error = self.mesh.attempt(doing, lambda: self.cache.compile(args, kwargs))
+        if compiled is None:
+            assert error is not None
+            self._uncaptured[key] = error
+            return None, error
         fingerprint = graph_hash(compiled.program.graph, compiled.program.captured.constants)
         self.agreement.check("capture", fingerprint, lambda: {"the graph": f"{fingerprint:x}"})
         return self.cache.add(compiled), None

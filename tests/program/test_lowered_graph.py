@@ -29,6 +29,7 @@ from autotp.weights.slicing import local_part, shards_of
 from passes import Lowering, localize
 from passes.lowering.cache_in_place import grown
 from passes.ops.context import use_context
+from tests.comparison import backward, outputs
 from tests.models import make
 
 NAMES = ("gpt", "gpt2", "llama", "neox", "bloom", "bert")
