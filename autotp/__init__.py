@@ -21,32 +21,41 @@ The packages and files, from top to bottom; each imports only from those below i
 ``modules``       what autotp asks of and does to ``nn.Module``
 ``utils``         hashes, generated code, tables, kinds of values
 ``errors``        the public errors and warnings
+``version``       the version, written once
 ================  =================================================================================
+
+Each public name is imported when it is first used. So the command line prints its help and usage errors without
+importing torch, which takes seconds.
 """
 
-from autotp.arguments.object_tree import sharded_state
-from autotp.distributed.tally import Tally
-from autotp.errors import (
-    AutoTPError,
-    CaptureError,
-    LaunchError,
-    MismatchError,
-    PartialCaptureWarning,
-    PlanError,
-    ProofError,
-    UnprovedWarning,
-    WeightsError,
-    WholeWeightWarning,
-)
-from autotp.inspection import full_gradients, full_state_dict, graph
-from autotp.parallel import parallelize
-from autotp.plans.make_plan import make_plan as plan
-from autotp.plans.plan import Plan
-from autotp.verification.report import Report
-from autotp.verification.simulation import Simulation, simulate
-from autotp.verification.verify import verify
-from autotp.weights.empty_weights import empty_weights
-from passes import Lowering
+from typing import TYPE_CHECKING
+
+from autotp.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from autotp.arguments.object_tree import sharded_state
+    from autotp.distributed.tally import Tally
+    from autotp.errors import (
+        AutoTPError,
+        CaptureError,
+        LaunchError,
+        MismatchError,
+        PartialCaptureWarning,
+        PlanError,
+        ProofError,
+        UnprovedWarning,
+        WeightsError,
+        WholeWeightWarning,
+    )
+    from autotp.inspection import full_gradients, full_state_dict, graph
+    from autotp.parallel import parallelize
+    from autotp.plans.make_plan import make_plan as plan
+    from autotp.plans.plan import Plan
+    from autotp.verification.report import Report
+    from autotp.verification.simulation import Simulation, simulate
+    from autotp.verification.verify import verify
+    from autotp.weights.empty_weights import empty_weights
+    from passes import Lowering
 
 __all__ = [
     "AutoTPError",
@@ -74,3 +83,46 @@ __all__ = [
     "simulate",
     "verify",
 ]
+
+_SOURCES = {
+    **dict.fromkeys([name for name in __all__ if name.endswith(("Error", "Warning"))], "autotp.errors"),
+    "Lowering": "passes",
+    "Plan": "autotp.plans.plan",
+    "Report": "autotp.verification.report",
+    "Simulation": "autotp.verification.simulation",
+    "Tally": "autotp.distributed.tally",
+    "empty_weights": "autotp.weights.empty_weights",
+    "full_gradients": "autotp.inspection",
+    "full_state_dict": "autotp.inspection",
+    "graph": "autotp.inspection",
+    "parallelize": "autotp.parallel",
+    "plan": "autotp.plans.make_plan:make_plan",
+    "sharded_state": "autotp.arguments.object_tree",
+    "simulate": "autotp.verification.simulation",
+    "verify": "autotp.verification.verify",
+}
+"""The module that defines each public name, with ``:name`` if it has another name there."""
+
+
+if not TYPE_CHECKING:  # type checkers would accept any name of a module that has it
+
+    def __getattr__(name: str) -> object:
+        """A public name, or a package or file of autotp, at its first use."""
+        from importlib import import_module
+
+        if name in _SOURCES:
+            module, _, attribute = _SOURCES[name].partition(":")
+            value = getattr(import_module(module), attribute or name)
+            globals()[name] = value
+            return value
+        if not name.startswith("_"):
+            try:
+                return import_module(f"autotp.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"autotp.{name}":
+                    raise
+        raise AttributeError(f"module 'autotp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""``python -m autotp``."""
+"""__main__: ``python -m autotp`` runs the command line."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The command line: ``autotp inspect``, ``check``, ``verify``, ``fuzz``.
 
-Commands and options are added here, and how a model is named on the command line. It knows no graphs and no processes:
-it calls what a user can call, and prints the values that it gets back.
+Change it to add commands, options, or ways to name a model on the command line. It knows no graphs and no processes: it
+calls the functions that users call, and prints the values that they return.
 """
 
 from autotp.cli.main import main

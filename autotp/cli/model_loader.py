@@ -1,4 +1,4 @@
-"""Models named on the command line: directories, transformers model types, factories."""
+"""model_loader: load models named on the command line: directories, transformers model types, factories."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from autotp.capture.example_inputs import ExampleInputs
+from autotp.capture.example_inputs import ExampleInputs, example_call
+from autotp.cli.options import BadModelError
 
-__all__ = ["BadModelError", "Loaded", "load"]
-
-
-class BadModelError(ValueError):
-    """What was given on the command line does not name a model; one line says what would."""
+__all__ = ["Loaded", "load"]
 
 
 @dataclass
 class Loaded:
-    """A model and the inputs to capture it with (None: to be found)."""
+    """A model, and example inputs to capture it with (None: autotp finds some)."""
 
     model: nn.Module
     example_inputs: ExampleInputs
@@ -55,6 +52,7 @@ def load(name: str, settings: Sequence[str], *, weights: bool, size: tuple[int, 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
+    """Let transformers log errors only."""
     transformers = _transformers()
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -65,6 +63,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _transformers() -> Any:
+    """The module transformers."""
     try:
         return importlib.import_module("transformers")
     except ImportError:
@@ -72,24 +71,25 @@ def _transformers() -> Any:
 
 
 def _from_factory(name: str) -> Loaded:
+    """The model that ``package.module:factory`` returns, or is."""
     module_name, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        target: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise BadModelError(f"{name}: cannot import {module_name}: {error}") from None
     finally:
         sys.path.pop(0)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), 1)
+        if not hasattr(target, part):
+            near = difflib.get_close_matches(part, dir(target), 1)
             raise BadModelError(f"{name}: {module_name} has no {part}" + (f"; did you mean {near[0]}?" if near else ""))
-        found = getattr(found, part)
+        target = getattr(target, part)
     try:
-        made = found() if callable(found) and not isinstance(found, nn.Module) else found
+        result = target() if callable(target) and not isinstance(target, nn.Module) else target
     except Exception as error:
         raise BadModelError(f"{name}: the factory failed: {type(error).__name__}: {error}") from None
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
         raise BadModelError(
             f"{name} gave a {type(model).__name__}; it must return a module or (module, example_inputs)"
@@ -98,6 +98,7 @@ def _from_factory(name: str) -> Loaded:
 
 
 def _from_transformers(name: str, settings: Sequence[str], weights: bool, size: tuple[int, int]) -> Loaded:
+    """The model of a directory or of a transformers model type."""
     transformers = _transformers()
     directory = Path(name)
     if directory.is_dir():
@@ -137,6 +138,7 @@ def _from_transformers(name: str, settings: Sequence[str], weights: bool, size: 
 
 
 def _override(config: Any, setting: str) -> None:
+    """Set a field of a config as ``field=value`` says."""
     field, equals, text = setting.partition("=")
     if not equals:
         raise BadModelError(f"--set {setting}: write --set field=value")
@@ -160,34 +162,32 @@ def _override(config: Any, setting: str) -> None:
 
 
 def _auto_class(transformers: Any, config: Any) -> Any:
-    """The auto class whose mapping knows the config: as its ``architectures`` say, else with a head."""
+    """The auto class for a config: the one that its ``architectures`` name, else one with a head."""
     heads = ["AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel"]
     if getattr(config, "is_encoder_decoder", False):
         heads = ["AutoModelForSeq2SeqLM", *heads]
     elif not getattr(config, "is_decoder", False) and type(config) in transformers.AutoModelForMaskedLM._model_mapping:
         heads = ["AutoModelForMaskedLM", *heads]
-    named = (getattr(config, "architectures", None) or [None])[0]
-    found = [getattr(transformers, h) for h in heads if type(config) in getattr(transformers, h)._model_mapping]
-    for auto in found:
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    classes = [getattr(transformers, h) for h in heads if type(config) in getattr(transformers, h)._model_mapping]
+    for auto in classes:
         cls = auto._model_mapping[type(config)]
-        if named and named in [c.__name__ for c in (cls if isinstance(cls, (tuple, list)) else (cls,))]:
+        if architecture and architecture in [c.__name__ for c in (cls if isinstance(cls, (tuple, list)) else (cls,))]:
             return auto
-    if not found:
+    if not classes:
         raise BadModelError(f"transformers has no language model or encoder for a {config.model_type} config")
-    return found[0]
+    return classes[0]
 
 
 def _ids(model: nn.Module, size: tuple[int, int]) -> ExampleInputs:
-    """The model's own dummy inputs, its token ids at the size asked for."""
-    from autotp.capture.example_inputs import example_call
-
+    """The model's own dummy inputs, with token ids of the size asked for."""
     _, kwargs = example_call(model, None)
     batch, length = size
 
-    def sized(value: Any) -> Any:
+    def resized(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
             pattern = value.reshape(-1)
             return pattern[torch.arange(batch * length) % pattern.numel()].view(batch, length)
         return value
 
-    return {k: sized(v) for k, v in kwargs.items()}
+    return {k: resized(v) for k, v in kwargs.items()}

@@ -1,4 +1,4 @@
-"""reduced: a smaller form of a transformers model, of the same structure, for machines that cannot hold the model."""
+"""reduced_config: smaller configs of the same structure, for machines that cannot hold a transformers model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _WIDTH = re.compile(
 
 
 def _fields(config: Any, pattern: re.Pattern[str]) -> dict[str, int]:
-    """The config's own numbers whose names match."""
-    found = config.to_dict()
-    names = {config.attribute_map.get(n, n) for n in (*found, *config.attribute_map)}
-    return {n: found[n] for n in sorted(names) if pattern.fullmatch(n) and type(found.get(n)) is int and found[n] > 0}
+    """The config's positive integers whose names match a pattern."""
+    values = config.to_dict()
+    names = {config.attribute_map.get(n, n) for n in (*values, *config.attribute_map)}
+    return {
+        n: values[n] for n in sorted(names) if pattern.fullmatch(n) and type(values.get(n)) is int and values[n] > 0
+    }
 
 
 def _layers(config: Any, count: int) -> int:
-    """How many layers have one of each kind; two at least."""
+    """The number of first layers that include each kind of layer; two at least."""
     kinds = getattr(config, "layer_types", None)
     if not isinstance(kinds, list) or not kinds:
         return min(count, 2)
@@ -31,16 +33,16 @@ def _layers(config: Any, count: int) -> int:
 
 
 def smaller_configs(config: Any) -> Iterator[list[str]]:
-    """Settings ``field=value`` that make a model smaller, the largest form first.
+    """Settings ``field=value`` that make a model smaller, the largest model first.
 
-    First fewer layers, as many as have one of each kind; then widths, vocabularies and head sizes by two, four
-    and so on. The numbers of heads, of experts, and all else that decides how a model is split stay as they are.
+    First fewer layers, with at least one of each kind. Then also widths, vocabularies and head sizes divided by two,
+    four and so on. The numbers of heads and of experts stay, and all else that decides how a model is split.
 
     Args:
         config: a transformers config.
 
     Example:
-        >>> next(reductions(LlamaConfig()))
+        >>> next(smaller_configs(LlamaConfig()))
         ['num_hidden_layers=2']
     """
     fewer = [f"{name}={_layers(config, value)}" for name, value in _fields(config, _DEPTH).items()]

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotp.cli import main
+import autotp
+from autotp.cli import commands, main
 
+ROOT = Path(__file__).parent.parent
 FIELDS = ("hidden_size=64", "num_hidden_layers=2", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=16",
           "intermediate_size=97", "vocab_size=1001")  # fmt: skip
 SMALL = [word for field in FIELDS for word in ("--set", field)]
@@ -71,7 +73,7 @@ def test_verify_compares_the_loss_of_a_language_model(capsys: pytest.CaptureFixt
 
 def test_verify_reduces_what_is_too_large(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Few layers first, then widths; the heads stay, and the report says what was compared."""
-    monkeypatch.setattr(sys.modules["autotp.cli.main"], "_memory", lambda: 60_000_000)
+    monkeypatch.setattr(commands, "_memory", lambda: 60_000_000)
     large = ["--set", "num_attention_heads=6", "--set", "num_key_value_heads=3", "--set", "hidden_size=384"]
     assert main(["verify", "llama", "--tp", "2", *large, "--set", "vocab_size=1003", "--sequence", "4"]) == 0
     first, *_ = out = capsys.readouterr().out.splitlines()
@@ -85,7 +87,7 @@ def test_verify_reduces_what_is_too_large(capsys: pytest.CaptureFixture[str], mo
 def test_verify_of_what_is_too_large_and_has_no_config(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["autotp.cli.main"], "_memory", lambda: 1000)
+    monkeypatch.setattr(commands, "_memory", lambda: 1000)
     assert main(["verify", "tests.models:SmallGPT", "--tp", "2"]) == 2
     assert "this machine has" in capsys.readouterr().err
 
@@ -131,10 +133,41 @@ def test_a_directory_without_a_config(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_nothing_but_the_result_goes_into_a_pipe() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "autotp", "inspect", "tests.models:SmallGPT", "--tp", "2", "--json"],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     assert json.loads(done.stdout)["tp"] == 2
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--help"], 0, "usage: autotp"),
+        (["verify", "--help"], 0, "usage: autotp verify"),
+        (["--version"], 0, f"autotp {autotp.__version__}"),
+        ([], 2, "required: COMMAND"),
+        (["inspct"], 2, "invalid choice: 'inspct'"),
+        (["inspect", "--tp", "2"], 2, "required: MODEL"),
+        (["inspect", "llama", "--tp", "2", "--ranks", "0"], 2, "unrecognized arguments: --ranks"),
+        (["inspect", "llama", "--tp", "0"], 2, "1 or more"),
+        (["inspect", "llama", "--tp", "2", "--rank", "2"], 2, "ranks 0 to 1"),
+    ],
+)
+def test_help_the_version_and_usage_errors_do_not_import_torch(arguments: list[str], code: int, says: str) -> None:
+    """Importing torch and rich takes seconds."""
+    script = f"""
+import sys
+from autotp.cli import main
+try:
+    code = main({arguments!r})
+except SystemExit as exit:
+    code = exit.code
+slow = {{"torch", "rich", "passes", "networkx", "transformers"}} & set(sys.modules)
+sys.exit(f"imports {{slow}}" if slow else code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout + done.stderr
 
 
 def broken() -> torch.nn.Module:
@@ -142,7 +175,7 @@ def broken() -> torch.nn.Module:
 
 
 def test_a_factory_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "tests.cli.test_main:broken", "--tp", "2"]) == 2
+    assert main(["inspect", "tests.test_cli:broken", "--tp", "2"]) == 2
     assert "no weights here" in capsys.readouterr().err
 
 
