@@ -220,8 +220,6 @@ class Plan:
         return Plan.from_json(Path(path).read_text())
 
     def __str__(self) -> str:
-        from autotp.plans.plan import plan_text
-
         return plan_text(self)
 
 

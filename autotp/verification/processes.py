@@ -1,4 +1,4 @@
-"""spawned: a model's parallel form on real processes, started here and joined again, for comparison."""
+"""processes: measure a parallelized model on real processes, which are started here and joined again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,25 +17,25 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 
 from autotp.errors import AutoTPError
+from autotp.inspection import full_gradients
+from autotp.parallel import parallelize
 from autotp.utils.hashing import checksum
+from autotp.verification.measure import Float64, Measured, measure
 from autotp.verification.simulation import Recorder
 from passes.ops.context import use_context
-
-if TYPE_CHECKING:
-    from autotp.verification.measure import Measured
 
 __all__ = ["free_port", "hidden_values", "join_as_rank", "measure_on_processes"]
 
 
 def free_port() -> int:
-    """A port on this machine that nothing listens to."""
+    """A port of this machine that no process listens to."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
 def hidden_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Every value of this rank's program that should be whole; nothing of a model in parts."""
+    """The replicated values that this rank's program computes, by node; none of a model captured in parts."""
     runtime = model.__dict__["_autotp"]
     if not hasattr(runtime, "cache"):
         return {}
@@ -46,15 +46,15 @@ def hidden_values(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return recorder.seen
 
 
-def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a parallelized model keeps from one call to the next, whole."""
+def _full_module_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a parallelized model keeps between calls, unsharded."""
     runtime = model.__dict__["_autotp"]
-    of = [runtime] if hasattr(runtime, "cache") else runtime.parts
-    return {n: each.whole(n, x) for each in of for n, x in each.cache.state.kept().items()}
+    runtimes = [runtime] if hasattr(runtime, "cache") else runtime.parts
+    return {n: r.whole(n, x) for r in runtimes for n, x in r.cache.state.kept().items()}
 
 
 def join_as_rank(rank: int, tp: int, port: int) -> None:
-    """Make this process one of ``tp``, as torchrun would: one thread, and a seed of its own."""
+    """Set this process up as one rank of ``tp``, as torchrun would: one thread, and a seed of its own."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_RANK=str(rank)
     )
@@ -65,20 +65,18 @@ def join_as_rank(rank: int, tp: int, port: int) -> None:
 def _work(
     rank: int, tp: int, port: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: str
 ) -> None:
-    import autotp
-    from autotp.verification.measure import Float64, measure
-
+    """Measure on one rank; the file ``out/rank`` gets checksums of all values, and rank 0's has the values too."""
     join_as_rank(rank, tp, port)
     double = any(p.dtype is torch.float64 for p in model.parameters())
     try:
         with Float64() if double else contextlib.nullcontext(), torch.enable_grad():
-            autotp.parallelize(model, tp, example_inputs=args or dict(kwargs))
-            found = measure(model, args, kwargs, lambda: autotp.full_gradients(model), lambda: _kept(model))
-            whole = {f"hidden value {n}": v for n, v in hidden_values(model, args, kwargs).items()}
-            whole |= {f"output {n}": v for n, v in found.outputs.items()}
-            whole |= {f"gradient {n}": v for n, v in found.gradients.items()}
-        sums = {n: (tuple(v.shape), checksum(v)) for n, v in whole.items()}
-        torch.save((sums, (found.outputs, found.gradients) if rank == 0 else None), Path(out, str(rank)))
+            parallelize(model, tp, example_inputs=args or dict(kwargs))
+            run = measure(model, args, kwargs, lambda: full_gradients(model), lambda: _full_module_state(model))
+            values = {f"hidden value {n}": v for n, v in hidden_values(model, args, kwargs).items()}
+            values |= {f"output {n}": v for n, v in run.outputs.items()}
+            values |= {f"gradient {n}": v for n, v in run.gradients.items()}
+        checksums = {n: (tuple(v.shape), checksum(v)) for n, v in values.items()}
+        torch.save((checksums, (run.outputs, run.gradients) if rank == 0 else None), Path(out, str(rank)))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -96,14 +94,12 @@ def measure_on_processes(
         kwargs: keyword inputs.
 
     Returns:
-        What rank 0 measured, with full gradients, and the first value in which another rank differs from it by a
-        bit: a hidden value that is whole, an output, a gradient. Empty if there is none.
+        Rank 0's outputs and full gradients, and the name of the first value of which another rank has other bits: a
+        replicated hidden value, an output or a gradient. The name is empty if all ranks have the same.
 
     Raises:
         AutoTPError: the model cannot be sent to another process, or a process failed.
     """
-    from autotp.verification.measure import Measured
-
     with tempfile.TemporaryDirectory() as out:
         try:
             mp.spawn(_work, (tp, free_port(), model, args, dict(kwargs), out), nprocs=tp)
@@ -116,6 +112,6 @@ def measure_on_processes(
                 "that can be imported, or verify it in this process"
             ) from error
         results = [torch.load(Path(out, str(rank)), weights_only=True) for rank in range(tp)]
-    sums, (outputs, gradients) = results[0]
-    differ = (n for n, v in sums.items() if any(each.get(n) != v for each, _ in results[1:]))
-    return Measured(outputs, gradients), next(differ, "")
+    checksums, (outputs, gradients) = results[0]
+    mismatches = (n for n, v in checksums.items() if any(others.get(n) != v for others, _ in results[1:]))
+    return Measured(outputs, gradients), next(mismatches, "")

@@ -105,8 +105,6 @@ class Report:
         return within and self.divergence == 0.0 and not self.missing
 
     def __str__(self) -> str:
-        from autotp.verification.report import report_text
-
         return report_text(self)
 
 

@@ -20,6 +20,7 @@ from autotp.modules.model_checks import check_model
 from autotp.partition.partition import partition_model
 from autotp.plans.make_plan import announce, plan_of
 from autotp.verification.measure import Float64, Measured, detached_copy, measure
+from autotp.verification.processes import measure_on_processes
 from autotp.verification.report import Report, judge
 from autotp.verification.rounding import depth, longest_sum, rounding_error
 from autotp.verification.simulation import Simulation
@@ -120,8 +121,6 @@ def verify(
         limit = rounding_error(dtype, depth(graphs), longest_sum(graphs))
         if not processes:
             return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
-        from autotp.verification.processes import measure_on_processes
-
         with contextlib.ExitStack() as around:
             for part in division.parts:
                 around.enter_context(kept_as_it_was(part.cache.state))
