@@ -33,7 +33,7 @@ from autotp.runtime.graph_cache import GraphCache, Scope
 from passes import Layout
 from passes.layouts.layout import WHOLE
 
-__all__ = ["CapturedModule", "Partition", "partition_into_modules", "partition_model"]
+__all__ = ["CapturedModule", "Partition", "cannot_run", "partition_into_modules", "partition_model"]
 
 
 @dataclass(eq=False)
@@ -170,12 +170,7 @@ def partition_into_modules(
 ) -> Partition:
     """:func:`partition_model` for a model that cannot be captured whole, because it ``failed``. Runs it once."""
     if any(p.is_meta for p in model.parameters()):
-        raise CaptureError(
-            f"{failed}\nautotp would capture it in parts, but must run it once for that, and it is on the meta device: "
-            "give it weights",
-            place=failed.place,
-            reason=failed.reason,
-        ) from failed
+        raise cannot_run(failed, "it is on the meta device: give it weights") from failed
     try:
         observed = observe(model, args, kwargs)
     except Exception as error:
@@ -185,6 +180,17 @@ def partition_into_modules(
         raise failed
     _decide(division, weight_layouts)
     return division
+
+
+def cannot_run(failed: CaptureError, obstacle: str) -> CaptureError:
+    """The error for a model that can only be captured in parts, and that cannot be run to find them.
+
+    Args:
+        failed: why it cannot be captured whole.
+        obstacle: why it cannot be run, and what to do.
+    """
+    message = f"{failed}\nautotp would capture it in parts, but must run it once for that, and {obstacle}"
+    return CaptureError(message, place=failed.place, reason=failed.reason)
 
 
 class _Search:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autotp.capture.example_inputs import ExampleInputs, example_call
-from autotp.errors import PartialCaptureWarning, PlanError, WholeWeightWarning, check_tp
-from autotp.modules.model_checks import check_model
-from autotp.partition.partition import CapturedModule, Partition, partition_model
+from autotp.capture.example_inputs import ExampleInputs
+from autotp.errors import PartialCaptureWarning, PlanError, WholeWeightWarning
+from autotp.partition.partition import CapturedModule, Partition
+from autotp.partition.prepare import prepare
 from autotp.plans.plan import Collective, Plan, Weight, obstacles_text
 from autotp.program.sharded_program import ShardedProgram
 from passes import Layout, Reason, ops
@@ -250,10 +250,7 @@ def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None
     Example:
         >>> print(autotp.plan(model, tp=4))
     """
-    check_tp(tp)
-    check_model(model)
-    args, kwargs = example_call(model, example_inputs)
-    division = partition_model(model, tp, args, kwargs)
+    division = prepare(model, tp, example_inputs)
     plan = plan_of(division, tp)
     announce(plan, division, strict)
     return plan

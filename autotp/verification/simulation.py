@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autotp.capture.example_inputs import ExampleInputs, example_call
-from autotp.errors import check_tp
-from autotp.modules.model_checks import check_model
-from autotp.partition.partition import CapturedModule, Partition, partition_model
+from autotp.capture.example_inputs import ExampleInputs
+from autotp.partition.partition import CapturedModule, Partition
+from autotp.partition.prepare import prepare
 from autotp.plans.make_plan import announce, plan_of
 from autotp.program.sharded_program import ShardedProgram
 from autotp.runtime.graph_cache import GraphCache
@@ -271,9 +270,6 @@ def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None,
         >>> parallel = autotp.simulate(model, tp=4)
         >>> parallel(input_ids=ids).logits  # as model(input_ids=ids).logits
     """
-    check_tp(tp)
-    check_model(model)
-    args, kwargs = example_call(model, example_inputs)
-    division = partition_model(model, tp, args, kwargs)
+    division = prepare(model, tp, example_inputs)
     announce(plan_of(division, tp), division)
     return Simulation(model, tp, division, record)
