@@ -1,7 +1,7 @@
 """Random dense transformers, to find what breaks autotp: ``autotp fuzz --n 200 --seed S``.
 
-What models are drawn, and how one that fails is made small and written down, is changed here. It must know nothing of
-the compiler: it calls what a user can call.
+Change it to draw other models, or to shrink failures and write them down in another way. It must know nothing of the
+compiler's passes: it captures, simulates and compares, as :func:`autotp.verify` does.
 """
 
 from autotp.fuzz.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Recipes: what a random dense transformer is made of."""
+"""recipe: what a random dense transformer is made of."""
 
 from __future__ import annotations
 
@@ -10,53 +10,30 @@ from typing import Any
 __all__ = ["Recipe"]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A dense transformer in a few words; the defaults are the simplest one.
+@dataclass(frozen=True, kw_only=True)
+class AttentionRecipe:
+    """How a model attends.
 
     Attributes:
-        layers: blocks.
         kv_heads: heads of keys and values.
-        queries: heads of queries for each of them.
+        queries: heads of queries for each head of keys and values.
         head_size: elements of a head.
-        hidden: features of the residual stream; 0 for as many as all heads together have.
-        ffn: neurons of an MLP.
-        vocabulary: words.
-        fused: how the weights of queries, keys and values lie: apart, side by side, by group, by head, or the
-            latter two side by side.
-        weights: how a product with a weight is written.
-        attention: how attention is written.
-        repeat: how heads of keys and values are brought to as many as the queries have.
-        mask: what may not be attended to.
-        written: how that is said.
-        scores: what is done to scores: soft caps, sinks.
-        gate: whether attention's result is gated, by feature or by head.
-        qk_norm: a norm of queries and keys, per head or over all of them.
-        positions: how positions are told.
-        norm: the kind of norms.
-        place: where norms stand.
-        parallel: whether attention and MLP read the same and are added together.
-        mlp: the kind of MLP.
-        activation: its activation.
-        bias: whether products have biases.
-        cross: whether blocks also attend to a memory.
-        embedding: what is done to embeddings.
-        residual: a multiplier of what is added to the residual stream.
-        tied: whether the head's weight is the embedding's.
-        loss: how the loss is written.
-        batch: rows of the inputs.
-        length: their words.
+        fused: how the weights of queries, keys and values are stored: apart, side by side, by group, by head, or those
+            of keys and values as a pair.
+        attention: how attention is computed.
+        repeat: how each head of keys and values is repeated for its queries.
+        mask: the kind of attention mask.
+        written: how the mask is applied: as a boolean, added to the scores, or filled in.
+        scores: what changes the scores: soft caps, sinks.
+        gate: whether a gate multiplies the result, by feature or by head.
+        qk_norm: a norm of queries and keys, for each head or over all of them.
+        positions: the kind of positional information.
     """
 
-    layers: int = 1
     kv_heads: int = 1
     queries: int = 1
     head_size: int = 2
-    hidden: int = 0
-    ffn: int = 5
-    vocabulary: int = 16
     fused: str = "apart"
-    weights: str = "linear"
     attention: str = "sdpa"
     repeat: str = "expand"
     mask: str = "none"
@@ -65,24 +42,70 @@ class Recipe:
     gate: str = "none"
     qk_norm: str = "none"
     positions: str = "none"
-    norm: str = "layer"
-    place: str = "pre"
-    parallel: bool = False
-    mlp: str = "plain"
-    activation: str = "gelu"
-    bias: bool = False
-    cross: bool = False
-    embedding: str = "plain"
-    residual: float = 1.0
-    tied: bool = False
-    loss: str = "none"
-    batch: int = 1
-    length: int = 1
 
     @property
     def heads(self) -> int:
         """Heads of queries."""
         return self.kv_heads * self.queries
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRecipe:
+    """What a block is made of beside its attention.
+
+    Attributes:
+        hidden: features of the residual stream; 0 for as many as all heads together have.
+        weights: how a product with a weight is written.
+        bias: whether products have biases.
+        ffn: neurons of an MLP.
+        mlp: the kind of MLP.
+        activation: its activation.
+        norm: the kind of norms.
+        place: where norms stand.
+        parallel: whether attention and MLP read the same input, and their results are added.
+        cross: whether blocks also attend to a memory.
+        residual: the factor of what is added to the residual stream.
+    """
+
+    hidden: int = 0
+    weights: str = "linear"
+    bias: bool = False
+    ffn: int = 5
+    mlp: str = "plain"
+    activation: str = "gelu"
+    norm: str = "layer"
+    place: str = "pre"
+    parallel: bool = False
+    cross: bool = False
+    residual: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What stands around the blocks, and the sizes of the inputs.
+
+    Attributes:
+        layers: the number of blocks.
+        vocabulary: the number of words.
+        embedding: what is done to embeddings.
+        tied: whether the head's weight is the embedding's.
+        loss: how the loss is written.
+        batch: rows of the inputs.
+        length: words in a row.
+    """
+
+    layers: int = 1
+    vocabulary: int = 16
+    embedding: str = "plain"
+    tied: bool = False
+    loss: str = "none"
+    batch: int = 1
+    length: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ModelRecipe, BlockRecipe, AttentionRecipe):
+    """A dense transformer in a few words; the defaults are the simplest one."""
 
     @property
     def width(self) -> int:
@@ -107,25 +130,27 @@ class Recipe:
 
     @staticmethod
     def draw(source: random.Random) -> Recipe:
-        """A random recipe."""
+        """Draw a random recipe."""
         while True:
             recipe = Recipe(**{name: source.choice(values) for name, values in CHOICES.items()})
             if recipe.valid:
                 return recipe
 
     def simpler(self) -> Iterator[Recipe]:
-        """Recipes that are simpler in one respect, the simplest first."""
+        """The recipes that are simpler in one field, the simplest first."""
         for name, values in CHOICES.items():
-            now = getattr(self, name)
+            present = getattr(self, name)
             ordered = list(dict.fromkeys(values))
-            for value in ordered[: ordered.index(now)] if now in ordered else ():
+            for value in ordered[: ordered.index(present)] if present in ordered else ():
                 recipe = replace(self, **{name: value})
                 if recipe.valid:
                     yield recipe
 
     def __str__(self) -> str:
-        given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in given)})"
+        """The Python expression that makes it; fields with their default values are left out."""
+        defaults = {f.name: f.default for f in fields(self)}
+        values = {name: getattr(self, name) for name in CHOICES}
+        return f"Recipe({', '.join(f'{n}={value!r}' for n, value in values.items() if value != defaults[n])})"
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -160,5 +185,5 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "batch": (1, 2, 3),
     "length": (1, 5, 6, 7),
 }
-"""What each field may be, simplest first; what stands there twice is drawn more often. Most are large enough for a
-split to pay."""
+"""The values of each field, the simplest first, in the order in which fields are drawn. Some stand there twice and are
+drawn more often. Most sizes are large enough that splitting pays."""

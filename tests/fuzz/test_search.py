@@ -31,6 +31,7 @@ def test_every_choice_is_drawn() -> None:
     for name, values in CHOICES.items():
         assert {getattr(recipe, name) for recipe in drawn} == set(values)
     assert Recipe.draw(random.Random(1)) == drawn[1]
+    assert [eval(str(recipe)) for recipe in drawn] == drawn
 
 
 def test_most_are_split() -> None:
