@@ -1,4 +1,4 @@
-"""The models that recipes describe: plain modules, written as people write them."""
+"""model: build the models that recipes describe: plain modules, written as people write them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Transformer", "build"]
 
 
 class Product(nn.Module):
-    """``x @ weight.T + bias``, in one of the ways in which that is written."""
+    """``x @ weight.T + bias``, written in one of several ways."""
 
     def __init__(self, inputs: int, outputs: int, how: str, bias: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Product(nn.Module):
 
 
 class HandNorm(nn.Module):
-    """An RMS norm as LLaMA's first code has it."""
+    """An RMS norm written by hand, as in the first LLaMA code."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -54,33 +54,33 @@ def _norm(recipe: Recipe, size: int) -> nn.Module:
     return nn.LayerNorm(size) if recipe.norm == "layer" else nn.RMSNorm(size, eps=1e-6)
 
 
-def _rotated(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """``(batch, heads, length, head size)`` turned by its positions."""
+def _rotate(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Queries or keys ``(batch, heads, length, head size)`` with rotary embeddings applied."""
     size = x.shape[-1] // 2 if recipe.positions == "rotary half" else x.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
+    rotary, rest = x[..., :size], x[..., size:]
     rate = 1.0 / 100 ** (torch.arange(0, size, 2, device=x.device, dtype=x.dtype) / size)
     angle = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)[:, None] * rate
     if recipe.positions == "rotary pairs":
         angle = angle.repeat_interleave(2, dim=-1)
-        other = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+        quarter_turn = torch.stack((-rotary[..., 1::2], rotary[..., ::2]), dim=-1).flatten(-2)
     else:
         angle = torch.cat((angle, angle), dim=-1)
-        one, two = turned.chunk(2, dim=-1)
-        other = torch.cat((-two, one), dim=-1)
-    turned = turned * angle.cos() + other * angle.sin()
-    return torch.cat((turned, rest), dim=-1) if size < x.shape[-1] else turned
+        first, second = rotary.chunk(2, dim=-1)
+        quarter_turn = torch.cat((-second, first), dim=-1)
+    rotated = rotary * angle.cos() + quarter_turn * angle.sin()
+    return torch.cat((rotated, rest), dim=-1) if size < x.shape[-1] else rotated
 
 
 class Attention(nn.Module):
-    """Attention of some tokens to others, or to a memory."""
+    """Attention of tokens to each other, or to a memory."""
 
     slopes: torch.Tensor
 
     def __init__(self, recipe: Recipe, cross: bool = False) -> None:
         super().__init__()
         self.recipe, self.cross = recipe, cross
-        groups, each, size, width = recipe.kv_heads, recipe.queries, recipe.head_size, recipe.width
-        queries, keys = groups * each * size, groups * size
+        size, width = recipe.head_size, recipe.width
+        queries, keys = recipe.heads * size, recipe.kv_heads * size
         self.fused = recipe.fused if not cross or recipe.fused in ("apart", "pair") else "apart"
 
         def product(outputs: int, inputs: int = width, bias: bool = recipe.bias) -> Product:
@@ -93,9 +93,9 @@ class Attention(nn.Module):
         else:
             self.qkv = product(queries + 2 * keys)
         if recipe.qk_norm != "none":
-            whole = recipe.qk_norm == "full"
-            self.q_norm = _norm(recipe, queries if whole else size)
-            self.k_norm = _norm(recipe, keys if whole else size)
+            over_all_heads = recipe.qk_norm == "full"
+            self.q_norm = _norm(recipe, queries if over_all_heads else size)
+            self.k_norm = _norm(recipe, keys if over_all_heads else size)
         if recipe.gate != "none":
             self.gate = product(queries if recipe.gate == "feature" else recipe.heads)
         if recipe.scores == "sinks":
@@ -105,9 +105,9 @@ class Attention(nn.Module):
         self.out = product(width, queries)
 
     def project(self, x: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries ``(batch, heads, length, head size)``, and keys and values of their own heads."""
+        """Queries, keys and values ``(batch, heads, length, head size)``; keys and values have fewer heads."""
         recipe, (batch, length, _) = self.recipe, x.shape
-        groups, each, size = recipe.kv_heads, recipe.queries, recipe.head_size
+        groups, queries, size = recipe.kv_heads, recipe.queries, recipe.head_size
         if self.fused in ("apart", "pair"):
             q = self.q(x)
             k, v = (self.k(memory), self.v(memory)) if self.fused == "apart" else self.kv(memory).chunk(2, dim=-1)
@@ -116,32 +116,33 @@ class Attention(nn.Module):
             q = q.view(batch, length, -1, size)
             k, v = (t.view(batch, memory.shape[1], groups, size) for t in (k, v))
         elif self.fused == "side by side":
-            q, k, v = self.qkv(x).split([groups * each * size, groups * size, groups * size], dim=-1)
+            q, k, v = self.qkv(x).split([groups * queries * size, groups * size, groups * size], dim=-1)
             q, k, v = (t.view(batch, length, -1, size) for t in (q, k, v))
         elif self.fused == "by group":
-            lanes = self.qkv(x).view(batch, length, groups, each + 2, size)
-            q, k, v = lanes[..., :each, :].flatten(2, 3), lanes[..., -2, :], lanes[..., -1, :]
+            lanes = self.qkv(x).view(batch, length, groups, queries + 2, size)
+            q, k, v = lanes[..., :queries, :].flatten(2, 3), lanes[..., -2, :], lanes[..., -1, :]
         else:
-            q, k, v = self.qkv(x).view(batch, length, groups, -1).split([each * size, size, size], dim=-1)
-            q = q.reshape(batch, length, groups * each, size)
+            q, k, v = self.qkv(x).view(batch, length, groups, -1).split([queries * size, size, size], dim=-1)
+            q = q.reshape(batch, length, groups * queries, size)
         if recipe.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if recipe.positions.startswith("rotary") and not self.cross:
-            q, k = _rotated(q, recipe), _rotated(k, recipe)
+            q, k = _rotate(q, recipe), _rotate(k, recipe)
         return q, k, v
 
     def repeated(self, x: torch.Tensor) -> torch.Tensor:
-        """Heads of keys or values, once for each of the queries that share them."""
-        each, (batch, groups, length, size) = self.recipe.queries, x.shape
-        if each == 1 or self.recipe.repeat == "enable_gqa":
+        """Keys or values, each head repeated for the queries that share it."""
+        queries, (batch, groups, length, size) = self.recipe.queries, x.shape
+        if queries == 1 or self.recipe.repeat == "enable_gqa":
             return x
         if self.recipe.repeat == "repeat_interleave":
-            return x.repeat_interleave(each, dim=1)
-        return x[:, :, None].expand(batch, groups, each, length, size).reshape(batch, groups * each, length, size)
+            return x.repeat_interleave(queries, dim=1)
+        x = x[:, :, None].expand(batch, groups, queries, length, size)
+        return x.reshape(batch, groups * queries, length, size)
 
-    def scored(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """``(batch, heads, length, length of the memory)``."""
+    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The scores of all pairs: ``(batch, heads, length, length of the memory)``."""
         recipe, scale = self.recipe, self.recipe.head_size**-0.5
         if recipe.repeat == "grouped":
             q = q.unflatten(1, (recipe.kv_heads, recipe.queries))
@@ -156,8 +157,8 @@ class Attention(nn.Module):
             return flat.view(shape)
         return q @ k.transpose(-2, -1) * scale
 
-    def weighted(self, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """``(batch, heads, length, head size)``."""
+    def weighted_sums(self, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The values' weighted sums: ``(batch, heads, length, head size)``."""
         recipe = self.recipe
         if recipe.repeat == "grouped":
             weights = weights.unflatten(1, (recipe.kv_heads, recipe.queries))
@@ -178,10 +179,10 @@ class Attention(nn.Module):
         if recipe.attention == "sdpa":
             mask = bias if allowed is None else allowed
             k, v = self.repeated(k), self.repeated(v)
-            shares = recipe.repeat == "enable_gqa" and recipe.queries > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shares)
+            grouped = recipe.repeat == "enable_gqa" and recipe.queries > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         else:
-            scores = self.scored(q, k)
+            scores = self.scores(q, k)
             if recipe.scores == "capped":
                 scores = 3 * torch.tanh(scores / 3)
             if bias is not None:
@@ -195,7 +196,7 @@ class Attention(nn.Module):
                 weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
             else:
                 weights = scores.softmax(-1)
-            y = self.weighted(weights, v)
+            y = self.weighted_sums(weights, v)
         y = y.transpose(1, 2)
         if recipe.gate == "head":
             y = y * self.gate(x).sigmoid().unsqueeze(-1)
@@ -215,7 +216,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class MLP(nn.Module):
-    """Neurons, gated or not."""
+    """An MLP, gated or not."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -226,25 +227,25 @@ class MLP(nn.Module):
             self.gate = Product(recipe.width, wide, recipe.weights, recipe.bias)
         self.down = Product(recipe.ffn, recipe.width, recipe.weights, recipe.bias)
 
-    def act(self, x: torch.Tensor) -> torch.Tensor:
-        """The activation."""
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the activation."""
         return ACTIVATIONS[self.activation](x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up = self.up(x)
         if self.kind == "plain":
-            return self.down(self.act(up))
+            return self.down(self.activate(up))
         if self.kind == "gated":
-            return self.down(self.act(self.gate(x)) * up)
+            return self.down(self.activate(self.gate(x)) * up)
         if self.kind == "gated side by side":
             gate, up = up.chunk(2, dim=-1)
         else:
             gate, up = up[..., ::2], up[..., 1::2]
-        return self.down(self.act(gate) * up)
+        return self.down(self.activate(gate) * up)
 
 
 class Block(nn.Module):
-    """Attention, attention to a memory, MLP."""
+    """Attention, attention to a memory if the recipe has it, and an MLP."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -261,10 +262,10 @@ class Block(nn.Module):
         recipe = self.recipe
         if recipe.parallel:
             y = self.norms[0](x)
-            both = self.attention(y, y, allowed, bias) + self.mlp(y)
+            update = self.attention(y, y, allowed, bias) + self.mlp(y)
             if recipe.cross:
-                both = both + self.across(y, memory, None, None)
-            return x + both * recipe.residual
+                update = update + self.across(y, memory, None, None)
+            return x + update * recipe.residual
         steps: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda y: self.attention(y, y, allowed, bias), self.mlp]
         if recipe.cross:
             steps.insert(1, lambda y: self.across(y, memory, None, None))
@@ -279,7 +280,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model of a recipe: words to logits, and to a loss if it has one."""
+    """The model of a recipe: from words to logits, or to a loss."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -300,7 +301,7 @@ class Transformer(nn.Module):
             self.head.weight = self.words.weight
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
-        """Words and positions."""
+        """The embeddings of words and positions."""
         recipe, x = self.recipe, self.words(ids)
         steps = torch.arange(ids.shape[1], device=ids.device)
         if recipe.embedding == "scaled":
@@ -315,19 +316,19 @@ class Transformer(nn.Module):
         return self.entry(x) if recipe.embedding == "normed" else x
 
     def allowed(self, ids: torch.Tensor, mask: Any) -> Any:
-        """Which tokens attend to which; None for all to all."""
+        """A boolean mask of the pairs that may attend; None if all may."""
         recipe, steps = self.recipe, torch.arange(ids.shape[1], device=ids.device)
         if recipe.mask == "none":
             return None
-        found = None
+        allowed = None
         if "padding" in recipe.mask:
-            found = mask[:, None, None, :].bool()
+            allowed = mask[:, None, None, :].bool()
         if recipe.mask != "padding":
             causal = steps[None, :] <= steps[:, None]
             if recipe.mask == "window":
                 causal = causal & (steps[None, :] > steps[:, None] - 3)
-            found = causal if found is None else found & causal
-        return found
+            allowed = causal if allowed is None else allowed & causal
+        return allowed
 
     def forward(self, ids: torch.Tensor, mask: Any = None, labels: Any = None) -> Any:
         recipe, x = self.recipe, self.embedded(ids)
@@ -353,7 +354,10 @@ class Transformer(nn.Module):
 
 
 def build(recipe: Recipe, seed: int = 0) -> tuple[Transformer, dict[str, torch.Tensor]]:
-    """The model of a recipe, float64, in eval mode, norm weights off one and biases off zero, and inputs for it."""
+    """Build the model of a recipe, in float64 and eval mode, and inputs for it.
+
+    All parameters are disturbed a little, so that no norm's weight is one and no bias zero.
+    """
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)

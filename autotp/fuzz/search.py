@@ -1,4 +1,4 @@
-"""The search: draw models, judge each on some ranks, make what fails as simple as it can be, write it down."""
+"""search: draw random models, judge each on some ranks, shrink those that fail, and write a test for each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["FuzzError", "fuzz", "judge"]
 
 
 class FuzzError(AssertionError):
-    """A model of which autotp's form is not the dense one, is not proved to be, or cannot be made.
+    """A model whose parallel form differs from the dense model, is not proved equal to it, or cannot be made.
 
     Attributes:
         kind: ``raises`` and the error's class, ``in parts``, ``unproved`` or ``wrong``.
@@ -35,15 +35,15 @@ def judge(recipe: Recipe, tp: int, seed: int = 0) -> int:
     """Capture, shard, prove and compare the model of a recipe.
 
     Args:
-        recipe: what it is made of.
+        recipe: the recipe.
         tp: the number of ranks.
-        seed: of its weights and inputs.
+        seed: the seed of the model's weights and inputs.
 
     Returns:
-        How many weights are split.
+        The number of split weights.
 
     Raises:
-        FuzzError: it is not captured whole, not proved, or some output, hidden value or gradient is another.
+        FuzzError: the model is captured in parts only, or not proved, or an output, hidden value or gradient differs.
 
     Example:
         >>> judge(Recipe(kv_heads=3, fused="by group"), tp=2)
@@ -52,20 +52,20 @@ def judge(recipe: Recipe, tp: int, seed: int = 0) -> int:
     with warnings.catch_warnings(), Float64():
         warnings.simplefilter("ignore", WholeWeightWarning)
         try:
-            division = partition_model(model, tp, (), inputs)
-            verdicts = [p.cache.last.verdict for p in division.parts if p.cache.last is not None]
-            report = compare(model, Simulation(model, tp, division, record=True), (), inputs)
+            partition = partition_model(model, tp, (), inputs)
+            verdicts = [p.cache.last.verdict for p in partition.parts if p.cache.last is not None]
+            report = compare(model, Simulation(model, tp, partition, record=True), (), inputs)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             raise FuzzError(f"raises {type(error).__name__}", lines[0]) from error
-    if division.seams:
-        raise FuzzError("in parts", str(division.seams[0]))
+    if partition.seams:
+        raise FuzzError("in parts", str(partition.seams[0]))
     for verdict in verdicts:
         if not verdict.proved:
             raise FuzzError("unproved", str(verdict))
     if not report.ok:
         raise FuzzError("wrong", str(report))
-    return sum(len(p.cache.weight_layouts or ()) for p in division.parts)
+    return sum(len(p.cache.weight_layouts or ()) for p in partition.parts)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Drawn:
     """A model that was judged.
 
     Attributes:
-        number: of the model among those drawn.
-        recipe: what it is made of.
+        number: the model's number in the sequence of its seed.
+        recipe: its recipe.
         tp: the number of ranks.
-        split: how many of its weights are split.
-        failure: how it fails, if it does.
+        split: the number of split weights.
+        failure: its failure, if it has one.
     """
 
     number: int
@@ -92,11 +92,11 @@ class Found:
     """A failure, shrunk.
 
     Attributes:
-        number: of the model among those drawn.
+        number: the model's number in the sequence of its seed.
         drawn: its recipe.
-        recipe: the simplest that fails alike.
+        recipe: the simplest recipe with a failure of the same kind.
         tp: the number of ranks.
-        failure: how that fails.
+        failure: the failure of the simplest recipe.
     """
 
     number: int
@@ -106,12 +106,12 @@ class Found:
     failure: FuzzError
 
     def text(self, seed: int) -> str:
-        """A test file that shows it."""
-        said = "\n".join(line.rstrip() for line in str(self.failure).splitlines())
-        said = said.replace("\\", "/").replace('"""', "'''")
+        """The text of a test file that shows the failure."""
+        message = "\n".join(line.rstrip() for line in str(self.failure).splitlines())
+        message = message.replace("\\", "/").replace('"""', "'''")
         return f'''"""Model {self.number} of `autotp fuzz --seed {seed}`, shrunk.
 
-{said}
+{message}
 """
 
 from autotp.fuzz import Recipe, judge
@@ -122,8 +122,8 @@ def test_model_{self.number}_of_seed_{seed}() -> None:
 '''
 
 
-def _judged(recipe: Recipe, tp: int) -> tuple[int, FuzzError | None]:
-    """How many weights are split, and how it fails."""
+def _judge(recipe: Recipe, tp: int) -> tuple[int, FuzzError | None]:
+    """The number of split weights, and the failure, if there is one."""
     try:
         return judge(recipe, tp), None
     except FuzzError as failure:
@@ -131,15 +131,15 @@ def _judged(recipe: Recipe, tp: int) -> tuple[int, FuzzError | None]:
 
 
 def shrink(recipe: Recipe, tp: int, failure: FuzzError, tries: int = 200) -> tuple[Recipe, int, FuzzError]:
-    """The simplest recipe, and the fewest ranks, that still fail in this way."""
-    found = True
-    while found and tries > 0:
-        found = False
-        for candidate in (*((recipe, n) for n in range(2, tp)), *((each, tp) for each in recipe.simpler())):
+    """The simplest recipe, and the fewest ranks, with a failure of the same kind; and that failure."""
+    shrunk = True
+    while shrunk and tries > 0:
+        shrunk = False
+        for candidate in (*((recipe, n) for n in range(2, tp)), *((simpler, tp) for simpler in recipe.simpler())):
             tries -= 1
-            _, now = _judged(*candidate)
-            if now is not None and now.kind == failure.kind:
-                (recipe, tp), failure, found = candidate, now, True
+            _, new = _judge(*candidate)
+            if new is not None and new.kind == failure.kind:
+                (recipe, tp), failure, shrunk = candidate, new, True
                 break
             if tries <= 0:
                 break
@@ -153,14 +153,14 @@ def fuzz(
     """Judge ``n`` random models, each at a random tp in 1..8.
 
     Args:
-        n: how many.
-        seed: which; model ``i`` of a seed is the same in every run.
-        start: the number of the first.
-        directory: where to write a runnable test file for each failure; nowhere if left out.
-        progress: called with each model when it has been judged.
+        n: the number of models.
+        seed: the seed that they are drawn with; model ``i`` of a seed is the same in every run.
+        start: the number of the first model.
+        directory: the directory for a runnable test file of each failure; None writes none.
+        progress: called with each model after it is judged.
 
     Returns:
-        The failures, each shrunk to the simplest model that fails alike.
+        The failures, each shrunk to the simplest model that fails in the same way.
 
     Example:
         >>> assert not fuzz(20, seed=1)
@@ -169,7 +169,7 @@ def fuzz(
     for number in range(start, start + n):
         source = random.Random(f"{seed} {number}")
         recipe, tp = Recipe.draw(source), source.randint(1, 8)
-        split, failure = _judged(recipe, tp)
+        split, failure = _judge(recipe, tp)
         progress(Drawn(number, recipe, tp, split, failure))
         if failure is not None:
             found = Found(number, recipe, *shrink(recipe, tp, failure))
