@@ -5,7 +5,8 @@
 ``claims``       what is known of a value on all ranks: which indices each holds, its gradient's worth
 ``terms``        which expression of the dense model a value stands for, in a normal form
 ``dense``        the captured graph read as terms
-``steps``        what a proof keeps, and what all rules share
+``steps``        what a proof keeps: claims, and the terms of calls
+``results``      the claim of a result from those of its operands
 ``rules``        which rule an op follows
 ``products``     rules: matrix products, convolutions, attention
 ``movement``     rules: views, permutations, copies, parts, joins

@@ -22,6 +22,7 @@ from passes.graphs import module_path, source_line
 from passes.layouts.layout import WHOLE, Layout
 from passes.proof.claims import Claim, Unproved, agreed
 from passes.proof.dense import read
+from passes.proof.results import require_reduced
 from passes.proof.rules import follow
 from passes.proof.steps import Proof, Sizes, dims_by_layout
 
@@ -167,7 +168,7 @@ class _Walk:
                 if isinstance(claim, Sizes) and all(size == term for size in claim.ranks):
                     continue
                 raise Unproved(f"result {place} to be a tensor", repr(got), "the results would differ")
-            self.proof.settled(claim, f"result {place}")
+            require_reduced(claim, f"result {place}")
             if claim.term != term:
                 raise Unproved(
                     f"result {place} to be {want.name} of the dense model", "another value", "the results would differ"

@@ -42,6 +42,7 @@ __all__ = [
     "local_size",
     "regrouped",
     "split_of",
+    "wholly",
 ]
 
 
@@ -184,6 +185,11 @@ def local_size(dim: Dim, rank: int) -> Size:
 def is_whole(dim: Dim) -> bool:
     """Whether every rank holds all of a dim."""
     return all(split is None for _, split in dim)
+
+
+def wholly(shape: Sequence[Size]) -> tuple[Dim, ...]:
+    """Dims of which every rank holds all."""
+    return tuple(() if size.is_one else ((size, None),) for size in shape)
 
 
 def regrouped(dims: Sequence[Dim], shape: Sequence[Size]) -> tuple[Dim, ...] | None:

@@ -9,8 +9,9 @@ import numpy as np
 
 from passes.layouts.sharded_value import GROUP
 from passes.ops.context import parse_group
-from passes.proof.claims import Claim, Dim, Split, Unproved, counted_once, is_whole
-from passes.proof.steps import Proof, Step, axis, wholly
+from passes.proof.claims import Claim, Dim, Split, Unproved, counted_once, is_whole, wholly
+from passes.proof.results import require_reduced, result_gradient
+from passes.proof.steps import Proof, Step, axis
 from passes.proof.terms import plain
 
 __all__ = [
@@ -82,7 +83,7 @@ def _covered(splits: Sequence[Split]) -> bool:
 def all_gather(proof: Proof, step: Step) -> Claim:
     """V -> I."""
     source, places, group = list(step.args.values())[:3]
-    claim = proof.settled(proof.claim(source))
+    claim = require_reduced(proof.claim(source))
     _places(proof, claim, places)
     _whole_group(proof, group)
     if claim.splits and not counted_once(claim.splits) and not _covered(claim.splits):
@@ -98,7 +99,7 @@ def all_gather(proof: Proof, step: Step) -> Claim:
 def broadcast_from_first(proof: Proof, step: Step) -> Claim:
     """The first rank's copy of what each has made of its own shards."""
     source, group = list(step.args.values())[:2]
-    claim = proof.settled(proof.claim(source))
+    claim = require_reduced(proof.claim(source))
     _whole_group(proof, group)
     if not claim.whole or claim.grad == "complete":
         raise Unproved(
@@ -110,7 +111,7 @@ def broadcast_from_first(proof: Proof, step: Step) -> Claim:
 def deduplicate_gradient(proof: Proof, step: Step) -> Claim:
     """R -> I, of a shard: of what several ranks hold one takes the gradient."""
     source, dim, mine = list(step.args.values())[:3]
-    claim = proof.settled(proof.claim(source))
+    claim = require_reduced(proof.claim(source))
     if claim.grad is None:
         return claim
     d = axis(proof.same(dim), len(claim.dims))
@@ -136,7 +137,7 @@ def enter(proof: Proof, step: Step) -> Any:
     """I -> R, over all ranks, or over those that hold the same."""
     source, group = list(step.args.values())[:2]
     sources = source if isinstance(source, tuple) else (source,)
-    found = tuple(_entered(proof, proof.settled(proof.claim(n)), proof.same(group)) for n in sources)
+    found = tuple(_entered(proof, require_reduced(proof.claim(n)), proof.same(group)) for n in sources)
     return found if isinstance(source, tuple) else found[0]
 
 
@@ -175,7 +176,7 @@ def _entered(proof: Proof, claim: Claim, group: str) -> Claim:
 def enter_overlapping(proof: Proof, step: Step) -> Claim:
     """I -> R where ranks hold overlapping parts."""
     source, places, group = list(step.args.values())[:3]
-    claim = proof.settled(proof.claim(source))
+    claim = require_reduced(proof.claim(source))
     if claim.grad is None:
         return claim
     _places(proof, claim, places)
@@ -186,7 +187,7 @@ def enter_overlapping(proof: Proof, step: Step) -> Claim:
 def vocab_embedding(proof: Proof, step: Step) -> Claim:
     """The words that a rank holds, zeros for others: a pending sum."""
     weight, ids, starts, words, padding = [*step.args.values(), -1][:5]
-    table, indices = proof.settled(proof.claim(weight)), proof.settled(proof.claim(ids))
+    table, indices = require_reduced(proof.claim(weight)), require_reduced(proof.claim(ids))
     named = {"weight": ("term", table.term), "indices": ("term", indices.term)}
     named |= {} if proof.same(padding) == -1 else {"padding_idx": proof.key(proof.same(padding))}
     term = proof.known(("aten.embedding", tuple(sorted(named.items()))), "a look-up")
@@ -194,7 +195,7 @@ def vocab_embedding(proof: Proof, step: Step) -> Claim:
     if not indices.whole or any(not is_whole(dim) for dim in table.dims[1:]):
         raise Unproved("whole ids and features", f"{indices}; {table}", "other rows would be read")
     dims = (*indices.dims, *table.dims[1:])
-    proof.gradient(term, dims, True, [(table, True)])
+    result_gradient(proof.terms, term, dims, True, [(table, True)])
     return Claim(term, dims, pending=True)
 
 
@@ -218,7 +219,7 @@ def vocab_loss(proof: Proof, step: Step) -> Claim:
     defaults = [None, False, 0, 0, 1, -100, GROUP, None, 0.0]
     given = list(step.args.values())
     logits, target, starts, classes, reduction, ignore, group, weight, smoothing = given + defaults[len(given) :]
-    held, labels = proof.settled(proof.claim(logits)), proof.settled(proof.claim(target))
+    held, labels = require_reduced(proof.claim(logits)), require_reduced(proof.claim(target))
     _whole_group(proof, group)
     named: dict[str, Any] = {"self": ("term", held.term), "target": ("term", labels.term)}
     if weight is not None:
@@ -256,7 +257,7 @@ def _norm_of(proof: Proof, x: int, weight: Any, bias: Any, eps: Any, centered: b
 def norm_over_shards(proof: Proof, step: Step) -> Claim:
     """A norm over features of which each rank holds some."""
     x, weight, bias, eps, counts, centered, group = list(step.args.values())[:7]
-    claim = proof.settled(proof.claim(x))
+    claim = require_reduced(proof.claim(x))
     _whole_group(proof, group)
     operands = [claim, *(proof.claim(n) for n in (weight, bias) if n is not None)]
     term = _norm_of(proof, claim.term, weight, bias, proof.same(eps), proof.same(centered))
@@ -277,7 +278,7 @@ def norm_over_shards(proof: Proof, step: Step) -> Claim:
         raise Unproved(
             "every feature to count once", "some that count more than once or never", "the norm would be another"
         )
-    grad = proof.gradient(term, claim.dims, False, [(c, False) for c in operands]) if proof.terms.grads[term] else None
+    grad = result_gradient(proof.terms, term, claim.dims, False, [(c, False) for c in operands])
     if grad == "complete":
         raise Unproved("operands whose gradients are in parts", str(claim), "their gradients would be in parts")
     return Claim(term, claim.dims).with_grad(grad)

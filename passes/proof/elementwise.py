@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from passes.proof.claims import Claim, Unproved
+from passes.proof.claims import Claim, Unproved, wholly
 from passes.proof.products import added, attention
-from passes.proof.steps import Proof, Step, wholly
+from passes.proof.results import combine_indexwise, require_reduced, result_from_replicated
+from passes.proof.steps import Proof, Step
 from passes.proof.terms import ONE, Coefficient, plain
 
 __all__ = ["arithmetic", "general", "getitem", "pointwise", "random"]
@@ -22,12 +23,12 @@ def general(proof: Proof, step: Step) -> Claim:
     """An op of whole values: every rank computes all of it."""
     operands = proof.tensors(step.args)
     for claim in operands:
-        if not proof.settled(claim, "an operand").whole:
+        if not require_reduced(claim, "an operand").whole:
             raise Unproved(
                 f"whole operands, as nothing is known of {step.name} on parts", f"one that is {claim}",
                 "each rank would compute something else of its own part",
             )  # fmt: skip
-    return proof.of_wholes(proof.called(step), operands)
+    return result_from_replicated(proof.terms, proof.called(step), operands)
 
 
 def getitem(proof: Proof, step: Step) -> Any:
@@ -46,7 +47,7 @@ def pointwise(proof: Proof, step: Step) -> Claim:
     operands = proof.tensors(step.args)
     if step.name == "aten.type_as" or step.target is aten.to.other:
         operands = operands[:1]
-    return proof.indexwise(proof.called(step), operands)
+    return combine_indexwise(proof.terms, proof.called(step), operands)
 
 
 def random(proof: Proof, step: Step) -> Claim:
@@ -55,7 +56,8 @@ def random(proof: Proof, step: Step) -> Claim:
         return attention(proof, step)
     operands = [proof.drawn_from(step, c) for c in proof.tensors(step.args)]
     term = proof.drawn((step.name, proof.named(step.args)))
-    return proof.drawn_from(step, proof.indexwise(term, operands) if operands else proof.of_wholes(term, operands))
+    result = combine_indexwise if operands else result_from_replicated
+    return proof.drawn_from(step, result(proof.terms, term, operands))
 
 
 def arithmetic(proof: Proof, step: Step) -> Claim:
@@ -90,7 +92,7 @@ def _scaled(proof: Proof, step: Step, claim: Claim, other: Any) -> Claim:
         return _counted(claim, proof.ranks(other), step.name)
     known = proof.terms.find((step.name, proof.named(step.args)))
     if known is not None and not claim.pending:  # of integers, say
-        return proof.indexwise(known, [claim])
+        return combine_indexwise(proof.terms, known, [claim])
     by = Coefficient.of(proof.same(other))
     by = by.inverse() if by is not None and step.name == "aten.div" else by
     return pointwise(proof, step) if by is None else added(proof, [(claim, by)])

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from passes.proof.claims import Claim, Unproved, is_whole
+from passes.proof.claims import Claim, Unproved, is_whole, wholly
 from passes.proof.elementwise import general
-from passes.proof.steps import Proof, Step, axis, wholly
+from passes.proof.results import combine, require_reduced, result_from_one
+from passes.proof.steps import Proof, Step, axis
 
 __all__ = ["embedding", "index"]
 
 
 def embedding(proof: Proof, step: Step) -> Claim:
     """Rows of a table: of whole rows, or of some features of each."""
-    weight, ids = (proof.settled(proof.claim(step.args[k])) for k in ("weight", "indices"))
+    weight, ids = (require_reduced(proof.claim(step.args[k])) for k in ("weight", "indices"))
     if not is_whole(weight.dims[0]) or not ids.whole:
         raise Unproved("all rows, and whole ids", f"{weight}; {ids}", "other rows would be read")
-    return proof.of_one(proof.called(step), (*ids.dims, *weight.dims[1:]), weight)
+    return result_from_one(proof.terms, proof.called(step), (*ids.dims, *weight.dims[1:]), weight)
 
 
 def index(proof: Proof, step: Step) -> Claim:
     """``x[:, rows, columns]`` and ``index_select``: dims that are indexed are whole, and so are the indices."""
-    claim, given = proof.settled(proof.claim(step.args["self"])), step.args.get("indices")
+    claim, given = require_reduced(proof.claim(step.args["self"])), step.args.get("indices")
     rest = [c for k, v in step.args.items() if k != "self" for c in proof.tensors(v)]
     if claim.whole or any(not c.whole for c in rest):
         return general(proof, step)
@@ -31,7 +32,7 @@ def index(proof: Proof, step: Step) -> Claim:
     term = proof.called(step)
     shape = proof.terms.shapes[term]
     new = wholly(shape[first : first + len(shape) - len(claim.dims) + count])
-    return proof.of_one(term, (*claim.dims[:first], *new, *claim.dims[first + count :]), claim)
+    return result_from_one(proof.terms, term, (*claim.dims[:first], *new, *claim.dims[first + count :]), claim)
 
 
 def placed(proof: Proof, step: Step) -> Claim:
@@ -50,4 +51,4 @@ def placed(proof: Proof, step: Step) -> Claim:
     out = [f"d{i}" for i in range(len(operands[0].dims))]
     letters = [[name if i in used else x for i, x in enumerate(out)] for name in ("to", "from")]
     letters[1] = letters[1][lacking:]  # an assignment leaves out leading dims of one
-    return proof.combined(proof.called(step), operands, letters, letters[0], whole=("to", "from"))
+    return combine(proof.terms, proof.called(step), operands, letters, letters[0], whole=("to", "from"))

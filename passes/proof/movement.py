@@ -9,11 +9,24 @@ from typing import Any
 import numpy as np
 
 from passes.layouts.axes import Size, product
-from passes.proof.claims import Claim, Dim, Split, Unproved, agreed, dim_of, is_whole, local_size, regrouped, split_of
+from passes.proof.claims import (
+    Claim,
+    Dim,
+    Split,
+    Unproved,
+    agreed,
+    dim_of,
+    is_whole,
+    local_size,
+    regrouped,
+    split_of,
+    wholly,
+)
 from passes.proof.dense import dims_of, order_of, taken
 from passes.proof.elementwise import general
 from passes.proof.reductions import sliced
-from passes.proof.steps import Proof, Step, axis, wholly
+from passes.proof.results import require_reduced, result_from_one, result_gradient
+from passes.proof.steps import Proof, Step, axis
 from passes.proof.terms import plain
 
 __all__ = ["expand", "join", "narrow", "part", "permute", "take", "view"]
@@ -121,14 +134,17 @@ def permute(proof: Proof, step: Step) -> Claim:
 
 def expand(proof: Proof, step: Step) -> list[Claim]:
     """Copies along dims of size one: whichever of them a rank holds, they are alike."""
-    claim = proof.settled(proof.claim(step.args["self"]))
+    claim = require_reduced(proof.claim(step.args["self"]))
     sizes = [[_size(n) for n in proof.at(step.args["size"], r)] for r in range(proof.tp)]
     base, found = proof.terms.shapes[claim.term], []
     for shape, term in [*proof.terms.placed["expand", claim.term].items(), (base, claim.term)]:
         held = _expanded(claim, shape, sizes)
         if held is not None:
             dims, carries = held
-            grad = proof.gradient(term, (), False, [(claim, True)]) if carries else _parts(proof, term, claim)
+            if carries:
+                grad = result_gradient(proof.terms, term, (), False, [(claim, True)])
+            else:
+                grad = _parts(proof, term, claim)
             found.append(Claim(term, dims, grad))
     if found:
         return found
@@ -189,7 +205,7 @@ def _static(dim: Dim, rank: int) -> tuple[int, np.ndarray]:
 def part(proof: Proof, step: Step) -> Claim | list[Claim]:
     """A slice or one index of a dim: of what each rank holds, it takes what the dense model takes of the whole."""
     source, *_ = step.args.values()
-    claim = proof.settled(proof.claim(source))
+    claim = require_reduced(proof.claim(source))
     dim = step.args.get("dim", 0) if step.name != "aten.flip" else step.args["dims"]
     if isinstance(dim, (list, tuple)):
         if len(dim) != 1:
@@ -222,9 +238,9 @@ def _picked(proof: Proof, claim: Claim, dim: int, places: Sequence[np.ndarray], 
         new: tuple[Dim, ...] = () if removed else (((Size(len(what)), split),) if len(what) != 1 else (),)
         dims = (*claim.dims[:dim], *new, *claim.dims[dim + 1 :])
         if exact or removed:
-            found.append(proof.of_one(term, dims, claim))
+            found.append(result_from_one(proof.terms, term, dims, claim))
         elif term != claim.term and not (proof.terms.grads[term] and claim.grad == "complete"):
-            found.append(proof.of_one(term, dims, claim, carries=False))
+            found.append(result_from_one(proof.terms, term, dims, claim, carries=False))
     if found:
         return found
     raise Unproved(
@@ -254,20 +270,20 @@ def _short(picks: np.ndarray) -> str:
 def narrow(proof: Proof, step: Step) -> Claim:
     """A rank's own indices of a value that it has more of."""
     source, dim, runs = list(step.args.values())[:3]
-    claim = proof.settled(proof.claim(source))
+    claim = require_reduced(proof.claim(source))
     dim = axis(dim, len(claim.dims))
     lists, size = [], 0
     for rank in range(proof.tp):
         size, held = _static(claim.dims[dim], rank)
         lists.append(_of(held, np.concatenate([np.arange(a, b) for a, b in proof.at(runs, rank)])))
     dims = (*claim.dims[:dim], ((Size(size), split_of(size, lists)),), *claim.dims[dim + 1 :])
-    return proof.of_one(claim.term, dims, claim, carries=False)
+    return result_from_one(proof.terms, claim.term, dims, claim, carries=False)
 
 
 def take(proof: Proof, step: Step) -> list[Claim]:
     """Local positions in any order, for what the dense model takes."""
     source, dim, positions = list(step.args.values())[:3]
-    claim = proof.settled(proof.claim(source))
+    claim = require_reduced(proof.claim(source))
     dim = axis(dim, len(claim.dims))
     places = [np.array(proof.at(positions, r), dtype=np.int64) for r in range(proof.tp)]
     for rank, mine in enumerate(places):
@@ -284,7 +300,7 @@ def _of(held: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def join(proof: Proof, step: Step) -> Claim:
     """Parts one behind the other; each rank joins what it holds of each."""
-    parts = [proof.settled(proof.claim(n)) for n in step.args["tensors"]]
+    parts = [require_reduced(proof.claim(n)) for n in step.args["tensors"]]
     term = proof.known((step.name, proof.named(step.args)), "a join")
     rank = len(proof.terms.shapes[term])
     if any(len(c.dims) != rank for c in parts):
@@ -309,5 +325,5 @@ def join(proof: Proof, step: Step) -> Claim:
                 start += size
             lists.append(np.concatenate(found))
         dims[dim] = dim_of([(Size(start), split_of(start, lists))])
-    grad = proof.gradient(term, dims, False, [(c, True) for c in parts])
+    grad = result_gradient(proof.terms, term, dims, False, [(c, True) for c in parts])
     return Claim(term, tuple(dims)).with_grad(grad)

@@ -8,9 +8,19 @@ from typing import Any
 import numpy as np
 
 from passes.layouts.axes import Size
-from passes.proof.claims import Claim, Dim, Unproved, counted_once, is_whole
+from passes.proof.claims import Claim, Dim, Unproved, counted_once, is_whole, wholly
 from passes.proof.dense import equation
-from passes.proof.steps import Proof, Step, wholly
+from passes.proof.results import (
+    align_dims,
+    combine,
+    combine_indexwise,
+    operand_carriers,
+    require_reduced,
+    require_replicated,
+    result_from_replicated,
+    result_gradient,
+)
+from passes.proof.steps import Proof, Step
 from passes.proof.terms import ONE, Coefficient
 
 __all__ = ["added", "attention", "convolution", "einsum", "flex_attention", "grouped", "solve"]
@@ -30,11 +40,11 @@ def _product(
         out: the result's letters.
         whole: letters of dims that no rank may hold a part of.
     """
-    dims = proof.aligned(operands, letters)
+    dims = align_dims(operands, letters)
     summed = [x for x in dims if x not in out]
     over = tuple(split for x in summed for _, split in dims[x] if split is not None)
     if not over or any(not is_whole(dims.get(x, ())) for x in whole):
-        return proof.combined(term, operands, letters, out, whole)
+        return combine(proof.terms, term, operands, letters, out, whole)
     result = tuple(dims.get(x, ()) for x in out)
     if any(not is_whole(dim) for dim in result):
         raise Unproved(
@@ -48,7 +58,7 @@ def _product(
             "every contracted index on exactly one rank", str(Claim(0, tuple(dims[x] for x in summed))),
             "the sum over the ranks would count some indices more than once or never",
         )  # fmt: skip
-    proof.gradient(term, result, True, proof.carried(operands, letters, out, result))
+    result_gradient(proof.terms, term, result, True, operand_carriers(operands, letters, out, result))
     return Claim(term, result, pending=True)
 
 
@@ -56,7 +66,8 @@ def einsum(proof: Proof, step: Step) -> Claim:
     """``linear``, ``matmul``, ``addmm``, ``einsum`` and their parallel counterparts."""
     found = equation(step.name, step.args, lambda n: len(proof.claim(n).dims))
     if found is None:
-        return proof.of_wholes(proof.called(step), [proof.whole(c) for c in proof.tensors(step.args)])
+        term = proof.called(step)
+        return result_from_replicated(proof.terms, term, [require_replicated(c) for c in proof.tensors(step.args)])
     operands = [proof.claim(n) for n in found.operands]
     term = proof.known(found.key([c.term for c in operands]), "a product")
     product = _product(proof, term, operands, found.letters, found.out)
@@ -88,7 +99,7 @@ def added(proof: Proof, pairs: Sequence[tuple[Claim, Coefficient]]) -> Claim:
     term = proof.terms.added([(c.term, w) for c, w in pairs], shape)
     if all(c.pending for c in claims):
         return Claim(term, wholly(shape), pending=True)
-    return proof.indexwise(term, claims)
+    return combine_indexwise(proof.terms, term, claims)
 
 
 def convolution(proof: Proof, step: Step) -> Claim:
@@ -123,9 +134,9 @@ def grouped(proof: Proof, step: Step) -> Claim:
     rows, matrices, *rest = proof.tensors(step.args)
     term = proof.called(step)
     if len(rows.dims) != 2 or len(matrices.dims) != 3 or (rows.whole and matrices.whole):
-        return proof.of_wholes(term, [proof.whole(c) for c in (rows, matrices, *rest)])
+        return result_from_replicated(proof.terms, term, [require_replicated(c) for c in (rows, matrices, *rest)])
     for claim in rest:
-        proof.whole(claim)
+        require_replicated(claim)
     return _product(proof, term, [rows, matrices], ["tk", "ekn"], "tn", whole="te")
 
 
@@ -137,7 +148,7 @@ def solve(proof: Proof, step: Step) -> Claim:
     ends = ("ij", "jk", "ik") if step.args.get("left", True) else ("ij", "ki", "kj")
     out = [*(f"b{i}" for i in range(most)), *ends[2]]
     letters = [[*lead[0], *ends[0]], [*lead[1], *ends[1]]]
-    return proof.combined(proof.called(step), [system, right], letters, out, whole="ij")
+    return combine(proof.terms, proof.called(step), [system, right], letters, out, whole="ij")
 
 
 def attention(proof: Proof, step: Step) -> Claim:
@@ -154,17 +165,17 @@ def attention(proof: Proof, step: Step) -> Claim:
     if args.get("enable_gqa"):
         return _grouped_queries(proof, term, operands, letters, [*lead, "q", "v"])
     whole = "qkd" if args.get("is_causal") else "kd"  # then a query's place among the others counts
-    return proof.combined(term, operands, letters, [*lead, "q", "v"], whole=whole)
+    return combine(proof.terms, term, operands, letters, [*lead, "q", "v"], whole=whole)
 
 
 def flex_attention(proof: Proof, step: Step) -> Claim:
     """flex_attention by heads, where the functions that it calls do not ask which head, or which batch, they are at."""
     query, key, value, scores, (*sparse, mask), *_ = step.node.args
-    operands = [proof.settled(proof.claim(n)) for n in (query, key, value)]
-    rest = [proof.whole(c) for c in proof.tensors(list(step.node.args[3:]))]
+    operands = [require_reduced(proof.claim(n)) for n in (query, key, value)]
+    rest = [require_replicated(c) for c in proof.tensors(list(step.node.args[3:]))]
     term = proof.called(step)
     if all(c.whole for c in operands):
-        return proof.of_wholes(term, [*operands, *rest])
+        return result_from_replicated(proof.terms, term, [*operands, *rest])
     sizes = [proof.terms.shapes[proof.claim(n).term] for n in sparse if proof.is_tensor(n)]
     for dim in (0, 1):
         blind = all(len(s) < 3 or s[dim].is_one for s in sizes)
@@ -178,7 +189,7 @@ def flex_attention(proof: Proof, step: Step) -> Claim:
     letters = [[*"bh", *ends] for ends in ("qd", "kd", "kv")]
     if proof.terms.shapes[operands[0].term][1] != proof.terms.shapes[operands[1].term][1]:
         return _grouped_queries(proof, term, operands, letters, list("bhqv"))
-    return proof.combined(term, operands, letters, "bhqv", whole="qkd")
+    return combine(proof.terms, term, operands, letters, "bhqv", whole="qkd")
 
 
 def _asks(proof: Proof, function: Any, position: int) -> bool:
@@ -208,9 +219,9 @@ def _grouped_queries(
             )  # fmt: skip
     hidden = [[*x[:-3], "g", *x[-2:]] if i in (1, 2) else x for i, x in enumerate(letters)]
     for claim in (key, value):
-        proof.settled(claim)
+        require_reduced(claim)
     alike = [Claim(c.term, (*c.dims[:-3], (), *c.dims[-2:]), c.grad) for c in (key, value)]
-    return proof.combined(term, [query, *alike, *operands[3:]], hidden, out, whole="qkd")
+    return combine(proof.terms, term, [query, *alike, *operands[3:]], hidden, out, whole="qkd")
 
 
 def _heads(dim: Dim, size: int, rank: int) -> np.ndarray:

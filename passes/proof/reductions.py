@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from passes.layouts.axes import Size, product
-from passes.proof.claims import Claim, Unproved, counted_once, is_whole
+from passes.proof.claims import Claim, Unproved, counted_once, is_whole, wholly
 from passes.proof.dense import dims_of
 from passes.proof.elementwise import general
 from passes.proof.products import added
-from passes.proof.steps import Proof, Step, wholly
+from passes.proof.results import combine, require_reduced, result_from_one, result_gradient
+from passes.proof.steps import Proof, Step
 from passes.proof.terms import Coefficient
 
 __all__ = ["complex_pairs", "norm", "reduced", "scan", "shifted", "sliced", "summed"]
@@ -24,11 +25,13 @@ def along(proof: Proof, claim: Claim, dims: Sequence[int], term: int) -> Claim:
     shape = proof.terms.shapes[term]
     if len(shape) == len(claim.dims):
         new = wholly(shape)
-        return proof.of_one(term, [new[d] if d in dims else dim for d, dim in enumerate(claim.dims)], claim)
+        return result_from_one(
+            proof.terms, term, [new[d] if d in dims else dim for d, dim in enumerate(claim.dims)], claim
+        )
     result = [dim for d, dim in enumerate(claim.dims) if d not in dims]
     if len(result) != len(shape):
         raise Unproved("a result of known dims", "another", "what ranks hold of it is not known")
-    return proof.of_one(term, result, claim)
+    return result_from_one(proof.terms, term, result, claim)
 
 
 def _mixing(proof: Proof, step: Step, dims: Sequence[int]) -> Claim:
@@ -36,7 +39,7 @@ def _mixing(proof: Proof, step: Step, dims: Sequence[int]) -> Claim:
     operands = proof.tensors(step.args)
     if len(operands) != 1:
         return general(proof, step)
-    return along(proof, proof.settled(operands[0]), dims, proof.called(step))
+    return along(proof, require_reduced(operands[0]), dims, proof.called(step))
 
 
 def sliced(proof: Proof, step: Step) -> Claim:
@@ -71,7 +74,7 @@ def shifted(proof: Proof, step: Step) -> Claim:
 
 def summed(proof: Proof, step: Step) -> Claim:
     """A sum, pending where what is summed is split; a mean of whole dims."""
-    claim = proof.settled(proof.claim(step.args["self"]))
+    claim = require_reduced(proof.claim(step.args["self"]))
     dims, keep = dims_of(step.args.get("dim"), len(claim.dims)), bool(step.args.get("keepdim", False))
     term = proof.known(("total", claim.term, dims, keep, step.args.get("dtype")), "a sum")
     over = tuple(split for d in dims for _, split in claim.dims[d] if split is not None)
@@ -85,7 +88,7 @@ def summed(proof: Proof, step: Step) -> Claim:
     if any(not is_whole(dim) for d, dim in enumerate(claim.dims) if d not in dims):
         raise Unproved("a sum of what is split along one dim", str(claim), "sums would miss parts")
     result = tuple(() if d in dims else dim for d, dim in enumerate(claim.dims) if keep or d not in dims)
-    proof.gradient(term, result, True, [(claim, False)])
+    result_gradient(proof.terms, term, result, True, [(claim, False)])
     if counted_once(over):
         return Claim(term, result, pending=True)
     if len(over) > 1:
@@ -99,13 +102,13 @@ def norm(proof: Proof, step: Step) -> Claim:
     rank, count = len(operands[0].dims), len(step.args["normalized_shape"])
     names = [f"d{i}" for i in range(rank)]
     letters = [names[rank - len(c.dims) :] for c in operands]
-    return proof.combined(proof.called(step), operands, letters, names, whole=names[rank - count :])
+    return combine(proof.terms, proof.called(step), operands, letters, names, whole=names[rank - count :])
 
 
 def complex_pairs(proof: Proof, step: Step) -> Claim:
     """``"... 2 -> ..."`` and back: real and imaginary parts stay together."""
-    claim = proof.settled(proof.claim(step.args["self"]))
+    claim = require_reduced(proof.claim(step.args["self"]))
     term = proof.called(step)
     if step.name == "aten.view_as_complex":
         return along(proof, claim, [len(claim.dims) - 1], term)
-    return proof.of_one(term, (*claim.dims, ((Size(2), None),)), claim)
+    return result_from_one(proof.terms, term, (*claim.dims, ((Size(2), None),)), claim)

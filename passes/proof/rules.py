@@ -17,6 +17,7 @@ from passes.ops.norms import norm_over_shards
 from passes.ops.vocabulary import vocab_parallel_cross_entropy, vocab_parallel_embedding
 from passes.proof import collectives, dense, elementwise, lookups, movement, products, reductions
 from passes.proof.claims import Unproved
+from passes.proof.results import require_replicated
 from passes.proof.steps import Proof, Rule, Sizes, Step
 from passes.proof.terms import spelled
 
@@ -152,7 +153,7 @@ def _size(proof: Proof, step: Step) -> Any:
     known = proof.terms.sizes.get((name, tuple(proof.key(a) for a in args))) if alike else None
     if known is not None:
         for operand in of_tensors:  # a number read out of a tensor
-            proof.whole(proof.claim(operand))
+            require_replicated(proof.claim(operand))
         return Sizes((known,) * proof.tp)
     if step.target in (operator.mul, operator.floordiv) and len(args) == 2:
         found = [_combined(step.target, *pair) for pair in zip(*each, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import fx
 from passes.layouts.axes import Size
 from passes.layouts.layout import Layout
 from passes.layouts.sharded_value import PerRank
-from passes.proof.claims import Claim, Dim, Unproved, agreed, held_once, is_whole, split_of
+from passes.proof.claims import Claim, Dim, Unproved, split_of
+from passes.proof.results import require_reduced
 from passes.proof.terms import Terms, canonical, with_dims
 
-__all__ = ["Proof", "Rule", "Sizes", "Step", "axis", "dims_by_layout", "wholly"]
+__all__ = ["Proof", "Rule", "Sizes", "Step", "axis", "dims_by_layout"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,6 @@ class Sizes:
     """A size computed in the graph: each rank's own."""
 
     ranks: tuple[Size, ...]
-
-
-def wholly(shape: Sequence[Size]) -> tuple[Dim, ...]:
-    """Dims of which every rank holds all."""
-    return tuple(() if size.is_one else ((size, None),) for size in shape)
 
 
 def axis(dim: int, rank: int) -> int:
@@ -64,8 +60,6 @@ class Proof:
         self.values: dict[fx.Node, Any] = {}
         self.chosen: dict[fx.Node, Claim] = {}
         self.draws: list[tuple[Hashable, int]] = []
-
-    # Arguments -----------------------------------------------------------------------------------
 
     def value(self, node: fx.Node) -> Any:
         """What is known of a node; of several true claims the one at hand."""
@@ -131,8 +125,6 @@ class Proof:
             value = list(value.values())
         return [c for v in value for c in self.tensors(v)] if isinstance(value, (list, tuple)) else []
 
-    # Terms ---------------------------------------------------------------------------------------
-
     def known(self, key: Hashable, what: str) -> int:
         """The term of an atom that the dense model computes too."""
         term = self.terms.find(key)
@@ -155,7 +147,7 @@ class Proof:
     def drawn_from(self, step: Step, claim: Claim) -> Claim:
         """A claim that random numbers may go with: all ranks draw the same for what is whole, own ones for parts."""
         per_rank = step.node.target.__name__ == "random_per_rank"
-        if not (self.settled(claim).apart if per_rank else claim.whole):
+        if not (require_reduced(claim).apart if per_rank else claim.whole):
             raise Unproved(
                 "parts that no two ranks hold" if per_rank else "a whole value",
                 f"one that is {claim}",
@@ -166,124 +158,6 @@ class Proof:
     def called(self, step: Step) -> int:
         """The term of a step that the dense model takes with the same arguments."""
         return self.known((step.name, self.named(step.args)), f"a result of {step.name}")
-
-    # What rules share ------------------------------------------------------------------------------
-
-    def settled(self, claim: Claim, what: str = "a value") -> Claim:
-        """A claim that is no pending sum."""
-        if claim.pending or claim.uncounted is not None:
-            raise Unproved(
-                f"{what} that is reduced", "a pending sum", "each rank would go on with its own part of the sum"
-            )
-        return claim
-
-    def whole(self, claim: Claim) -> Claim:
-        """A claim of a whole value."""
-        if not self.settled(claim).whole:
-            raise Unproved("a whole value", f"one that is {claim}", "each rank would compute of its own part")
-        return claim
-
-    def aligned(self, operands: Sequence[Claim], letters: Sequence[Sequence[str]]) -> dict[str, Dim]:
-        """Per letter what ranks hold of that dim, which operands that have it must agree on."""
-        found: dict[str, Dim] = {}
-        for claim, each in zip(operands, letters, strict=True):
-            self.settled(claim, "an operand")
-            for letter, dim in zip(each, claim.dims, strict=True):
-                if not dim:
-                    found.setdefault(letter, ())
-                    continue
-                before = found.get(letter) or dim
-                both = agreed(before, dim)
-                if both is None:
-                    raise Unproved(
-                        f"the same indices of a dim on every operand ({Claim(0, (before,))})",
-                        f"{Claim(0, (dim,))}",
-                        "elements that do not belong together would be combined",
-                    )
-                found[letter] = both
-        return found
-
-    def gradient(
-        self, term: int, dims: Sequence[Dim], pending: bool, operands: Sequence[tuple[Claim, bool]]
-    ) -> str | None:
-        """What the gradient that arrives at a result is worth, from what its operands need.
-
-        Args:
-            term: the result.
-            dims: what ranks hold of it.
-            pending: whether it is a pending sum.
-            operands: each with whether it is split wherever the result is, so that a rank that holds an element
-                of it holds all results made of that.
-        """
-        if not self.terms.grads[term]:
-            return None
-        flowing = [(c, carries) for c, carries in operands if c.grad is not None]
-        if not flowing:
-            raise Unproved("a value that gradients flow through", "none", "gradients would stop here")
-        parts = [c.grad in ("partial", "both") for c, _ in flowing]
-        if pending:
-            self._enter(flowing, parts)
-            return None
-        splits = tuple(split for dim in dims for _, split in dim if split is not None)
-        if splits and held_once(splits):
-            self._enter(flowing, [p or carries for p, (_, carries) in zip(parts, flowing, strict=True)])
-            return "both"
-        if all(parts):
-            return "partial"
-        self._enter(flowing, [carries and c.grad in ("complete", "both") for c, carries in flowing])
-        return "complete"
-
-    def combined(
-        self, term: int, operands: Sequence[Claim], letters: Sequence[Sequence[str]], out: Sequence[str],
-        whole: Collection[str] = (),
-    ) -> Claim:  # fmt: skip
-        """The claim of a result that is made index by index, along the letters of its dims."""
-        dims = self.aligned(operands, letters)
-        for letter in whole:
-            if not is_whole(dims.get(letter, ())):
-                raise Unproved(
-                    "the dims that the op mixes to be whole", str(Claim(0, (dims[letter],))),
-                    "each rank would mix its own part only",
-                )  # fmt: skip
-        result = tuple(dims.get(x, ()) for x in out)
-        grad = self.gradient(term, result, False, self.carried(operands, letters, out, result))
-        return Claim(term, result).with_grad(grad)
-
-    @staticmethod
-    def carried(
-        operands: Sequence[Claim], letters: Sequence[Sequence[str]], out: Sequence[str], result: Sequence[Dim]
-    ) -> list[tuple[Claim, bool]]:
-        """Each operand with whether it is split wherever the result is."""
-        across = {x for x, dim in zip(out, result, strict=True) if not is_whole(dim)}
-        return [
-            (c, across <= {x for x, dim in zip(each, c.dims, strict=True) if dim})
-            for c, each in zip(operands, letters, strict=True)
-        ]
-
-    def indexwise(self, term: int, operands: Sequence[Claim]) -> Claim:
-        """The claim of a result whose operands broadcast."""
-        rank = len(self.terms.shapes[term])
-        names = [f"d{i}" for i in range(rank)]
-        return self.combined(term, operands, [names[rank - len(c.dims) :] for c in operands], names)
-
-    def of_wholes(self, term: int, operands: Sequence[Claim]) -> Claim:
-        """The claim of a result that every rank computes from whole values."""
-        dims = wholly(self.terms.shapes[term])
-        return Claim(term, dims, self.gradient(term, dims, False, [(c, True) for c in operands]))
-
-    def of_one(self, term: int, dims: Sequence[Dim], claim: Claim, carries: bool = True) -> Claim:
-        """The claim of a result made of one operand."""
-        return Claim(term, tuple(dims)).with_grad(self.gradient(term, dims, False, [(claim, carries)]))
-
-    @staticmethod
-    def _enter(flowing: Sequence[tuple[Claim, bool]], fine: Sequence[bool]) -> None:
-        for (claim, _), ok in zip(flowing, fine, strict=True):
-            if not ok:
-                raise Unproved(
-                    "operands whose gradients are all complete or all in parts, as what is made of them needs",
-                    f"one that is {claim}",
-                    "its gradient would miss the other ranks' parts, or count them more than once",
-                )
 
 
 Rule = Callable[[Proof, Step], Any]

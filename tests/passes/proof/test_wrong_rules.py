@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from passes.ops import collectives as parallel
-from passes.proof import claims, collectives, movement, products, reductions, steps
+from passes.proof import claims, collectives, lookups, movement, products, reductions, results
 from tests.passes.proof import test_collectives, test_rules
 from tests.passes.proof.small_scope import Case, check
 
@@ -20,13 +20,13 @@ def _exactly(dim: Any, places: Any, what: Any) -> Any:
     return found and (True, found[1])
 
 
-moves_match, combined = movement._match, steps.Proof.combined
+moves_match, combine = movement._match, results.combine
 WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
     "indices that several ranks hold are summed": (test_rules.matrices, products, "counted_once", lambda splits: True),
-    "no gradient is asked for": (test_rules.pointwise, steps.Proof, "_enter", staticmethod(lambda flowing, fine: None)),
-    "operands need not agree": (test_rules.pointwise, steps, "agreed", lambda one, two: one),
+    "no gradient is asked for": (test_rules.pointwise, results, "_require_entered", lambda flowing, fits: None),
+    "operands need not agree": (test_rules.pointwise, results, "agreed", lambda one, two: one),
     "what is written over may be split": (
-        test_rules.writings, steps.Proof, "combined", lambda self, *given, **_: combined(self, *given)
+        test_rules.writings, lookups, "combine", lambda *args, **_: combine(*args)
     ),
     "a softmax may mix parts": (test_rules.mixings, reductions, "is_whole", lambda dim: True),
     "a function may ask which head it is at": (
