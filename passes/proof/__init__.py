@@ -2,22 +2,22 @@
 
 ===============  ==================================================================================
 ``check``        the proof: a walk over the rewritten graph
-``claims``       what is known of a value on all ranks: which indices each holds, its gradient's worth
-``terms``        which expression of the dense model a value stands for, in a normal form
-``dense``        the captured graph read as terms
-``steps``        what a proof keeps: claims, and the terms of calls
-``results``      the claim of a result from those of its operands
-``rules``        which rule an op follows
+``claims``       claims: what is known of a value on all ranks, such as their indices and the kind of its gradient
+``terms``        terms: the expressions of the dense model that values stand for, in a normal form
+``dense``        the captured graph's terms
+``results``      the claim of a result from the claims of its operands
+``steps``        one step, and the state of a proof
+``rules``        the rule of each op
 ``products``     rules: matrix products, convolutions, attention
-``movement``     rules: views, permutations, copies, parts, joins
-``elementwise``  rules: ops index by index, and ops that need whole values
+``movement``     rules: views, permutations, expansions, slices, concatenations
+``elementwise``  rules: ops that work index by index, and ops that need replicated operands
 ``reductions``   rules: reductions, scans, norms
 ``lookups``      rules: embeddings and indexing
-``collectives``  rules: what works across ranks
+``collectives``  rules: collectives and other ops that work across ranks
 ===============  ==================================================================================
 
-Rules for more ops are added here. It must know nothing of the passes that write programs (``planning``, ``sharding``,
-``rules``, ``lowering``): a proof that shares code with what it proves shares its mistakes.
+Rules for more ops are added here. The package imports nothing of the passes that write programs (``planning``,
+``sharding``, ``rules``, ``lowering``): a proof that shared code with them would share their mistakes.
 """
 
 from passes.proof.check import Verdict, check

@@ -1,4 +1,4 @@
-"""What the dense model computes: its captured graph read as terms."""
+"""dense: the terms of the dense model, read off its captured graph."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import fx
 
 from passes.graphs import is_random, is_tensor, op_name
 from passes.layouts.axes import Size, product, shape_of, size_of
-from passes.proof.terms import ONE, Coefficient, Terms, canonical, plain, spelled, with_dims
+from passes.proof.terms import ONE, Coefficient, Terms, canonical, named_arguments, static_int, with_positive_dims
 
-__all__ = ["VIEWS", "Equation", "dims_of", "equation", "order_of", "read", "taken"]
+__all__ = ["VIEWS", "Equation", "dims_of", "equation", "permutation", "read", "taken_indices"]
 
 aten = torch.ops.aten
 VIEWS = {"aten.reshape", "aten.view", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.unsqueeze",
          "aten.squeeze"}  # fmt: skip
 PERMUTES = {"aten.permute", "aten.transpose", "aten.t", "aten.movedim", "aten.swapaxes", "aten.numpy_T", "aten.mT"}
-PARTS = {"aten.slice", "aten.select", "aten.narrow", "aten.flip"}
+SLICES = {"aten.slice", "aten.select", "aten.narrow", "aten.flip"}
 EXPANDS = {"aten.expand", "aten.broadcast_to"}
 PRODUCTS = {"aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.addmm", "aten.baddbmm",
             "aten.einsum"}  # fmt: skip
@@ -41,86 +41,94 @@ NO_GRADIENT = {
 
 @dataclass(frozen=True)
 class Equation:
-    """A product as an einsum: its operands, a letter for each of their dims, the result's letters, and what is
-    added to it with which weight."""
+    """A matrix product as an einsum.
+
+    Attributes:
+        operands: the tensors that are multiplied.
+        letters: per operand, a letter for each dim.
+        out: the result's letters.
+        weight: a number that the product is multiplied by.
+        addends: the tensors that are added, each with its weight.
+    """
 
     operands: tuple[Any, ...]
     letters: tuple[tuple[str, ...], ...]
     out: tuple[str, ...]
     weight: Any = 1
-    added: tuple[tuple[Any, Any], ...] = ()
+    addends: tuple[tuple[Any, Any], ...] = ()
 
     def key(self, terms: Sequence[int]) -> Hashable:
-        """What the product is, whoever spells it."""
-        names = dict.fromkeys(x for each in (*self.letters, self.out) for x in each)
-        number = {x: i for i, x in enumerate(names)}
+        """The key of the product's term, which is the same for all ops that compute this product."""
+        letters = dict.fromkeys(x for dims in (*self.letters, self.out) for x in dims)
+        number = {x: i for i, x in enumerate(letters)}
         return (
             "product",
-            tuple(tuple(number[x] for x in each) for each in self.letters),
+            tuple(tuple(number[x] for x in dims) for dims in self.letters),
             tuple(number[x] for x in self.out),
             tuple(terms),
         )
 
 
 def equation(name: str, args: Mapping[str, Any], rank: Callable[[Any], int]) -> Equation | None:
-    """A product's einsum; None for one that takes a diagonal."""
+    """A matrix product's einsum; None for one that takes a diagonal."""
     if name == "aten.linear":
         x, weight, bias = args["input"], args["weight"], args.get("bias")
         lead = tuple(f"b{i}" for i in range(rank(x) - 1))
-        added = () if bias is None else ((bias, 1),)
+        addends = () if bias is None else ((bias, 1),)
         rows = ("o", "i")[-rank(weight) :]
-        return Equation((x, weight), ((*lead, "i"), rows), (*lead, *rows[:-1]), 1, added)
+        return Equation((x, weight), ((*lead, "i"), rows), (*lead, *rows[:-1]), 1, addends)
     if name in ("aten.addmm", "aten.baddbmm"):
         left, right = [args[k] for k in (("mat1", "mat2") if name == "aten.addmm" else ("batch1", "batch2"))]
         lead = () if name == "aten.addmm" else ("b",)
-        added = ((args["self"], args.get("beta", 1)),) if args.get("beta", 1) else ()
+        addends = ((args["self"], args.get("beta", 1)),) if args.get("beta", 1) else ()
         letters = (*lead, "m", "k"), (*lead, "k", "n")
-        return Equation((left, right), letters, (*lead, "m", "n"), args.get("alpha", 1), added)
+        return Equation((left, right), letters, (*lead, "m", "n"), args.get("alpha", 1), addends)
     if name == "aten.einsum":
         return _einsum(args["equation"].replace(" ", ""), list(args["tensors"]), rank)
     left, right = list(args.values())[:2]
     a, b = rank(left), rank(right)
     batch = max(a - 2, b - 2, 0)
     names = [f"b{i}" for i in range(batch)]
-    one = (*names[batch - (a - 2) :], "m", "k") if a > 1 else ("k",)
-    two = (*names[batch - (b - 2) :], "k", "n") if b > 1 else ("k",)
-    return Equation((left, right), (one, two), (*names, *["m"] * (a > 1), *["n"] * (b > 1)))
+    rows = (*names[batch - (a - 2) :], "m", "k") if a > 1 else ("k",)
+    columns = (*names[batch - (b - 2) :], "k", "n") if b > 1 else ("k",)
+    return Equation((left, right), (rows, columns), (*names, *["m"] * (a > 1), *["n"] * (b > 1)))
 
 
 def _einsum(text: str, operands: list[Any], rank: Callable[[Any], int]) -> Equation | None:
+    """``torch.einsum``'s equation, with letters for the dims under an ellipsis; None if it takes a diagonal."""
     inputs, arrow, out = text.partition("->")
-    written = inputs.split(",")
+    subscripts = inputs.split(",")
     if not arrow:
-        letters = sorted(set(re.sub(r"[^A-Za-z]", "", inputs)))
-        out = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
-    dots = [rank(n) - len(t.replace("...", "")) for n, t in zip(operands, written, strict=True)]
+        names = sorted(set(re.sub(r"[^A-Za-z]", "", inputs)))
+        out = ("..." if "..." in inputs else "") + "".join(x for x in names if inputs.count(x) == 1)
+    dots = [rank(n) - len(t.replace("...", "")) for n, t in zip(operands, subscripts, strict=True)]
     most = max(dots)
 
-    def each(term: str, count: int) -> tuple[str, ...]:
+    def dims(term: str, count: int) -> tuple[str, ...]:
         before, _, after = term.partition("...")
         return (*before, *(f"b{i}" for i in range(most - count, most)), *after) if "..." in term else tuple(term)
 
-    letters_of = tuple(each(t, d) for t, d in zip(written, dots, strict=True))
-    if any(len(set(x)) < len(x) for x in letters_of):
+    letters = tuple(dims(t, d) for t, d in zip(subscripts, dots, strict=True))
+    if any(len(set(x)) < len(x) for x in letters):
         return None
-    return Equation(tuple(operands), letters_of, each(out, most))
+    return Equation(tuple(operands), letters, dims(out, most))
 
 
-def order_of(target: Any, rank: int, rest: Sequence[Any]) -> tuple[int, ...]:
-    """For each dim of a permuted value, the dim that it was."""
+def permutation(target: Any, rank: int, rest: Sequence[Any]) -> tuple[int, ...]:
+    """For each dim of a permuted value, its dim before the permutation."""
     probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
     return tuple(n - 2 for n in target(probe, *rest).shape)
 
 
 def dims_of(dims: Any, rank: int) -> tuple[int, ...]:
-    """Dims named in a call; all for none."""
+    """The dims that a call names, counted from the first one; all dims if it names none."""
     if dims is None or dims == [] or dims == ():
         return tuple(range(rank))
     return tuple(sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])))
 
 
-def taken(name: str, args: Mapping[str, Any], size: int) -> range | None:
-    """The indices that a part takes of a static dim; None if that is not constant, or out of bounds."""
+def taken_indices(name: str, args: Mapping[str, Any], size: int) -> range | None:
+    """The indices that a slice or a select takes of a static dim; None if they are not constant, or out of bounds."""
     if name == "aten.flip":
         return range(size - 1, -1, -1)
     if name == "aten.slice":
@@ -137,21 +145,30 @@ def taken(name: str, args: Mapping[str, Any], size: int) -> range | None:
 
 
 class _Reader:
+    """Reads a captured graph into terms.
+
+    Attributes:
+        terms: the terms read so far.
+        values: per node its term, its size, or another description.
+        parameters: the ``get_attr`` targets of the parameters that need gradients.
+    """
+
     def __init__(self, parameters: Collection[str]) -> None:
         self.terms, self.values = Terms(), dict[fx.Node, Any]()
         self.parameters = parameters
         self._fresh = itertools.count()
 
     def key(self, value: Any) -> Any:
-        """An argument with its nodes replaced by what they stand for."""
+        """An argument, with terms and sizes in place of nodes."""
         if isinstance(value, fx.Node):
-            found = self.values[value]
-            return ("term", found) if isinstance(found, int) else found
+            known = self.values[value]
+            return ("term", known) if isinstance(known, int) else known
         if isinstance(value, (list, tuple)):
             return tuple(self.key(v) for v in value)
         return canonical(value)
 
     def run(self, graph: fx.Graph) -> None:
+        """Read all nodes of a graph."""
         inputs = itertools.count()
         for node in graph.nodes:
             value = node.meta.get("val")
@@ -169,6 +186,7 @@ class _Reader:
                 self.values[node] = self.value(node, value)
 
     def value(self, node: fx.Node, value: Any) -> Any:
+        """The term, the size or another description of a call's result."""
         if isinstance(value, torch.SymInt):
             size = size_of(value)
             self.terms.sizes.setdefault((op_name(node), self.key(node.args)), size)
@@ -180,44 +198,47 @@ class _Reader:
         return self.tensor(node, value) if isinstance(value, torch.Tensor) else self.general(node, value)
 
     def grad(self, node: fx.Node, value: Any) -> bool:
+        """Whether gradients flow through a call's result."""
         outs = value if isinstance(value, (tuple, list)) else [value]
         floats = any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in outs)
         inputs = node.all_input_nodes
-        if op_name(node) == "aten.type_as" or node.target is aten.to.other:  # the other gives its dtype only
+        if op_name(node) == "aten.type_as" or node.target is aten.to.other:  # the second operand gives its dtype only
             inputs = inputs[:1]
-        found = [self.values.get(n) for n in inputs]
-        made = any(isinstance(term, int) and self.terms.grads[term] for term in found)
-        return floats and made and op_name(node) not in NO_GRADIENT
+        operands = [self.values.get(n) for n in inputs]
+        flows = any(isinstance(term, int) and self.terms.grads[term] for term in operands)
+        return floats and flows and op_name(node) not in NO_GRADIENT
 
     def general(self, node: fx.Node, value: Any) -> int:
-        key = (op_name(node), _named(self, node))
+        """The term of a call that is an atom, by op and arguments."""
+        key = (op_name(node), _arguments_key(self, node))
         shape = shape_of(value) if isinstance(value, torch.Tensor) else ()
         if is_random(node):
-            drawn = self.terms.atom(("draw", next(self._fresh)), shape, self.grad(node, value))
-            self.terms.draws[key].append(drawn)
-            return drawn
+            draw = self.terms.atom(("draw", next(self._fresh)), shape, self.grad(node, value))
+            self.terms.draws[key].append(draw)
+            return draw
         return self.terms.atom(key, shape, self.grad(node, value))
 
     def tensor(self, node: fx.Node, value: torch.Tensor) -> int:
+        """The term of a call that returns one tensor."""
         name, shape = op_name(node), shape_of(value)
-        args = spelled(node.target, node.args, node.kwargs)
+        args = named_arguments(node.target, node.args, node.kwargs)
         if name in ("aten.add", "aten.sub", "aten.neg", "aten.mul", "aten.div", "aten.mean", "aten.sum"):
-            found = self.linear(node, name, args, shape)
-            if found is not None:
-                return found
+            term = self.linear(node, name, args, shape)
+            if term is not None:
+                return term
         if name in PRODUCTS:
-            found = self.product(name, args, shape)
-            if found is not None:
-                return found
+            term = self.product(name, args, shape)
+            if term is not None:
+                return term
         if name in VIEWS and node.target is not aten.view.dtype:
-            if name in ("aten.reshape", "aten.view"):  # sizes as they are asked for, not as torch works them out
-                asked = [
+            if name in ("aten.reshape", "aten.view"):  # sizes as the call spells them, not as torch simplifies them
+                sizes = [
                     self.values[n] if isinstance(n, fx.Node) else Size(n) if n > 0 else None
                     for n in list(args.values())[1]
                 ]
-                shape = tuple(n if isinstance(n, Size) else s for n, s in zip(asked, shape, strict=True))
+                shape = tuple(n if isinstance(n, Size) else s for n, s in zip(sizes, shape, strict=True))
             viewed = self.terms.view(self.values[node.args[0]], shape, known=True)
-            self.terms.placed["call", self.values[node.args[0]]][name, _named(self, node)] = viewed
+            self.terms.variants["call", self.values[node.args[0]]][name, _arguments_key(self, node)] = viewed
             return viewed
         if name in PERMUTES:
             return self.permute(node, shape)
@@ -225,22 +246,22 @@ class _Reader:
             source = self.values[node.args[0]]
             if self.terms.shapes[source] == shape:
                 return source
-            made = self.terms.atom(("expand", source, shape), shape, self.terms.grads[source])
-            self.terms.placed["expand", source][shape] = made
-            return made
-        if name in PARTS:
-            found = self.part(node, name, args, shape)
-            if found is not None:
-                return found
+            expanded = self.terms.atom(("expand", source, shape), shape, self.terms.grads[source])
+            self.terms.variants["expand", source][shape] = expanded
+            return expanded
+        if name in SLICES:
+            term = self.slice(node, name, args, shape)
+            if term is not None:
+                return term
         if name in CONVOLUTIONS and args.get("bias") is not None:
             return self.convolution(node, name, args, shape)
-        made = self.general(node, value)
+        term = self.general(node, value)
         if name in NORMS:
-            self.terms.placed["norm", self.values[node.args[0]]][name, _named(self, node)] = made
-        return made
+            self.terms.variants["norm", self.values[node.args[0]]][name, _arguments_key(self, node)] = term
+        return term
 
     def linear(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int | None:
-        """Sums and multiples, taken apart."""
+        """The weighted sum that an addition, a multiple by a number, a mean or a sum is; None for another op."""
         items = list(args.values())
         if name in ("aten.mean", "aten.sum"):
             source = self.values[items[0]]
@@ -251,59 +272,62 @@ class _Reader:
             if name == "aten.sum":
                 return total
             count = Coefficient.of(product(sizes[d] for d in dims))
-            by = count.inverse() if count else None
-            return None if by is None else self.terms.added([(total, by)], shape)
+            factor = count.inverse() if count else None
+            return None if factor is None else self.terms.weighted_sum([(total, factor)], shape)
         weights = [ONE, Coefficient.of(args.get("alpha", 1)) or ONE]
         if set(args) - {"self", "other", "alpha"}:
             return None
         if name == "aten.neg":
             minus = Coefficient.of(-1)
             assert minus is not None
-            return self.terms.added([(self.values[items[0]], minus)], shape)
+            return self.terms.weighted_sum([(self.values[items[0]], minus)], shape)
         if name in ("aten.mul", "aten.div"):
             left, right = args["self"], args["other"]
             if name == "aten.mul" and not is_tensor(left):
                 left, right = right, left
             if not is_tensor(left) or is_tensor(right):
                 return None
-            by = Coefficient.of(self.values[right] if isinstance(right, fx.Node) else right)
-            by = by.inverse() if by is not None and name == "aten.div" else by
-            if by is None or not node.meta["val"].is_floating_point():
+            factor = Coefficient.of(self.values[right] if isinstance(right, fx.Node) else right)
+            factor = factor.inverse() if factor is not None and name == "aten.div" else factor
+            if factor is None or not node.meta["val"].is_floating_point():
                 return None
-            return self.terms.added([(self.values[left], by)], shape)
-        found = list[tuple[int, Coefficient]]()
+            return self.terms.weighted_sum([(self.values[left], factor)], shape)
+        addends = list[tuple[int, Coefficient]]()
         for item, weight in zip((args["self"], args["other"]), weights, strict=True):
-            minus = Coefficient.of(-1) if name == "aten.sub" and item is args["other"] and found else None
+            minus = Coefficient.of(-1) if name == "aten.sub" and item is args["other"] and addends else None
             if is_tensor(item):
-                term, by = self.values[item], weight
+                term, factor = self.values[item], weight
             else:
                 number = Coefficient.of(self.values[item] if isinstance(item, fx.Node) else item)
                 if number is None:
                     return None
-                term, by = self.terms.number(), number * weight
-            found.append((term, by * minus if minus is not None else by))
-        return self.terms.added(found, shape)
+                term, factor = self.terms.number(), number * weight
+            addends.append((term, factor * minus if minus is not None else factor))
+        return self.terms.weighted_sum(addends, shape)
 
     def product(self, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int | None:
-        found = equation(name, args, lambda n: n.meta["val"].dim())
-        if found is None:
+        """The term of a matrix product with its addends; None if it has no einsum, or a weight is no number."""
+        einsum = equation(name, args, lambda n: n.meta["val"].dim())
+        if einsum is None:
             return None
-        operands = [self.values[n] for n in found.operands]
-        term = self.terms.atom(found.key(operands), shape, any(self.terms.grads[t] for t in operands))
-        weights = [Coefficient.of(w) for w in (found.weight, *(w for _, w in found.added))]
+        operands = [self.values[n] for n in einsum.operands]
+        term = self.terms.atom(einsum.key(operands), shape, any(self.terms.grads[t] for t in operands))
+        weights = [Coefficient.of(w) for w in (einsum.weight, *(w for _, w in einsum.addends))]
         if any(w is None for w in weights):
             return None
-        pairs = zip([term, *(self.values[n] for n, _ in found.added)], weights, strict=True)
-        return self.terms.added([(t, w) for t, w in pairs if w is not None], shape)
+        pairs = zip([term, *(self.values[n] for n, _ in einsum.addends)], weights, strict=True)
+        return self.terms.weighted_sum([(t, w) for t, w in pairs if w is not None], shape)
 
     def permute(self, node: fx.Node, shape: tuple[Size, ...]) -> int:
+        """The term of a permutation of dims."""
         source = self.values[node.args[0]]
-        order = order_of(node.target, len(shape), [*node.args[1:], *node.kwargs.values()])
+        order = permutation(node.target, len(shape), [*node.args[1:], *node.kwargs.values()])
         if order == tuple(range(len(shape))):
             return source
         return self.terms.atom(("permute", source, order), shape, self.terms.grads[source])
 
-    def part(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int | None:
+    def slice(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int | None:
+        """The term of a slice or a select of one static dim; None if its indices are not constant."""
         source = self.values[node.args[0]]
         sizes = self.terms.shapes[source]
         dim = args.get("dim", 0) if name != "aten.flip" else args["dims"]
@@ -314,40 +338,42 @@ class _Reader:
         dim %= len(sizes)
         if not sizes[dim].static:
             return None
-        what = taken(
+        indices = taken_indices(
             name,
-            {k: plain(self.values.get(v, v) if isinstance(v, fx.Node) else v) for k, v in args.items()},
+            {k: static_int(self.values.get(v, v) if isinstance(v, fx.Node) else v) for k, v in args.items()},
             sizes[dim].number,
         )
-        if what is None:
+        if indices is None:
             return None
         removed = name == "aten.select"
-        if what == range(sizes[dim].number) and not removed:
+        if indices == range(sizes[dim].number) and not removed:
             return source
-        key = (dim, what, removed)
-        made = self.terms.atom(("part", source, key), shape, self.terms.grads[source])
-        self.terms.placed["part", source][key] = made
-        return made
+        key = (dim, indices, removed)
+        part = self.terms.atom(("part", source, key), shape, self.terms.grads[source])
+        self.terms.variants["part", source][key] = part
+        return part
 
     def convolution(self, node: fx.Node, name: str, args: Mapping[str, Any], shape: tuple[Size, ...]) -> int:
-        bare = (name, tuple((k, self.key(v)) for k, v in sorted(args.items()) if k != "bias"))
+        """The term of a convolution, with its bias taken apart."""
+        unbiased = (name, tuple((k, self.key(v)) for k, v in sorted(args.items()) if k != "bias"))
         operands = [self.values[n] for n in node.all_input_nodes if is_tensor(n)]
-        term = self.terms.atom(bare, shape, any(self.terms.grads[t] for t in operands))
-        slid = len(shape_of(node.args[1].meta["val"])) - 2
+        term = self.terms.atom(unbiased, shape, any(self.terms.grads[t] for t in operands))
+        kernel_dims = len(shape_of(node.args[1].meta["val"])) - 2
         bias = self.values[args["bias"]]
-        shaped = self.terms.view(bias, (*self.terms.shapes[bias], *[Size(1)] * slid), known=True)
-        return self.terms.added([(term, ONE), (shaped, ONE)], shape)
+        shaped = self.terms.view(bias, (*self.terms.shapes[bias], *[Size(1)] * kernel_dims), known=True)
+        return self.terms.weighted_sum([(term, ONE), (shaped, ONE)], shape)
 
 
-def _named(reader: Any, node: fx.Node) -> Hashable:
+def _arguments_key(reader: _Reader, node: fx.Node) -> Hashable:
+    """All arguments of a call in the form that they have in the key of its term."""
     tensors = [n for n in node.all_input_nodes if isinstance(reader.values[n], int)]
     rank = len(reader.terms.shapes[reader.values[tensors[0]]]) if tensors else 0
-    args = with_dims(spelled(node.target, node.args, node.kwargs), rank)
+    args = with_positive_dims(named_arguments(node.target, node.args, node.kwargs), rank)
     return tuple(sorted((k, reader.key(v)) for k, v in args.items()))
 
 
 def read(graph: fx.Graph, parameters: Collection[str]) -> tuple[Terms, dict[fx.Node, Any]]:
-    """A captured graph as terms, and what each of its nodes stands for: a term, a :class:`Size`, a region."""
+    """The terms of a captured graph, and for each of its nodes the term, :class:`Size` or region it stands for."""
     reader = _Reader(parameters)
     reader.run(graph)
     return reader.terms, reader.values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from passes.proof.claims import Claim, Dim, Unproved, agreed, held_once, is_whole, wholly
+from passes.proof.claims import Claim, Dim, Unproved, common_dim, is_disjoint, is_unsplit, unsplit_dims
 from passes.proof.terms import Terms
 
 __all__ = [
@@ -22,15 +22,17 @@ __all__ = [
 
 def require_reduced(claim: Claim, what: str = "a value") -> Claim:
     """The claim, which must not be one of a partial sum."""
-    if claim.pending or claim.uncounted is not None:
-        raise Unproved(f"{what} that is reduced", "a pending sum", "each rank would go on with its own part of the sum")
+    if claim.pending or claim.unweighted is not None:
+        raise Unproved(
+            f"{what} that is reduced", "a partial sum", "each rank would use its own partial sum as the value"
+        )
     return claim
 
 
 def require_replicated(claim: Claim) -> Claim:
     """The claim, which must be one of a replicated value."""
-    if not require_reduced(claim).whole:
-        raise Unproved("a whole value", f"one that is {claim}", "each rank would compute of its own part")
+    if not require_reduced(claim).replicated:
+        raise Unproved("a replicated value", f"one that is {claim}", "each rank would compute on its own shard only")
     return claim
 
 
@@ -44,12 +46,12 @@ def align_dims(operands: Sequence[Claim], letters: Sequence[Sequence[str]]) -> d
                 dims.setdefault(letter, ())
                 continue
             before = dims.get(letter) or dim
-            common = agreed(before, dim)
+            common = common_dim(before, dim)
             if common is None:
                 raise Unproved(
                     f"the same indices of a dim on every operand ({Claim(0, (before,))})",
                     f"{Claim(0, (dim,))}",
-                    "elements that do not belong together would be combined",
+                    "elements of different indices would be combined",
                 )
             dims[letter] = common
     return dims
@@ -78,7 +80,7 @@ def result_gradient(
         _require_entered(flowing, partial)
         return None
     splits = tuple(split for dim in dims for _, split in dim if split is not None)
-    if splits and held_once(splits):
+    if splits and is_disjoint(splits):
         _require_entered(flowing, [p or carries for p, (_, carries) in zip(partial, flowing, strict=True)])
         return "both"
     if all(partial):
@@ -92,15 +94,15 @@ def _require_entered(flowing: Sequence[tuple[Claim, bool]], fits: Sequence[bool]
     for (claim, _), ok in zip(flowing, fits, strict=True):
         if not ok:
             raise Unproved(
-                "operands whose gradients are all complete or all in parts, as what is made of them needs",
+                "operands whose gradients are all complete or all partial sums, as the result needs",
                 f"one that is {claim}",
-                "its gradient would miss the other ranks' parts, or count them more than once",
+                "its gradient would lack the other ranks' contributions, or count them more than once",
             )
 
 
 def combine(
     terms: Terms, term: int, operands: Sequence[Claim], letters: Sequence[Sequence[str]], out: Sequence[str],
-    whole: Collection[str] = (),
+    unsplit: Collection[str] = (),
 ) -> Claim:  # fmt: skip
     """The claim of a result that is computed index by index, along the letters of its dims.
 
@@ -110,14 +112,14 @@ def combine(
         operands: the claims of the operands.
         letters: per operand, a letter for each dim.
         out: the result's letters.
-        whole: the letters of dims that must not be split.
+        unsplit: the letters of dims that must not be split.
     """
     dims = align_dims(operands, letters)
-    for letter in whole:
-        if not is_whole(dims.get(letter, ())):
+    for letter in unsplit:
+        if not is_unsplit(dims.get(letter, ())):
             raise Unproved(
-                "the dims that the op mixes to be whole", str(Claim(0, (dims[letter],))),
-                "each rank would mix its own part only",
+                "the dims that the op mixes to be unsplit", str(Claim(0, (dims[letter],))),
+                "each rank would mix its own shard only",
             )  # fmt: skip
     result = tuple(dims.get(x, ()) for x in out)
     grad = result_gradient(terms, term, result, False, operand_carriers(operands, letters, out, result))
@@ -128,7 +130,7 @@ def operand_carriers(
     operands: Sequence[Claim], letters: Sequence[Sequence[str]], out: Sequence[str], result: Sequence[Dim]
 ) -> list[tuple[Claim, bool]]:
     """Each operand with whether it is split in every dim in which the result is."""
-    across = {x for x, dim in zip(out, result, strict=True) if not is_whole(dim)}
+    across = {x for x, dim in zip(out, result, strict=True) if not is_unsplit(dim)}
     return [
         (c, across <= {x for x, dim in zip(names, c.dims, strict=True) if dim})
         for c, names in zip(operands, letters, strict=True)
@@ -144,7 +146,7 @@ def combine_indexwise(terms: Terms, term: int, operands: Sequence[Claim]) -> Cla
 
 def result_from_replicated(terms: Terms, term: int, operands: Sequence[Claim]) -> Claim:
     """The claim of a result that every rank computes from replicated operands."""
-    dims = wholly(terms.shapes[term])
+    dims = unsplit_dims(terms.shapes[term])
     return Claim(term, dims, result_gradient(terms, term, dims, False, [(c, True) for c in operands]))
 
 

@@ -63,7 +63,7 @@ def test_the_proof_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise Unproved("another group", "this one", "nothing")
 
-    monkeypatch.setattr(collectives, "_whole_group", refuse)
+    monkeypatch.setattr(collectives, "_require_all_ranks", refuse)
     with pytest.raises(FuzzError, match=r"unproved: NOT PROVED: .* expected another group"):
         judge(Recipe(kv_heads=4, head_size=8, ffn=64), tp=2)
 

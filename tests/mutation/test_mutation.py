@@ -39,6 +39,6 @@ def test_a_refusal_says_where_what_and_what_for() -> None:
     assert not verdict.proved
     assert verdict.module.startswith("blocks.") or verdict.module in ("wte", "")
     assert verdict.source.rpartition("/")[2].startswith("models.py:")
-    assert "a pending sum" in verdict.found
+    assert "a partial sum" in verdict.found
     assert verdict.effect
     assert str(verdict).startswith("NOT PROVED: ")

@@ -210,7 +210,7 @@ def classes_of(claim: Claim, shape: Sequence[int]) -> list[np.ndarray]:
     found = []
     for dim, size in zip(claim.dims, shape, strict=True):
         split = dim[0][1] if dim else None
-        found.append(np.arange(size) if split is None or split.same is None else split.same)
+        found.append(np.arange(size) if split is None or split.value_ids is None else split.value_ids)
     return found
 
 
@@ -316,7 +316,7 @@ def _judge(
     except Exception as error:
         return _failure(error, local, count)
     shape, lists = tuple(whole.shape), [lists_of(claim, r, tuple(whole.shape)) for r in range(case.tp)]
-    if claim.uncounted is not None:
+    if claim.unweighted is not None:
         return ""  # judged with the product that makes it count
     if claim.pending:
         if not _close(sum(ran), whole):

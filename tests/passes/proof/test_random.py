@@ -78,7 +78,7 @@ def test_draws_that_are_proved_are_parts_of_one(rule: str, way: str, tp: int) ->
 
 @pytest.mark.parametrize("rule", ["random_same", "random_per_rank"])
 def test_draws_of_parts_that_several_ranks_hold_are_caught(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Proof, "drawn_from", lambda proof, step, claim: claim)
+    monkeypatch.setattr(Proof, "check_draw", lambda proof, step, claim: claim)
     draws = [(claim, drawn) for _, claim, drawn, _ in _drawn(rule, "dropped", 2)]
     with pytest.raises(AssertionError, match="drew"):
         [_joined(*each) for each in draws]

@@ -22,29 +22,29 @@ def _exactly(dim: Any, places: Any, what: Any) -> Any:
 
 moves_match, combine = movement._match, results.combine
 WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
-    "indices that several ranks hold are summed": (test_rules.matrices, products, "counted_once", lambda splits: True),
+    "indices that several ranks hold are summed": (test_rules.matrices, products, "is_partition", lambda splits: True),
     "no gradient is asked for": (test_rules.pointwise, results, "_require_entered", lambda flowing, fits: None),
-    "operands need not agree": (test_rules.pointwise, results, "agreed", lambda one, two: one),
+    "operands need not agree": (test_rules.pointwise, results, "common_dim", lambda one, two: one),
     "what is written over may be split": (
         test_rules.writings, lookups, "combine", lambda *args, **_: combine(*args)
     ),
-    "a softmax may mix parts": (test_rules.mixings, reductions, "is_whole", lambda dim: True),
+    "a softmax may mix parts": (test_rules.mixings, reductions, "is_unsplit", lambda dim: True),
     "a function may ask which head it is at": (
-        test_rules.flexible_attentions, products, "_asks", lambda *_: False
+        test_rules.flexible_attentions, products, "_reads_argument", lambda *_: False
     ),
     "queries may meet any keys": (
         test_rules.flexible_attentions, products, "_heads", lambda *_: np.empty(0, dtype=np.int64)
     ),
-    "replicas do not count": (test_rules.pointwise, claims, "held_once", lambda splits: True),
+    "replicas do not count": (test_rules.pointwise, claims, "is_disjoint", lambda splits: True),
     "an element may be taken twice": (test_rules.own_parts, movement, "_match", _exactly),
-    "places need not be those held": (test_collectives.gathers, collectives, "_is_same", lambda *_: True),
-    "a gather may leave gaps": (test_collectives.gathers, collectives, "_covered", lambda splits: True),
-    "any group will do": (test_collectives.reductions, collectives, "_whole_group", lambda *_: None),
+    "places need not be those held": (test_collectives.gathers, collectives, "_matches_split", lambda *_: True),
+    "a gather may leave gaps": (test_collectives.gathers, collectives, "_covers", lambda splits: True),
+    "any group will do": (test_collectives.reductions, collectives, "_require_all_ranks", lambda *_: None),
     "what has entered may enter": (
-        test_collectives.entries, collectives, "_summed", lambda c: claims.Claim(c.term, c.dims, "partial")
+        test_collectives.entries, collectives, "_enter_gradient", lambda c: claims.Claim(c.term, c.dims, "partial")
     ),
-    "words need not start there": (test_collectives.embeddings, collectives, "_run_of", lambda *_: None),
-    "classes need not start there": (test_collectives.losses, collectives, "_run_of", lambda *_: None),
+    "words need not start there": (test_collectives.embeddings, collectives, "_require_contiguous", lambda *_: None),
+    "classes need not start there": (test_collectives.losses, collectives, "_require_contiguous", lambda *_: None),
     "a reduction's backward reduces too": (
         test_collectives.reductions, parallel._AllReduce, "backward", staticmethod(lambda ctx, g: (2 * g, None))
     ),
