@@ -1,25 +1,25 @@
 """The passes that make a rank's graph fast, in the order in which they run.
 
 =================  ==================================================================================
-``fold``           what computes nothing, or the same in every call, is gone
-``causal``         masks that say "no later keys", or nothing, are not made
-``deduplicate``    what is computed twice is computed once
+``causal``         attention gets ``is_causal``, or no mask, in place of masks that say no more
+``fold``           no-ops are removed, and constants are computed once
+``deduplicate``    equal calls are one call
 ``grouped_query``  attention reads a key-value head once for all the query heads that share it
 ``fuse``           norms and activations that are written out are one op
-``merge``          Linears of one input are one product
-``fuse_adjacent``  what is done alike to adjacent parts of a value is done once
-``split``          parts that make up a whole are cut out in one call
-``rematerialize``  with a backward, norms and gated activations keep only what they are made of
-``cache_in_place`` without a backward, caches get new tokens without being copied
-``overlap``        what needs no sum over the ranks is computed while that is under way
-``reuse``          without a backward, results go where an operand was that nothing reads any more
+``merge``          Linears with one input are one product
+``fuse_adjacent``  equal ops on adjacent slices of a value are one op on all of them
+``split``          slices that together are a value become one ``split_with_sizes``
+``rematerialize``  with a backward, norms and gated activations save only their inputs for it
+``cache_in_place`` without a backward, caches take new tokens in place
+``overlap``        computation runs beside an all-reduce whose result it does not need
+``reuse``          without a backward, results are written over operands that nothing reads any more
 ``direct_calls``   ops are called as torch's C functions
-``repeat``         for a compiler, layers that are alike are calls of one region
+``repeat``         for a compiler, equal layers are calls of one region
 =================  ==================================================================================
 
-:func:`passes.lower` runs them. Each changes a graph in place, keeps its result and the order of its collectives, and
-returns how often it applied. A pass is added as a file of its own and a line in ``lower.py``. It must know nothing of
-processes, nor of how layouts were decided.
+:func:`passes.lower` runs them. Each changes a graph in place, keeps the graph's results and the order of its
+collectives, and returns how often it applied. A new pass is a file of its own and a line in ``lower.py``. Passes know
+nothing of processes, nor of how layouts were decided.
 """
 
 from passes.lowering.cache_in_place import cache_in_place

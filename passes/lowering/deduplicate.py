@@ -1,4 +1,4 @@
-"""deduplicate: what is computed twice is computed once."""
+"""deduplicate: make one call of equal ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["deduplicate"]
 
 
 def _key(argument: Any) -> Any:
-    """An argument, so that equal keys mean the same argument (1 and 1.0 and True are not)."""
+    """A key of an argument, equal for equal arguments only (1, 1.0 and True differ)."""
     if isinstance(argument, (tuple, list)):
         return type(argument), tuple(_key(a) for a in argument)
     if isinstance(argument, dict):
@@ -22,26 +22,26 @@ def _key(argument: Any) -> Any:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node computes its result from its arguments and does nothing else: torch's own ops, but random ones."""
+    """Whether a node only computes its result from its arguments, as torch's ops do that are not random."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        drawn = torch.Tag.nondeterministic_seeded in target.tags
-        if drawn and target is torch.ops.aten.scaled_dot_product_attention.default:  # only for its dropout
-            drawn = bool(node.kwargs.get("dropout_p") or (node.args[4:5] or (0.0,))[0])
-        return not (drawn or target._schema.is_mutable)
+        is_random = torch.Tag.nondeterministic_seeded in target.tags
+        if is_random and target is torch.ops.aten.scaled_dot_product_attention.default:  # only for its dropout
+            is_random = bool(node.kwargs.get("dropout_p") or (node.args[4:5] or (0.0,))[0])
+        return not (is_random or target._schema.is_mutable)
     return getattr(target, "__module__", "") == "_operator"
 
 
 def deduplicate(graph: fx.Graph) -> int:
-    """Merge calls of one op on the same arguments: masks, rotary tables and casts that each layer makes anew.
+    """Make one call of equal ones, such as those for the masks, rotary tables and casts that each layer computes anew.
 
-    What meets other ranks is never merged, nor what draws random numbers, nor what the caller gets as two results.
+    Collectives are never merged, nor are random ops, nor two values that are both results of the graph.
 
     Args:
         graph: a rank's graph; changed in place.
 
     Returns:
-        How many nodes went.
+        The number of nodes that were removed.
     """
     first: dict[Any, fx.Node] = {}
     count = 0
@@ -49,12 +49,12 @@ def deduplicate(graph: fx.Graph) -> int:
         if node.op != "call_function" or not is_pure(node):
             continue
         try:
-            found = first.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+            original = first.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
         except TypeError:  # an argument that has no hash
             continue
-        if found is node or any(u.op == "output" for u in (*node.users, *found.users)):
+        if original is node or any(u.op == "output" for u in (*node.users, *original.users)):
             continue
-        node.replace_all_uses_with(found)
+        node.replace_all_uses_with(original)
         graph.erase_node(node)
         count += 1
     return count

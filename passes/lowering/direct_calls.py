@@ -1,6 +1,6 @@
-"""direct_calls: ops are called as torch's C functions, without the way through the dispatcher's Python objects.
+"""direct_calls: call torch's C functions in place of ops, without the detour over the dispatcher's Python objects.
 
-A call of an ``OpOverload`` costs one to two microseconds more than one of the C function beside it.
+A call of an ``OpOverload`` costs one to two microseconds more than one of the C function for the same op.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from passes.graphs import op_name
-from passes.lowering.local_values import cut, is_tensor, local
+from passes.lowering.local_values import is_tensor, local, slice_arguments
 
 __all__ = ["direct_calls"]
 
@@ -27,20 +27,21 @@ _AS_METHODS = "add_ mul_ sub_ div_ relu_ tanh_ sigmoid_ neg_ exp_ rsqrt_ index_c
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
+    """The C function for each op, by the op's name."""
     homes: tuple[Any, ...] = (torch._C._nn, torch._C._VariableFunctions)
-    found = {f"aten.{n}": next(getattr(h, n) for h in homes if hasattr(h, n)) for n in _AS_FUNCTIONS.split()}
-    found |= {f"aten.{n}": getattr(torch.Tensor, n) for n in _AS_METHODS.split()}
-    return found | {"aten.sym_size": torch.Tensor.size, "aten.__and__": torch.bitwise_and}
+    functions = {f"aten.{n}": next(getattr(h, n) for h in homes if hasattr(h, n)) for n in _AS_FUNCTIONS.split()}
+    functions |= {f"aten.{n}": getattr(torch.Tensor, n) for n in _AS_METHODS.split()}
+    return functions | {"aten.sym_size": torch.Tensor.size, "aten.__and__": torch.bitwise_and}
 
 
 _FUNCTIONS = _functions()
 _OTHER = {"out", "dimname", "dtype_layout"}
-"""Overloads whose arguments the C functions do not take as they are."""
+"""Overloads whose arguments differ from the C functions'."""
 
 
-def _narrowed(node: fx.Node) -> bool:
-    """A slice of a known length as ``narrow``."""
-    source, dim, start, _, step = cut(node)
+def _call_narrow(node: fx.Node) -> bool:
+    """Call ``narrow`` in place of a slice of known length; returns whether that is possible."""
+    source, dim, start, _, step = slice_arguments(node)
     if step != 1 or not is_tensor(source) or not isinstance(start, int) or start < 0:
         return False
     length = local(node).shape[dim]
@@ -51,13 +52,13 @@ def _narrowed(node: fx.Node) -> bool:
 
 
 def direct_calls(graph: fx.Graph) -> int:
-    """Call torch's C functions.
+    """Call torch's C functions in place of ops.
 
     Args:
         graph: a rank's graph; changed in place.
 
     Returns:
-        How many calls were changed.
+        The number of calls that were changed.
     """
     count = 0
     for node in graph.nodes:
@@ -65,7 +66,7 @@ def direct_calls(graph: fx.Graph) -> int:
             continue
         name = op_name(node)
         if name == "aten.slice":
-            count += _narrowed(node)
+            count += _call_narrow(node)
             continue
         function = _FUNCTIONS.get(name)
         if function is not None and node.target._overloadname not in _OTHER:

@@ -1,4 +1,4 @@
-"""lower: one rank's graph becomes one that computes the same faster."""
+"""lower: run the passes that make one rank's graph faster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from passes.lowering.fold import fold
 from passes.lowering.fuse import fuse
 from passes.lowering.fuse_adjacent import fuse_adjacent
 from passes.lowering.grouped_query import grouped_query
-from passes.lowering.local_values import call, describe, is_tensor, local, plain, remove_dead_code
+from passes.lowering.local_values import call, call_dense_ops, describe, is_tensor, local, remove_dead_code
 from passes.lowering.merge import merge
 from passes.lowering.overlap import overlap
 from passes.lowering.rematerialize import rematerialize
@@ -35,10 +35,10 @@ aten = torch.ops.aten
 
 _RENAMED = {"group": "grouped_query", "together": "fuse_adjacent", "lean": "rematerialize", "grow": "cache_in_place",
             "bind": "direct_calls"}  # fmt: skip
-"""The names that options had before version 0.2, and those that they have."""
+"""The options' names before version 0.2, and their present names."""
 
 
-def _renamed(name: str) -> str:
+def _current_name(name: str) -> str:
     """The present name of an option; an old name is accepted with a warning."""
     if name not in _RENAMED:
         return name
@@ -47,11 +47,12 @@ def _renamed(name: str) -> str:
 
 
 def _accepts_old_names(cls: type[Lowering]) -> type[Lowering]:
-    own = cls.__init__
+    """The class, whose constructor takes the old names of options, too."""
+    generated = cls.__init__
 
-    @functools.wraps(own)
+    @functools.wraps(generated)
     def init(self: Lowering, *args: bool, **options: bool) -> None:
-        own(self, *args, **{_renamed(name): value for name, value in options.items()})
+        generated(self, *args, **{_current_name(name): value for name, value in options.items()})
 
     cls.__init__ = init  # type: ignore[method-assign]
     return cls
@@ -63,20 +64,20 @@ class Lowering:
     """Which passes run (:mod:`passes.lowering`); each can be switched off.
 
     Attributes:
-        fold: take out what computes nothing, or the same in every call.
-        causal: ``is_causal`` instead of a mask that says just that.
-        deduplicate: compute once what is computed twice.
-        grouped_query: grouped-query attention instead of repeated keys and values.
-        fuse: norms and GELUs that are written out as one op.
-        merge: Linears of one input as one product.
-        fuse_adjacent: do once what is done alike to adjacent parts of a value.
-        split: cut out in one call the parts that make up a whole.
-        rematerialize: with a backward, keep of norms and gated activations only what they are made of.
-        cache_in_place: without a backward, let caches grow in memory that has room, without a copy.
-        overlap: compute what needs no sum over the ranks while that is under way.
-        reuse: without a backward, write over operands that nothing reads any more.
+        fold: remove no-ops, and compute constants once.
+        causal: use ``is_causal`` in place of a causal mask.
+        deduplicate: make equal calls one call.
+        grouped_query: use grouped-query attention in place of repeated keys and values.
+        fuse: make one op of each norm or GELU that is written out.
+        merge: make one product of Linears with one input.
+        fuse_adjacent: make one op of equal ops on adjacent slices of a value.
+        split: make one ``split_with_sizes`` of slices that together are a value.
+        rematerialize: with a backward, save only the inputs of norms and gated activations for it.
+        cache_in_place: without a backward, write new tokens into caches that have room, without a copy.
+        overlap: run computation beside an all-reduce whose result it does not need.
+        reuse: without a backward, write results over operands that nothing reads any more.
         direct_calls: call torch's C functions.
-        repeat: for a compiler, layers that are alike as calls of one region.
+        repeat: for a compiler, make equal layers calls of one region.
     """
 
     fold: bool = True
@@ -96,17 +97,17 @@ class Lowering:
 
     @staticmethod
     def none() -> Lowering:
-        """No pass at all."""
+        """The options with every pass switched off."""
         return Lowering(**dict.fromkeys((f.name for f in fields(Lowering)), False))
 
     def __getattr__(self, name: str) -> bool:
         if name not in _RENAMED:
             raise AttributeError(f"Lowering has no option {name!r}; it has {', '.join(f.name for f in fields(self))}")
-        value: bool = getattr(self, _renamed(name))
+        value: bool = getattr(self, _current_name(name))
         return value
 
     def exactly(self) -> Lowering:
-        """Those of the passes that leave every number as it is, to the bit: not those that call other kernels."""
+        """The options without the passes that call other kernels: the others keep every number to the bit."""
         return replace(self, causal=False, grouped_query=False, fuse=False, merge=False, rematerialize=False)
 
 
@@ -115,11 +116,11 @@ class Lowered:
     """A lowered graph.
 
     Attributes:
-        graph: its inputs are the rewritten graph's, and then the weights.
-        weights: for each input that is a weight the name of a parameter or buffer, or the names of several that lie
-            side by side in memory.
-        constants: the tensors that the graph has, by ``get_attr`` target.
-        found: how much each pass found.
+        graph: the graph, whose inputs are the rewritten graph's, and then the weights.
+        weights: for each input that is a weight, the name of a parameter or buffer, or the names of several that are
+            adjacent in memory.
+        constants: the graph's constant tensors, by ``get_attr`` target.
+        found: per pass, how often it applied.
         repeated: the regions that the graph calls, by ``call_module`` target.
     """
 
@@ -130,30 +131,30 @@ class Lowered:
     repeated: dict[str, fx.Graph] = field(default_factory=dict)
 
 
-def _copied(graph: fx.Graph, kept: Collection[str]) -> fx.Graph:
-    """A copy that takes weights as inputs, after its others, in place of all attributes but those kept."""
-    own, copies, held = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, fx.Node]()
+def _with_weight_inputs(graph: fx.Graph, attributes: Collection[str]) -> fx.Graph:
+    """A copy of a graph that takes its weights as inputs, after its others; ``attributes`` stay attributes."""
+    copy, copies, weights = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, fx.Node]()
     for node in graph.find_nodes(op="placeholder"):
-        copies[node] = own.node_copy(node)
+        copies[node] = copy.node_copy(node)
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        if name not in kept and name not in held:
-            spelled = name.replace(".", "_")
-            held[name] = own.placeholder(spelled if spelled.isidentifier() else f"weight_{spelled}")
-            held[name].meta = {**node.meta, "weights": (name,)}
+        if name not in attributes and name not in weights:
+            identifier = name.replace(".", "_")
+            weights[name] = copy.placeholder(identifier if identifier.isidentifier() else f"weight_{identifier}")
+            weights[name].meta = {**node.meta, "weights": (name,)}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in held:
-            copies[node] = held[node.target]
+        if node.op == "get_attr" and node.target in weights:
+            copies[node] = weights[node.target]
         elif node.op != "placeholder":
-            copies[node] = own.node_copy(node, copies.__getitem__)
-    return own
+            copies[node] = copy.node_copy(node, copies.__getitem__)
+    return copy
 
 
 _BACKWARD_ONLY = (ops.enter, ops.enter_overlapping, ops.deduplicate_gradient)
 
 
 def _forward_only(graph: fx.Graph) -> None:
-    """Take out what does something in a backward only."""
+    """Remove the ops that do something in a backward only."""
     for node in list(graph.nodes):
         if node.target not in _BACKWARD_ONLY:
             continue
@@ -169,21 +170,26 @@ def _forward_only(graph: fx.Graph) -> None:
 
 _VIEWS = {"aten.slice", "aten.transpose", "aten.permute", "aten.reshape", "aten.view", "aten.unsqueeze", "aten.squeeze",
           "aten.select", "getitem", "aten.unflatten", "aten.flatten"}  # fmt: skip
-_CUTS = {"aten.slice", "aten.select", "getitem"}
+_SLICES = {"aten.slice", "aten.select", "getitem"}
 
 
-def _own_results(graph: fx.Graph) -> None:
-    """Let results that are parts of larger values be copies, so that these are not kept for them."""
+def _copy_sliced_results(graph: fx.Graph) -> None:
+    """Copy results that are slices of larger values, so that these can be freed."""
     output = graph.output_node()
     for node in list(output.all_input_nodes):
-        cut, source = False, node
+        is_slice, source = False, node
         while op_name(source) in _VIEWS and isinstance(source.args[0], fx.Node):
-            cut = cut or op_name(source) in _CUTS
+            is_slice = is_slice or op_name(source) in _SLICES
             source = source.args[0]
-        if cut and is_tensor(node) and op_name(source) != "" and op_name(source) not in ("max", "min", "topk", "sort"):
+        if (
+            is_slice
+            and is_tensor(node)
+            and op_name(source) != ""
+            and op_name(source) not in ("max", "min", "topk", "sort")
+        ):
             options = {"memory_format": torch.contiguous_format}
-            own = call(node.next, aten.clone.default, (node,), options, like=node, shape=local(node).shape)
-            output.replace_input_with(node, own)
+            copy = call(node.next, aten.clone.default, (node,), options, like=node, shape=local(node).shape)
+            output.replace_input_with(node, copy)
 
 
 def lower(
@@ -199,32 +205,32 @@ def lower(
     """Make one rank's graph faster.
 
     Args:
-        graph: the rank's graph (:func:`passes.localize`), which stays as it is.
+        graph: the rank's graph (:func:`passes.localize`), which is not changed.
         rank: the rank.
-        constants: the tensors that the graph has, by ``get_attr`` target.
-        regions: the submodules that it calls, by ``get_attr`` target.
+        constants: the graph's constant tensors, by ``get_attr`` target.
+        regions: the submodules that the graph calls, by ``get_attr`` target.
         lowering: which passes run; all of them by default.
         grad: whether a backward follows.
-        written: the results that go back into the memory of an input, by its number.
+        written: for the results that are written back into the memory of an input, that input's number.
 
     Returns:
         The lowered graph.
     """
     lowering = lowering or Lowering()
-    held = dict(constants)
-    own = _copied(graph, {*held, *regions})
-    describe(own, rank)
-    plain(own)
+    own_constants = dict(constants)
+    lowered = _with_weight_inputs(graph, {*own_constants, *regions})
+    describe(lowered, rank)
+    call_dense_ops(lowered)
     if not grad:
-        _forward_only(own)
-    found: dict[str, int] = {}
+        _forward_only(lowered)
+    applied: dict[str, int] = {}
 
     def run(name: str, apply: Any, *args: Any) -> None:
         if getattr(lowering, name):
-            found[name] = found.get(name, 0) + apply(own, *args)
+            applied[name] = applied.get(name, 0) + apply(lowered, *args)
 
     run("causal", causal)
-    run("fold", fold, held)
+    run("fold", fold, own_constants)
     run("deduplicate", deduplicate)
     run("grouped_query", grouped_query)
     run("fuse", fuse, grad)
@@ -232,7 +238,7 @@ def lower(
     run("fuse_adjacent", fuse_adjacent)
     run("deduplicate", deduplicate)
     run("split", split)
-    _own_results(own)
+    _copy_sliced_results(lowered)
     if grad:
         run("rematerialize", rematerialize)
     else:
@@ -241,12 +247,12 @@ def lower(
     if not grad:
         run("reuse", reuse)
     run("direct_calls", direct_calls)
-    remove_dead_code(own)
-    for node in own.find_nodes(op="placeholder"):
+    remove_dead_code(lowered)
+    for node in lowered.find_nodes(op="placeholder"):
         if "weights" in node.meta and not node.users:
-            own.erase_node(node)
+            lowered.erase_node(node)
     repeated: dict[str, fx.Graph] = {}
     run("repeat", repeat, regions, repeated)
-    weights = [n.meta["weights"] for n in own.find_nodes(op="placeholder") if "weights" in n.meta]
-    used = {str(n.target) for n in own.find_nodes(op="get_attr")}
-    return Lowered(own, weights, {n: t for n, t in held.items() if n in used}, found, repeated)
+    weights = [n.meta["weights"] for n in lowered.find_nodes(op="placeholder") if "weights" in n.meta]
+    used = {str(n.target) for n in lowered.find_nodes(op="get_attr")}
+    return Lowered(lowered, weights, {n: t for n, t in own_constants.items() if n in used}, applied, repeated)

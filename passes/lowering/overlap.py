@@ -1,4 +1,4 @@
-"""overlap: what does not need a sum over the ranks is computed while it is under way."""
+"""overlap: run computation beside an all-reduce whose result it does not need."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch import fx
 from passes import ops
 from passes.graphs import op_name
 from passes.lowering.local_values import call, is_tensor, local, replace
-from passes.lowering.merge import Product, is_weight, side_by_side
+from passes.lowering.merge import LinearFunction, is_weight, merged_linear
 from passes.ops import context
 
-__all__ = ["entering_linear", "overlap"]
+__all__ = ["enter_linear", "overlap"]
 
 aten = torch.ops.aten
 
 
-def entering_linear(
+def enter_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: str, count: int, *parts: torch.Tensor
 ) -> torch.Tensor:
-    """:func:`passes.ops.enter` and :func:`passes.lowering.merge.side_by_side` in one.
+    """:func:`passes.ops.enter` and :func:`passes.lowering.merge.merged_linear` in one op.
 
-    Backward, the sum of the input's gradient over the ranks is under way while the weights' are computed, as in
+    Backward, the input's gradient is summed over the ranks while the weights' gradients are computed, as in
     Megatron-LM (its ``LinearWithGradAccumulationAndAsyncCommunication``).
 
     Args:
-        x: ``(..., in)``, whole on every rank.
-        weight: ``(sum of out, in)``; the parts' memory, without their gradients.
-        bias: ``(sum of out,)``, likewise, or None.
-        group: over which the input's gradient is summed.
-        count: how many weights there are.
+        x: ``(..., in)``, replicated.
+        weight: ``(sum of out, in)``; the memory of the separate weights, which gets no gradient.
+        bias: ``(sum of out,)``; the memory of the separate biases, or None.
+        group: the group over which the input's gradient is summed.
+        count: the number of weights.
         parts: the weights, ``(out, in)`` each, and then the biases, if there are any, ``(out,)`` each.
 
     Returns:
         ``(..., sum of out)``.
     """
     if torch.is_grad_enabled():
-        result: torch.Tensor = Product.apply(x, weight, bias, context.current().group(group), count, *parts)
+        result: torch.Tensor = LinearFunction.apply(x, weight, bias, context.current().group(group), count, *parts)
         return result
     return F.linear(x, weight, bias)
 
@@ -51,52 +51,59 @@ _VIEWS = {"aten.slice", "aten.transpose", "aten.permute", "aten.view", "aten.uns
 
 
 def _can_move(node: fx.Node) -> bool:
-    """Whether a node only makes a value of others: nothing is moved past one that does more."""
+    """Whether a node only computes a value from others; no node is moved past one that does more."""
     if isinstance(node.target, torch._ops.OpOverload):
         return not node.target._schema.is_mutable
     return node.op in ("placeholder", "get_attr") or getattr(node.target, "__module__", None) == operator.add.__module__
 
 
-def _computes(nodes: Sequence[fx.Node]) -> bool:
+def _any_computation(nodes: Sequence[fx.Node]) -> bool:
+    """Whether any of the nodes computes something, rather than taking a view."""
     return any(n.op == "call_function" and op_name(n) not in _VIEWS for n in nodes)
 
 
-def _forward(graph: fx.Graph) -> int:
-    """Put around each sum, between its beginning and its end, what neither makes what is summed nor needs the sum, of
-    all that lies between the two nodes next to it that stay."""
+def _overlap_forward(graph: fx.Graph) -> int:
+    """Split each all-reduce into a start and a wait, and move independent nodes between the two.
+
+    A node is independent if the all-reduce does not need its value, and it does not need the all-reduce's. It is moved
+    only if it lies between the nearest nodes on both sides that must not be moved.
+
+    Returns:
+        The number of all-reduces with computation beside them.
+    """
     nodes = [n for n in graph.nodes if n.op != "output"]
     bounds = [-1, *(i for i, n in enumerate(nodes) if not _can_move(n)), len(nodes)]
-    taken: set[fx.Node] = set()  # what lies between two sums is the first one's
+    moved: set[fx.Node] = set()  # a node between two all-reduces goes with the first one
     count = 0
     for before, at, after in zip(bounds, bounds[1:], bounds[2:], strict=False):
         reduction, early, late = nodes[at], nodes[before + 1 : at], nodes[at + 1 : after]
         if reduction.target is not ops.all_reduce:
             continue
-        made, needs = {reduction}, {reduction}
+        sources, dependents = {reduction}, {reduction}
         for node in reversed(early):
-            if not made.isdisjoint(node.users):
-                made.add(node)
+            if not sources.isdisjoint(node.users):
+                sources.add(node)
         for node in late:
-            if not needs.isdisjoint(node.all_input_nodes):
-                needs.add(node)
-        window = [n for n in early if n not in made and n not in taken and n.op != "placeholder"]
-        window += [n for n in late if n not in needs]
-        if not _computes(window):
+            if not dependents.isdisjoint(node.all_input_nodes):
+                dependents.add(node)
+        window = [n for n in early if n not in sources and n not in moved and n.op != "placeholder"]
+        window += [n for n in late if n not in dependents]
+        if not _any_computation(window):
             continue
-        taken.update(window)
+        moved.update(window)
         shape = local(reduction).shape
-        last = begun = call(reduction, ops.start_all_reduce, reduction.args, like=reduction, shape=shape)
+        last = start = call(reduction, ops.start_all_reduce, reduction.args, like=reduction, shape=shape)
         for node in window:
             last.append(node)
             last = node
-        replace(reduction, call(reduction, ops.wait, (begun,), like=reduction, shape=shape))
+        replace(reduction, call(reduction, ops.wait, (start,), like=reduction, shape=shape))
         count += 1
     return count
 
 
-def _parts(node: fx.Node) -> Sequence[Any] | None:
-    """Weight, bias, how many weights, and the weights and biases with gradients, of a Linear; None for another."""
-    if node.target is side_by_side:
+def _linear_arguments(node: fx.Node) -> Sequence[Any] | None:
+    """The arguments of ``merged_linear`` after the input, for a Linear or a merged one; None for another node."""
+    if node.target is merged_linear:
         return node.args[1:]
     if node.target is not aten.linear.default or node.kwargs:
         return None
@@ -106,34 +113,35 @@ def _parts(node: fx.Node) -> Sequence[Any] | None:
     return weight, bias, 1, weight, *([] if bias is None else [bias])
 
 
-def _backward(graph: fx.Graph) -> int:
+def _overlap_backward(graph: fx.Graph) -> int:
+    """Make one op of each ``enter`` and the only Linear that reads it; returns how many there are."""
     count = 0
     for node in list(graph.find_nodes(op="call_function", target=ops.enter)):
         x, group = node.args
         if not is_tensor(x) or len(node.users) != 1:
             continue
         (linear,) = node.users
-        if linear.args[0] is not node or (parts := _parts(linear)) is None:
+        if linear.args[0] is not node or (parts := _linear_arguments(linear)) is None:
             continue
-        weight, bias, many, *each = parts
-        args = (x, weight, bias, group, many, *each)
-        replace(linear, call(linear, entering_linear, args, like=linear, shape=local(linear).shape))
+        weight, bias, number, *weights = parts
+        args = (x, weight, bias, group, number, *weights)
+        replace(linear, call(linear, enter_linear, args, like=linear, shape=local(linear).shape))
         graph.erase_node(node)
         count += 1
     return count
 
 
 def overlap(graph: fx.Graph, grad: bool) -> int:
-    """Let ranks compute while sums over them are under way.
+    """Let ranks compute while an all-reduce is under way.
 
-    Without a backward, a sum begins as early as it can, and is waited for after all that needs nothing of it. With
-    one, the sum of an input's gradient runs beside the products of its weights' gradients.
+    Without a backward, an all-reduce starts as early as it can, and is waited for after the computation that does not
+    need it. With a backward, the all-reduce of an input's gradient runs beside the products for the weights' gradients.
 
     Args:
         graph: a rank's graph; changed in place.
         grad: whether a backward follows.
 
     Returns:
-        How many sums have something beside them.
+        The number of all-reduces with computation beside them.
     """
-    return _backward(graph) if grad else _forward(graph)
+    return _overlap_backward(graph) if grad else _overlap_forward(graph)

@@ -1,4 +1,4 @@
-"""reuse: without a backward, results go where an operand was that nothing reads any more."""
+"""reuse: without a backward, write results over operands that nothing reads any more."""
 
 from __future__ import annotations
 
@@ -30,25 +30,27 @@ _IN_PLACE: dict[Any, Any] = {
     ops.all_reduce: ops.all_reduce_,
     ops.start_all_reduce: ops.start_all_reduce_,
 }
-_COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
-_NEW = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.add", "aten.sub",
-        "aten.mul", "aten.div", "aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoid", "aten.neg",
-        "aten.exp", "aten.rsqrt", "aten.pow", "aten.mean", "aten.rms_norm", "aten.layer_norm", "aten.cat",
-        "aten.scaled_dot_product_attention", "aten.embedding", "all_reduce", "all_gather", "wait",
-        "vocab_parallel_embedding"}  # fmt: skip
-"""Ops whose results are memory of their own."""
+_COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
+_ALLOCATING = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.add",
+               "aten.sub", "aten.mul", "aten.div", "aten.silu", "aten.gelu", "aten.relu", "aten.tanh", "aten.sigmoid",
+               "aten.neg", "aten.exp", "aten.rsqrt", "aten.pow", "aten.mean", "aten.rms_norm", "aten.layer_norm",
+               "aten.cat", "aten.scaled_dot_product_attention", "aten.embedding", "all_reduce", "all_gather", "wait",
+               "vocab_parallel_embedding"}  # fmt: skip
+"""Ops whose results have their own memory."""
 
 
-def _is_new(node: fx.Node) -> bool:
-    return op_name(node).removesuffix("_") in _NEW  # written over an operand, it is that one's memory
+def _owns_memory(node: fx.Node) -> bool:
+    """Whether a node's result is in memory that an op has allocated."""
+    # an in-place op has its operand's memory, which an op has allocated, too
+    return op_name(node).removesuffix("_") in _ALLOCATING
 
 
-def _free(operand: Any, node: fx.Node) -> bool:
-    """Whether a node may write over an operand: memory made by an op, which this node alone reads, once."""
+def _may_overwrite(operand: Any, node: fx.Node) -> bool:
+    """Whether a node may write over an operand: an op has allocated it, and only this node reads it, once."""
     return (
         is_tensor(operand)
         and operand.op == "call_function"
-        and _is_new(operand)
+        and _owns_memory(operand)
         and len(operand.users) == 1
         and list(node.args).count(operand) == 1
         and local(operand) == local(node)
@@ -56,7 +58,7 @@ def _free(operand: Any, node: fx.Node) -> bool:
 
 
 def reuse(graph: fx.Graph) -> int:
-    """Let ops write over an operand that nothing reads after them: reductions, residual sums, activations.
+    """Write results over operands that nothing reads any more, as in all-reduces, residual sums and activations.
 
     Only for a graph that no backward follows.
 
@@ -64,16 +66,21 @@ def reuse(graph: fx.Graph) -> int:
         graph: a rank's graph; changed in place.
 
     Returns:
-        How many results take no new memory.
+        The number of results that take no new memory.
     """
     count = 0
     for node in graph.nodes:
         target = _IN_PLACE.get(node.target) if node.op == "call_function" else None
         if target is None or not node.args:
             continue
-        if node.target in _COMMUTE and not node.kwargs and not _free(node.args[0], node) and len(node.args) == 2:
-            node.args = node.args[::-1] if _free(node.args[1], node) else node.args
-        if _free(node.args[0], node):
+        if (
+            node.target in _COMMUTATIVE
+            and not node.kwargs
+            and not _may_overwrite(node.args[0], node)
+            and len(node.args) == 2
+        ):
+            node.args = node.args[::-1] if _may_overwrite(node.args[1], node) else node.args
+        if _may_overwrite(node.args[0], node):
             node.target = target
             count += 1
     return count

@@ -158,7 +158,7 @@ def test_a_cache_is_written_where_it_is() -> None:
     assert not any(layer.cache_k.requires_grad for layer in model.layers), "forward is in inference mode"
     assert not model(_ids(1), 9).requires_grad
     text = str(autotp.graph(model).lowered(autotp.Lowering(), grad=False))
-    assert text.count("overwritten(") == 4
+    assert text.count("write_slice(") == 4
     assert "slice_scatter(" not in text
 
 

@@ -27,7 +27,7 @@ from autotp.verification.measure import Float64, relative_error
 from autotp.verification.simulation import Simulation
 from autotp.weights.slicing import local_part, shards_of
 from passes import Lowering, localize
-from passes.lowering.cache_in_place import grown
+from passes.lowering.cache_in_place import cat_in_place
 from passes.ops.context import use_context
 from tests.comparison import backward, outputs
 from tests.models import make
@@ -224,17 +224,17 @@ def test_what_grows_is_what_a_concatenation_gives() -> None:
         for i in range(120):
             old, expected = values[-1] if i % 7 else values[i // 2]  # now and then behind one that others are behind
             new = torch.randn(2, 3, 1 + i % 2, 4)
-            found = grown(old, new, 2)
+            found = cat_in_place(old, new, 2)
             values.append((found, torch.cat((expected, new), 2)))
             places.add(found.untyped_storage().data_ptr())
         assert all(torch.equal(a, b) for a, b in values)
         assert len(places) < 60, "most are not copies"
         last, expected = values[-1]
         copied = copy.deepcopy(last)
-        first, second = (grown(x, torch.ones(2, 3, 1, 4), 2) for x in (last, copied))
+        first, second = (cat_in_place(x, torch.ones(2, 3, 1, 4), 2) for x in (last, copied))
         assert torch.equal(first, second)
         assert first.data_ptr() != second.data_ptr()
-        cropped = grown(first[:, :, :-1], torch.zeros(2, 3, 1, 4), 2)
+        cropped = cat_in_place(first[:, :, :-1], torch.zeros(2, 3, 1, 4), 2)
         assert torch.equal(cropped, torch.cat((expected, torch.zeros(2, 3, 1, 4)), 2))
         assert bool((first[:, :, -1] == 1).all()), "cropping and going on elsewhere leaves it as it was"
 
@@ -248,19 +248,19 @@ def test_room_behind_a_tensor_is_used_only_while_it_lies_there(tmp_path: Path) -
             lambda t: t.transpose_(0, 1),
             lambda t: t.mul_(3),
         ):
-            old = grown(torch.ones(1, 1, 3, 4), one, 2)
+            old = cat_in_place(torch.ones(1, 1, 3, 4), one, 2)
             change(old)
-            assert torch.equal(grown(old, one[:, :, :1], 2), torch.cat((old, one[:, :, :1]), 2))
+            assert torch.equal(cat_in_place(old, one[:, :, :1], 2), torch.cat((old, one[:, :, :1]), 2))
         torch.save(old, tmp_path / "cache.pt")
         assert torch.equal(torch.load(tmp_path / "cache.pt", weights_only=True), old)
 
 
 def test_what_grew_in_inference_mode_grows_elsewhere_outside() -> None:
     with torch.inference_mode():
-        old = grown(torch.ones(1, 2, 4), torch.ones(1, 1, 4), 1)
+        old = cat_in_place(torch.ones(1, 2, 4), torch.ones(1, 1, 4), 1)
     with torch.no_grad():
-        new = grown(old, torch.zeros(1, 1, 4), 1)
-        assert grown(new, torch.zeros(1, 1, 4), 1).data_ptr() == new.data_ptr()
+        new = cat_in_place(old, torch.zeros(1, 1, 4), 1)
+        assert cat_in_place(new, torch.zeros(1, 1, 4), 1).data_ptr() == new.data_ptr()
     assert new.tolist() == [[[1.0] * 4] * 3 + [[0.0] * 4]]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from passes.lowering.rematerialize import gated, rms_norm
+from passes.lowering.rematerialize import gated_activation, rms_norm
 
 Run = Callable[..., torch.Tensor]
 
@@ -25,11 +25,11 @@ CASES: dict[str, tuple[Run, Run, bool]] = {
         lambda x, y, w: rms_norm(x, [24], None, 1e-5) * y * w,
         False,  # what follows keeps the normalized values
     ),
-    "silu": (lambda x, y, w: F.silu(x) * y * w, lambda x, y, w: gated(x, y, None) * w, True),
-    "gelu": (lambda x, y, w: F.gelu(x) * y * w, lambda x, y, w: gated(x, y, "none") * w, True),
+    "silu": (lambda x, y, w: F.silu(x) * y * w, lambda x, y, w: gated_activation(x, y, None) * w, True),
+    "gelu": (lambda x, y, w: F.gelu(x) * y * w, lambda x, y, w: gated_activation(x, y, "none") * w, True),
     "gelu, approximate": (
         lambda x, y, w: F.gelu(x, approximate="tanh") * y * w,
-        lambda x, y, w: gated(x, y, "tanh") * w,
+        lambda x, y, w: gated_activation(x, y, "tanh") * w,
         True,
     ),
 }
