@@ -39,9 +39,7 @@ _RENAMED = {"group": "grouped_query", "together": "fuse_adjacent", "lean": "rema
 
 
 def _current_name(name: str) -> str:
-    """The present name of an option; an old name is accepted with a warning."""
-    if name not in _RENAMED:
-        return name
+    """The present name of an option with an old name, which is accepted with a warning."""
     warnings.warn(f"Lowering({name}=...) is now Lowering({_RENAMED[name]}=...)", DeprecationWarning, stacklevel=3)
     return _RENAMED[name]
 
@@ -52,7 +50,10 @@ def _accepts_old_names(cls: type[Lowering]) -> type[Lowering]:
 
     @functools.wraps(generated)
     def init(self: Lowering, *args: bool, **options: bool) -> None:
-        generated(self, *args, **{_current_name(name): value for name, value in options.items()})
+        current = {name: value for name, value in options.items() if name not in _RENAMED}
+        for name in options.keys() & _RENAMED.keys():  # after the others, as dataclasses.replace passes all of them on
+            current[_current_name(name)] = options[name]
+        generated(self, *args, **current)
 
     cls.__init__ = init  # type: ignore[method-assign]
     return cls
