@@ -20,6 +20,7 @@ The packages and files, from top to bottom; each imports only from those below i
 ``distributed``   processes, collectives, agreement, random streams
 ``modules``       what autotp asks of and does to ``nn.Module``
 ``utils``         hashes, generated code, tables, kinds of values
+``options``       the choices of a user of ``parallelize``, as one value
 ``errors``        the public errors and warnings
 ``version``       the version, written once
 ================  =================================================================================
