@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
+from autotp.utils.value_types import CONSTANTS
+
 __all__ = [
     "ConstantLeaf",
     "ContainerSpec",
@@ -87,8 +89,6 @@ class ContainerSpec:
 
 ObjectSpec = TensorLeaf | IntLeaf | ConstantLeaf | ContainerSpec
 
-_CONSTANTS = (bool, float, complex, str, bytes, type(None), type(...), enum.Enum, torch.dtype, torch.device,
-              torch.layout, torch.memory_format, torch.Size, slice, range, type)  # fmt: skip
 _CONTAINERS = (list, tuple, dict)
 _MARKED: set[type] = set()
 _LARGEST = 1 << 31
@@ -177,7 +177,7 @@ class ObjectFlattener:
             size = kind is int and 0 <= x < _LARGEST and self._counts is not None
             if kind is not int or (size and (x in (0, 1) or (owner, name) in self._counts)):  # type: ignore[operator]
                 return IntLeaf(self._add((owner, name, str(x)), x, path))
-        if isinstance(x, (int, *_CONSTANTS)):
+        if isinstance(x, (*CONSTANTS, type)):
             return ConstantLeaf(kind, repr(x), x)
         if not (isinstance(x, _CONTAINERS) or hasattr(x, "__dict__")) or isinstance(x, torch.nn.Module) or callable(x):
             raise UnseenError(f"{path or 'it'} is a {kind.__module__}.{kind.__qualname__}")

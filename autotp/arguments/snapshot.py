@@ -27,11 +27,12 @@ from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.mutations import StateLocation
 from autotp.arguments.object_tree import ObjectFlattener, UnseenError
 from autotp.modules.hooks import HOOKS
+from autotp.utils.value_types import SCALARS
 
 __all__ = ["Kept", "Snapshot", "Values", "is_alone", "kept_as_it_was", "left_as_it_was", "shares_memory", "storage_of"]
 
 _CONTAINERS = (list, dict, set, deque)
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (*SCALARS, torch.dtype, torch.device)
 _NO_OBJECTS = (torch.Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType,
                types.ModuleType, np.ndarray)  # fmt: skip
 _DEEPEST = 6

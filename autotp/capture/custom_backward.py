@@ -25,6 +25,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from autotp.errors import CaptureError
+from autotp.utils.value_types import SCALARS
 
 __all__ = ["OwnBackward", "checked_functions", "refuse_function", "refuse_own_backward"]
 
@@ -113,7 +114,6 @@ def _defined(function: Any) -> str:
         return ""
 
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype)
 _SCALES = (1.0, 0.05, 20.0)
 _TOLERANCE = 1e-6
 """Relative; constants such as sqrt(2 / pi) are often written with eight digits."""
@@ -193,7 +193,7 @@ def _shapes(args: tuple[Any, ...]) -> list[Any] | None:
     for x in args:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             shapes.append(torch.Size(n if isinstance(n, int) else int(n.node.hint or 2) for n in x.shape))
-        elif isinstance(x, _PLAIN):
+        elif isinstance(x, (*SCALARS, torch.dtype)):
             shapes.append(x)
         else:
             return None

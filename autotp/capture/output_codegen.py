@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from autotp.arguments.mutations import GONE, Change, overwrite
 from autotp.arguments.object_tree import ContainerSpec, IntLeaf, TensorLeaf, build
 from autotp.utils.codegen import FunctionWriter
+from autotp.utils.value_types import SCALARS
 
 if TYPE_CHECKING:
     from autotp.capture.outputs import OutputSpec
@@ -59,7 +60,7 @@ class OutputFactory:
         self._kinds, places = None, {id(x): i for i, x in enumerate(values)}
         several = len(places) < len(values)  # which of two places a value belongs to does not show
         tensors = any(isinstance(x, torch.Tensor) for x in values)  # else a first field may be taken apart
-        if several or not tensors or any(isinstance(x, _PLAIN) for x in values) or not _only_adds_fields(type(made)):
+        if several or not tensors or any(isinstance(x, SCALARS) for x in values) or not _only_adds_fields(type(made)):
             return
         items, attributes = list(OrderedDict.items(made)), dict(made.__dict__)
         if all(id(x) in places for _, x in items) and all(x is None or id(x) in places for x in attributes.values()):
@@ -67,10 +68,6 @@ class OutputFactory:
             self._items = [(k, places[id(x)]) for k, x in items]
             self._attributes = [(k, places[id(x)]) for k, x in attributes.items() if x is not None]
             self._kinds = list(map(type, values))
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-"""Equal ones may be one object: a field that is one need not come from the value that is."""
 
 
 _MAKES = ("__new__", "__post_init__", "__setattr__", "__setitem__", "__getattribute__", "__init_subclass__")

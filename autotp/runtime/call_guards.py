@@ -8,7 +8,6 @@ flattened.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from autotp.capture.captured_graph import CapturedGraph
 from autotp.runtime.bound_call import BoundCall, CacheEntry
 from autotp.runtime.module_guards import ModuleGuards
 from autotp.utils.codegen import FunctionWriter
+from autotp.utils.value_types import BY_VALUE, SINGLETONS
 
 __all__ = ["CallGuards", "call_guard", "dynamic_sizes"]
 
@@ -31,9 +31,6 @@ Guard = Callable[[tuple[Any, ...], Mapping[str, Any]], "BoundCall | None"]
 
 _MOST = 16
 """How many guards are tried."""
-_ALONE = (type(None), bool, type(...), torch.dtype, torch.memory_format, torch.layout, enum.Enum, type)
-"""Constants of which there is one object only."""
-_BY_VALUE = (int, str, bytes, torch.device, torch.Size)
 
 
 def dynamic_sizes(captured: CapturedGraph, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -209,10 +206,10 @@ class _Writer(FunctionWriter):
 
     def constant(self, at: str, value: Any) -> None:
         """Something that is all that its text says."""
-        if isinstance(value, _ALONE):
+        if isinstance(value, SINGLETONS):
             text = repr(value) if value is None or isinstance(value, bool) else self.bind(value)
             self.refuse_unless(f"{at} is {text}")
-        elif isinstance(value, _BY_VALUE):
+        elif isinstance(value, BY_VALUE):
             self.refuse_unless(f"type({at}) is {self.bind(type(value))} and {at} == {self.bind(value)}")
         else:  # equal floats may be of other signs, and so on
             self.refuse_unless(f"type({at}) is {self.bind(type(value))} and repr({at}) == {repr(value)!r}")

@@ -1,4 +1,4 @@
-"""value_types: which kind a value is: a constant, a DTensor, an instance of a class by name."""
+"""value_types: kinds of values: constants, how to compare them, instances of classes that may not be imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTENSOR", "is_a", "is_constant"]
+__all__ = ["BY_VALUE", "CONSTANTS", "DTENSOR", "SCALARS", "SINGLETONS", "is_a", "is_constant"]
 
 DTENSOR = "torch.distributed.tensor.DTensor"
 
@@ -23,10 +23,20 @@ def is_a(value: Any, path: str) -> bool:
     return found is not None and isinstance(value, found)
 
 
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum, torch.dtype, torch.device,
-              torch.layout, torch.memory_format, torch.Size, slice, range)  # fmt: skip
+SCALARS = (bool, int, float, complex, str, bytes, type(None))
+"""Plain Python values; equal ones may be one object."""
+
+SINGLETONS = (type(None), bool, type(...), torch.dtype, torch.memory_format, torch.layout, enum.Enum, type)
+"""Kinds of constants of which there is one object each, so that ``is`` compares them."""
+
+BY_VALUE = (int, str, bytes, torch.device, torch.Size)
+"""Kinds of constants that ``==`` compares; equal floats may differ in sign, and so do not belong here."""
+
+CONSTANTS = (*SCALARS, type(...), enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+             slice, range)  # fmt: skip
+"""Kinds of values that are told apart by their ``repr``."""
 
 
-def is_constant(x: Any) -> bool:
-    """Whether an argument that is no tensor is all that its text says."""
-    return isinstance(x, _CONSTANTS)
+def is_constant(value: Any) -> bool:
+    """Whether a value is a constant, for which a graph holds as it is."""
+    return isinstance(value, CONSTANTS)
