@@ -5,8 +5,8 @@ Kinds of containers, objects and state that a call may have are added here. It m
 
 from autotp.arguments.arguments import Arguments
 from autotp.arguments.module_state import ModuleStateTracker
-from autotp.arguments.mutations import Change
+from autotp.arguments.mutations import Mutation
 from autotp.arguments.object_tree import sharded_state
 from autotp.arguments.snapshot import Snapshot
 
-__all__ = ["Arguments", "Change", "ModuleStateTracker", "Snapshot", "sharded_state"]
+__all__ = ["Arguments", "ModuleStateTracker", "Mutation", "Snapshot", "sharded_state"]

@@ -95,12 +95,12 @@ def overlapping(tensors: Sequence[torch.Tensor], written: Collection[int]) -> tu
             found.setdefault(x.untyped_storage().data_ptr(), []).append(i)
     for several in found.values():
         for i, j in itertools.combinations(several, 2):
-            if (i in written or j in written) and _overlap(_place(tensors[i]), _place(tensors[j])):
+            if (i in written or j in written) and _overlap(_extent(tensors[i]), _extent(tensors[j])):
                 return i, j
     return None
 
 
-def _place(x: torch.Tensor) -> Any:
+def _extent(x: torch.Tensor) -> Any:
     return x.storage_offset() * x.element_size(), x.element_size(), tuple(x.shape), tuple(x.stride())
 
 

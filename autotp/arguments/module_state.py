@@ -36,7 +36,7 @@ class ShardedModuleState(ModuleState):
     """What ranks keep their own shares of."""
 
 
-class _Live(dict[str, Any]):
+class _LiveState(dict[str, Any]):
     """What is in some places, by name: what is set here is set there."""
 
     def __init__(self, holders: Mapping[str, tuple[dict[str, Any], str]]) -> None:
@@ -54,7 +54,7 @@ class _Live(dict[str, Any]):
         del held[key]
 
 
-def _is_in(path: str, name: str) -> bool:
+def _is_within(path: str, name: str) -> bool:
     """Whether a slot is a place, or is in what is there."""
     return path == name or path.startswith((f"{name}.", f"{name}["))
 
@@ -69,7 +69,7 @@ def _class_of(place: StateLocation) -> type[ModuleState]:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Index:
     """What follows from which places are known.
 
     Attributes:
@@ -97,7 +97,7 @@ class ModuleStateTracker:
     def __init__(self, model: nn.Module, path: str = "", places: dict[str, StateLocation] | None = None) -> None:
         self.model, self.path = model, path
         self.places: dict[str, StateLocation] = {} if places is None else places
-        self._known: _Known | None = None
+        self._known: _Index | None = None
 
     def inside(self, module: nn.Module, path: str) -> ModuleStateTracker:
         """The memory of a module in the model, of which both know the same."""
@@ -130,7 +130,7 @@ class ModuleStateTracker:
         inputs, owners, read = graph.find_nodes(op="placeholder"), of.owners(), set[str]()
         for i, slot in of.slots().items():
             if owners[i] is ModuleState and not slot.count and any(user.op != "output" for user in inputs[i].users):
-                read |= {name for name in self.places if _is_in(slot.path, name)}
+                read |= {name for name in self.places if _is_within(slot.path, name)}
         self.places.update({name: replace(self.places[name], sharded=True) for name in read})
         return bool(read)
 
@@ -148,7 +148,7 @@ class ModuleStateTracker:
         """The places in this module, in order, as they are called in it and as they are called in the model."""
         return self._look().own
 
-    def _look(self) -> _Known:
+    def _look(self) -> _Index:
         """What follows from which places are known."""
         if self._known is None or self._known.places != self.places:
             own: dict[StateLocation, StateLocation] = {}
@@ -162,7 +162,7 @@ class ModuleStateTracker:
                 keys[place.module] = keys.get(place.module, frozenset()) | {place.key}
                 held = holders.setdefault(_SHARED if place.sharded else _WHOLE, {})
                 held[full.name] = place.holder(self.model), place.key
-            self._known = _Known(dict(self.places), own, keys, holders)
+            self._known = _Index(dict(self.places), own, keys, holders)
         return self._known
 
     def keys(self, module: str) -> frozenset[str]:
@@ -178,7 +178,7 @@ class ModuleStateTracker:
         found: dict[str, ModuleState] = {}
         for keyword, holders in self._look().holders.items():
             made = found[keyword] = _KEYWORDS[keyword]()
-            made.__dict__ = _Live(holders)
+            made.__dict__ = _LiveState(holders)
         return found
 
     def put(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[ModuleState]]:
@@ -212,7 +212,7 @@ class ModuleStateTracker:
             rank: the rank.
         """
         layout = layouts.get(f"{self.path}.{name}" if self.path else name)
-        if layout is None or layout.whole or not any(_is_in(name, p.name) for p in self.own if p.sharded):
+        if layout is None or layout.whole or not any(_is_within(name, p.name) for p in self.own if p.sharded):
             return {}
         held = all(d < tensor.dim() and tensor.shape[d] == s.counts[rank] for d, s in layout.shards)
         return layout.dims if held else {}
@@ -233,7 +233,7 @@ class ModuleStateTracker:
     def splits(self, layouts: Mapping[str, Layout]) -> bool:
         """Whether ranks keep their own shares of anything."""
         names = [full.name for place, full in self.own.items() if place.sharded]
-        return any(not x.whole and any(_is_in(path, n) for n in names) for path, x in layouts.items())
+        return any(not x.whole and any(_is_within(path, n) for n in names) for path, x in layouts.items())
 
     def kept(self) -> dict[str, torch.Tensor]:
         """The tensors that are kept, by place in the model.

@@ -19,7 +19,7 @@ from autotp.arguments.object_tree import (
 )
 from autotp.errors import CaptureError
 
-__all__ = ["GONE", "Change", "InputMutation", "StateLocation", "StateMutation", "changes", "overwrite"]
+__all__ = ["GONE", "InputMutation", "Mutation", "StateLocation", "StateMutation", "diff", "overwrite"]
 
 GONE = ConstantLeaf(type(None), "gone", None)
 """What is in a place that is empty now."""
@@ -37,23 +37,23 @@ def overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Change:
+class Mutation:
     """What a call changes in an object.
 
     Attributes:
         path: the way to what holds it: names, numbers and keys.
         key: the name, number or key there.
-        form: what is there now, of the call's results; :data:`GONE` for nothing.
-        inside: whether a tensor was changed in place, and stays the same one.
+        new: the item after the call, made of the call's results; :data:`GONE` for none.
+        in_place: whether the item is the same tensor, with other values.
     """
 
     path: tuple[Any, ...]
     key: Any
-    form: ObjectSpec
-    inside: bool = False
+    new: ObjectSpec
+    in_place: bool = False
 
 
-def _stays(before: ObjectSpec | None, after: ObjectSpec, same: Collection[tuple[int, int]]) -> bool:
+def _is_same_object(before: ObjectSpec | None, after: ObjectSpec, same: Collection[tuple[int, int]]) -> bool:
     """Whether what is in a place stays what it is, whatever changes in it: a tuple only if all in it does."""
     if isinstance(before, TensorLeaf) and isinstance(after, TensorLeaf):
         return (before.index, after.index) in same
@@ -62,12 +62,12 @@ def _stays(before: ObjectSpec | None, after: ObjectSpec, same: Collection[tuple[
     if before.cls is not after.cls or not issubclass(before.cls, tuple):
         return before.cls is after.cls
     alike = len(before.forms) == len(after.forms)
-    return alike and all(_stays(old, new, same) for old, new in zip(before.forms, after.forms, strict=True))
+    return alike and all(_is_same_object(old, new, same) for old, new in zip(before.forms, after.forms, strict=True))
 
 
-def changes(
+def diff(
     before: ObjectSpec, after: ObjectSpec, same: Collection[tuple[int, int]], path: tuple[Any, ...] = ()
-) -> Iterator[Change]:
+) -> Iterator[Mutation]:
     """What is different about an object after a call.
 
     Args:
@@ -83,15 +83,15 @@ def changes(
         raise UnseenError(f"{path} became another object")
     had, has = before.items, after.items
     for key in reversed([k for k in had if k not in has]):
-        yield Change(path, key, GONE)
+        yield Mutation(path, key, GONE)
     for key, form in has.items():
         old = had.get(key)
         if isinstance(old, TensorLeaf) and isinstance(form, TensorLeaf) and (old.index, form.index) in same:
-            yield Change(path, key, form, inside=True)
-        elif isinstance(old, ContainerSpec) and isinstance(form, ContainerSpec) and _stays(old, form, same):
-            yield from changes(old, form, same, (*path, key))
+            yield Mutation(path, key, form, in_place=True)
+        elif isinstance(old, ContainerSpec) and isinstance(form, ContainerSpec) and _is_same_object(old, form, same):
+            yield from diff(old, form, same, (*path, key))
         elif isinstance(form, (TensorLeaf, IntLeaf)) or old != form:
-            yield Change(path, key, form)
+            yield Mutation(path, key, form)
 
 
 @dataclass(frozen=True)

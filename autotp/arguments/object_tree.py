@@ -40,8 +40,8 @@ __all__ = [
     "UnseenError",
     "build",
     "counted",
+    "is_object",
     "is_sharded",
-    "is_state",
     "plain_leaves",
     "sharded_state",
 ]
@@ -118,7 +118,7 @@ def is_sharded(cls: type) -> bool:
     return any(c in _MARKED for c in cls.__mro__) or (module is not None and issubclass(cls, module.Cache))
 
 
-def is_state(x: Any) -> bool:
+def is_object(x: Any) -> bool:
     """Whether a leaf of pytree's is an object to be opened."""
     return hasattr(x, "__dict__") and not isinstance(x, (torch.Tensor, enum.Enum)) and not callable(x)
 
@@ -133,7 +133,7 @@ def plain_leaves(tree: Any) -> tuple[list[Any], Any]:
     return pytree.tree_flatten(tree, is_leaf=_is_registered)
 
 
-def _is_more_than(x: Any) -> bool:
+def _loses_something(x: Any) -> bool:
     """Whether a container cannot be made again of what is in it."""
     return isinstance(x, defaultdict) or (isinstance(x, list) and bool(getattr(x, "__dict__", None)))
 
@@ -181,7 +181,7 @@ class ObjectFlattener:
             return ConstantLeaf(kind, repr(x), x)
         if not (isinstance(x, _CONTAINERS) or hasattr(x, "__dict__")) or isinstance(x, torch.nn.Module) or callable(x):
             raise UnseenError(f"{path or 'it'} is a {kind.__module__}.{kind.__qualname__}")
-        if isinstance(x, _CONTAINERS) and _is_more_than(x):
+        if isinstance(x, _CONTAINERS) and _loses_something(x):
             raise UnseenError(f"{path or 'it'} is a {kind.__module__}.{kind.__qualname__}, more than what is in it")
         if id(x) in self._inside:
             raise UnseenError(f"{path or 'it'} holds itself")

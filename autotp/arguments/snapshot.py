@@ -29,7 +29,16 @@ from autotp.arguments.object_tree import ObjectFlattener, UnseenError
 from autotp.modules.hooks import HOOKS
 from autotp.utils.value_types import SCALARS
 
-__all__ = ["Kept", "Snapshot", "Values", "is_alone", "kept_as_it_was", "left_as_it_was", "shares_memory", "storage_of"]
+__all__ = [
+    "ModuleMutation",
+    "Snapshot",
+    "Values",
+    "is_alone",
+    "restoring",
+    "restoring_state",
+    "shares_memory",
+    "storage_of",
+]
 
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (*SCALARS, torch.dtype, torch.device)
@@ -41,7 +50,7 @@ _GONE = object()
 
 
 @dataclass
-class Kept:
+class ModuleMutation:
     """Something that is not what it was.
 
     Attributes:
@@ -58,7 +67,7 @@ class Kept:
     key: Any
     old: Any
     new: Any
-    place: StateLocation | None = None
+    location: StateLocation | None = None
 
     @property
     def has_tensors(self) -> bool:
@@ -68,13 +77,13 @@ class Kept:
     @property
     def is_another(self) -> bool:
         """Whether it is another value still where symbols of sizes are the numbers that they stand for."""
-        return not _same(self.old, _numbers(self.new))
+        return not _is_same(self.old, _without_symbols(self.new))
 
     @property
     def can_be_argument(self) -> bool:
         """Whether it can be an argument of each call."""
         grows = self.key is None and not (isinstance(self.old, list) and len(self.old) == len(self.new))
-        if self.place is None or grows:
+        if self.location is None or grows:
             return False
         try:
             ObjectFlattener(None).open(None if self.new is _GONE else self.new)
@@ -82,13 +91,13 @@ class Kept:
             return False
         return True
 
-    def again(self) -> None:
+    def apply(self) -> None:
         """Make the change; sizes that were symbols are numbers."""
-        value = _numbers(self.new)
+        value = _without_symbols(self.new)
         if value is _GONE:
             self.container.pop(self.key, None)
         elif self.key is None:
-            _fill(self.container, value)
+            _refill(self.container, value)
         else:
             self.container[self.key] = value
 
@@ -102,12 +111,12 @@ def _tensors(x: Any, depth: int = 0) -> Iterator[torch.Tensor]:
             yield from _tensors(each, depth + 1)
 
 
-def _numbers(x: Any) -> Any:
+def _without_symbols(x: Any) -> Any:
     if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return x.node.hint
     if type(x) in (list, tuple, torch.Size):
-        return type(x)([_numbers(each) for each in x])
-    return {k: _numbers(each) for k, each in x.items()} if type(x) is dict else x
+        return type(x)([_without_symbols(each) for each in x])
+    return {k: _without_symbols(each) for k, each in x.items()} if type(x) is dict else x
 
 
 def _attributes(x: Any) -> dict[str, Any] | None:
@@ -129,28 +138,28 @@ def _listed(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _fill(container: Any, content: Any) -> None:
+def _refill(container: Any, content: Any) -> None:
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 
 
-def _same(old: Any, new: Any) -> bool:
+def _is_same(old: Any, new: Any) -> bool:
     if old is new:
         return True
     if type(old) is not type(new):
         return False
     if isinstance(old, (tuple, list, deque)):
-        return len(old) == len(new) and all(map(_same, old, new))
+        return len(old) == len(new) and all(map(_is_same, old, new))
     if isinstance(old, dict):
-        return list(old) == list(new) and all(map(_same, old.values(), new.values()))
+        return list(old) == list(new) and all(map(_is_same, old.values(), new.values()))
     return isinstance(old, (*_PLAIN, set)) and (bool(old == new) or old != old)
 
 
-_Where = tuple[str, str | None, bool] | None
+_Owner = tuple[str, str | None, bool] | None
 """A module's name, its attribute (None: that is the key), and whether that is a buffer."""
 
 
-def _place(where: _Where, key: Any) -> StateLocation | None:
+def _location(where: _Owner, key: Any) -> StateLocation | None:
     if where is None:
         return None
     module, attribute, buffer = where
@@ -165,7 +174,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: list[tuple[str, Any, Any, _Where]] = []
+        self._held: list[tuple[str, Any, Any, _Owner]] = []
         self._slots: list[tuple[str, Any, dict[str, Any]]] = []
         self._arrays: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         seen: set[int] = set()
@@ -181,7 +190,7 @@ class Snapshot:
                     self._hold(f"{name}.{key}" if name else key, value, seen, (name, key, False))
         self._without_grad = [t for t in self.tensors() if not t.requires_grad and not isinstance(t, nn.Parameter)]
 
-    def _hold(self, name: str, x: Any, seen: set[int], where: _Where, depth: int = 0) -> None:
+    def _hold(self, name: str, x: Any, seen: set[int], where: _Owner, depth: int = 0) -> None:
         if isinstance(x, _PLAIN) or id(x) in seen:
             return
         seen.add(id(x))
@@ -201,24 +210,24 @@ class Snapshot:
         for key, value in inside if depth < _DEEPEST else ():
             self._hold(f"{name}.{key}", value, seen, where, depth + 1)
 
-    def changes(self) -> list[Kept]:
+    def diff(self) -> list[ModuleMutation]:
         """What is not as it was."""
         found = []
         for name, now, before, where in self._held:
             if isinstance(now, dict):
                 for key in [*before, *(k for k in now if k not in before)]:
                     old, new = before.get(key, _GONE), now.get(key, _GONE)
-                    if not _same(old, new):
-                        place = _place(where, key)
-                        found.append(Kept(f"{name}.{key}" if name else str(key), now, key, old, new, place))
-            elif not (now == before if isinstance(now, set) else _same(list(before), list(now))):
-                found.append(Kept(name, now, None, before, now.copy(), _place(where, None)))
+                    if not _is_same(old, new):
+                        place = _location(where, key)
+                        found.append(ModuleMutation(f"{name}.{key}" if name else str(key), now, key, old, new, place))
+            elif not (now == before if isinstance(now, set) else _is_same(list(before), list(now))):
+                found.append(ModuleMutation(name, now, None, before, now.copy(), _location(where, None)))
         for name, x, before in self._slots:
-            if not _same(before, now := _slots(x)):
-                found.append(Kept(name, {}, "slots", before, [now, torch.empty(0)]))  # as good as a tensor
+            if not _is_same(before, now := _slots(x)):
+                found.append(ModuleMutation(name, {}, "slots", before, [now, torch.empty(0)]))  # as good as a tensor
         for name, array, was in self._arrays:
             if array.shape != was.shape or not np.array_equal(array, was):
-                found.append(Kept(name, {}, "array", was, torch.empty(0)))
+                found.append(ModuleMutation(name, {}, "array", was, torch.empty(0)))
         return found
 
     def tensors(self) -> list[torch.Tensor]:
@@ -226,12 +235,12 @@ class Snapshot:
         values = (x for _, _, held, _ in self._held for x in (held.values() if isinstance(held, dict) else held))
         return list({id(x): x for x in values if isinstance(x, torch.Tensor)}.values())
 
-    def places(self, tensors: Sequence[torch.Tensor]) -> set[StateLocation]:
+    def locations(self, tensors: Sequence[torch.Tensor]) -> set[StateLocation]:
         """The places that some tensors are in, if they are in any."""
         wanted, found = set(map(id, tensors)), set()
         for _, _, held, where in self._held:
             for key, x in held.items() if isinstance(held, dict) else enumerate(held):
-                if id(x) in wanted and (place := _place(where, key)) is not None:
+                if id(x) in wanted and (place := _location(where, key)) is not None:
                     found.add(place)
         return found
 
@@ -250,7 +259,7 @@ class Snapshot:
     def restore(self) -> None:
         """Make it what it was."""
         for _, now, before, _ in self._held:
-            _fill(now, before)
+            _refill(now, before)
         for _, x, before in self._slots:
             for key, value in before.items():
                 object.__setattr__(x, key, value)
@@ -293,7 +302,7 @@ class Values:
 
 
 @contextlib.contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
+def restoring(model: nn.Module) -> Iterator[None]:
     """The model with its buffers, and what its modules hold, as they were."""
     snapshot = Snapshot(model)
     values = Values([t for t in snapshot.tensors() if not isinstance(t, nn.Parameter)])
@@ -304,7 +313,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         values.restore()
 
 
-def _held_in(memory: ModuleStateTracker) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
+def _tracked_state(memory: ModuleStateTracker) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
     """What is in known places, with what has it under which key; and a module that holds all of it, and no more."""
     places = [(place.holder(memory.model), place.key) for place in memory.own]
     values = [(holder, key, holder[key]) for holder, key in places if key in holder]
@@ -314,10 +323,10 @@ def _held_in(memory: ModuleStateTracker) -> tuple[list[tuple[dict[str, Any], str
 
 
 @contextlib.contextmanager
-def kept_as_it_was(memory: ModuleStateTracker) -> Iterator[None]:
+def restoring_state(memory: ModuleStateTracker) -> Iterator[None]:
     """The model with what it keeps in known places as it was."""
-    values, by_itself = _held_in(memory)
-    with left_as_it_was(by_itself):
+    values, by_itself = _tracked_state(memory)
+    with restoring(by_itself):
         try:
             yield
         finally:
@@ -329,9 +338,9 @@ def kept_as_it_was(memory: ModuleStateTracker) -> Iterator[None]:
                 holder[key] = x
 
 
-def _without(memory: ModuleStateTracker) -> Snapshot:
+def _snapshot_without_state(memory: ModuleStateTracker) -> Snapshot:
     """What a model holds elsewhere than in known places."""
-    values, _ = _held_in(memory)
+    values, _ = _tracked_state(memory)
     for holder, key, _ in values:
         holder[key] = None
     try:
@@ -343,10 +352,10 @@ def _without(memory: ModuleStateTracker) -> Snapshot:
 
 def shares_memory(memory: ModuleStateTracker, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether some tensors share memory with something that a model holds elsewhere than in known places."""
-    return bool(tensors) and not _without(memory).memory().isdisjoint(map(storage_of, tensors))
+    return bool(tensors) and not _snapshot_without_state(memory).memory().isdisjoint(map(storage_of, tensors))
 
 
 def is_alone(memory: ModuleStateTracker) -> bool:
     """Whether what a model keeps in known places shares no memory, container or object with what else it holds."""
-    _, by_itself = _held_in(memory)
-    return _without(memory).memory().isdisjoint(Snapshot(by_itself).memory())
+    _, by_itself = _tracked_state(memory)
+    return _snapshot_without_state(memory).memory().isdisjoint(Snapshot(by_itself).memory())

@@ -26,8 +26,8 @@ from autotp.arguments.object_tree import (
     UnseenError,
     build,
     counted,
+    is_object,
     is_sharded,
-    is_state,
     plain_leaves,
 )
 
@@ -187,7 +187,7 @@ def flatten_call(
     objects = []
     for x in plain:
         state = None
-        if is_state(x):
+        if is_object(x):
             opener = ObjectFlattener(counts)
             with contextlib.suppress(UnseenError):  # a leaf then, which is refused where it matters
                 form = opener.open(x)

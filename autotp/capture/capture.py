@@ -131,7 +131,7 @@ def capture(
         other = traced.again.graph(tied)
         _prepare(other)
         if graph_hash(other.graph, other.constants) != graph_hash(captured.graph, captured.constants):
-            return state_mutation(traced.outputs.kept)
+            return state_mutation(traced.outputs.module_mutations)
     refuse_statistics(captured.graph)
     refuse_views(captured)
     spec, leaves = arguments.spec, arguments.leaves
@@ -267,7 +267,7 @@ def _prepare(captured: CapturedGraph) -> list[fx.Node]:
     for number, node in enumerate(captured.graph.find_nodes(op="placeholder")):
         if "held" in node.meta:  # what an object holds was copied, so that it could be changed in place
             for user in [u for u in node.users if op_name(u) == "aten.clone"]:
-                if "slot" in node.meta or back.get(number, user) is user or _is_replaced_at_once(user):
+                if "slot" in node.meta or back.get(number, user) is user or _is_only_overwritten(user):
                     user.replace_all_uses_with(node)
     captured.graph.owning_module = None  # its get_attr nodes now name the model's own parameters
     differentiable(captured.graph, captured.parameters)
@@ -284,7 +284,7 @@ def _prepare(captured: CapturedGraph) -> list[fx.Node]:
 _REPLACING = {"aten.index_put", "aten.index_copy", "aten.slice_scatter", "aten.select_scatter", "aten.copy"}
 
 
-def _is_replaced_at_once(copied: fx.Node) -> bool:
+def _is_only_overwritten(copied: fx.Node) -> bool:
     """Whether nothing reads a copy but what makes the new value of it, and that does not need it in a backward: else,
     where the new value goes back into what was copied, the old one must be somewhere."""
     user = next(iter(copied.users))

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from autotp.arguments.boxed import ModuleState, unbox
 from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.object_tree import plain_leaves
-from autotp.arguments.snapshot import Kept, Snapshot
+from autotp.arguments.snapshot import ModuleMutation, Snapshot
 from autotp.arguments.spec import CallSpec, sorted_by_key
 from autotp.capture.custom_backward import OwnBackward, checked_functions, refuse_function, refuse_own_backward
 from autotp.capture.outputs import OutputSpec
@@ -29,14 +29,16 @@ from autotp.modules.forward_patching import capturing
 __all__ = ["trace"]
 
 
-def _held_by(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, list[Any]]:
+def _leaves_by_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, list[Any]]:
     """The leaves of arguments, in the order in which calls have them, by the number or keyword of each."""
     args, kwargs, _ = sorted_by_key(args, kwargs)
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return {key: plain_leaves(x)[0] for key, x in named}
 
 
-def _refuse_passed_on(objects: Sequence[Any], remembered: Sequence[ModuleState], kept: Sequence[Kept]) -> None:
+def _refuse_passed_on(
+    objects: Sequence[Any], remembered: Sequence[ModuleState], kept: Sequence[ModuleMutation]
+) -> None:
     """Raise if forward puts an object that it is given where it keeps something: there would be two then."""
     given, seen = set(map(id, objects)), set[int]()
     pending = [*(x.__dict__ for x in remembered), *(k.new for k in kept)]
@@ -53,7 +55,7 @@ def _refuse_passed_on(objects: Sequence[Any], remembered: Sequence[ModuleState],
             pending += inside.values() if isinstance(inside, dict) else inside
 
 
-class _Flat(nn.Module):
+class _TensorOnly(nn.Module):
     """A model behind a signature of tensors only, so that nothing else has to be exportable."""
 
     def __init__(
@@ -77,7 +79,7 @@ class _Flat(nn.Module):
             leaves[place] = leaves[place] if slot.count else leaves[place].clone()
         versions = {id(leaves[place]): leaves[place]._version for place in self._spec.slots}
         args, kwargs = self._spec.close(leaves)
-        before = _held_by(args, kwargs)
+        before = _leaves_by_argument(args, kwargs)
         snapshot = Snapshot(self.model)
         with contextlib.ExitStack() as stack:
             for context in self._around:
@@ -86,17 +88,21 @@ class _Flat(nn.Module):
             own_kwargs, remembered = self._memory.put(own_kwargs)
             try:
                 result = self.model.forward(*own_args, **own_kwargs)  # no call: the model's own hooks run around ours
-                modes = [c.mode.modes for c in self._around if isinstance(c, _Eagerly)]
+                modes = [c.mode.modes for c in self._around if isinstance(c, _EagerFlags)]
                 self._outputs.inference = modes == [{True}]
             finally:
                 self._memory.take(remembered)
-                self._outputs.kept = [k for k in snapshot.changes() if not self._memory.knows(k.container, k.key)]
+                self._outputs.module_mutations = [
+                    k for k in snapshot.diff() if not self._memory.knows(k.container, k.key)
+                ]
                 snapshot.restore()
-        after = _held_by(args, kwargs)
+        after = _leaves_by_argument(args, kwargs)
         refills = {key for key, was in before.items() if list(map(id, was)) != list(map(id, after[key]))}
         every = [x for leaves in before.values() for x in leaves]
         objects = [(s, x) for s, x in zip(self._spec.states, every, strict=True) if s is not None]
-        _refuse_passed_on([x for _, x in objects if not isinstance(x, ModuleState)], remembered, self._outputs.kept)
+        _refuse_passed_on(
+            [x for _, x in objects if not isinstance(x, ModuleState)], remembered, self._outputs.module_mutations
+        )
         numbers = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
         held = [(numbers[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
         written = {id(t) for _, t in held if t._version != versions[id(t)]}
@@ -110,7 +116,7 @@ _CASTS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tenso
           torch.Tensor.bfloat16, torch.Tensor.cpu, torch.Tensor.cuda}  # fmt: skip
 
 
-class _ItselfIfNothingChanges(TorchFunctionMode):
+class _NoOpCasts(TorchFunctionMode):
     """A mode in which a cast to what a tensor is already gives that tensor; it notes what inference mode does.
 
     Attributes:
@@ -136,7 +142,7 @@ class _ItselfIfNothingChanges(TorchFunctionMode):
         return found
 
 
-class _Eagerly(contextlib.AbstractContextManager[None]):
+class _EagerFlags(contextlib.AbstractContextManager[None]):
     """Lets a model's Python take the ways that it takes when it just runs.
 
     ``torch.compiler.is_compiling()`` and ``is_exporting()`` are true while torch.export traces, and models
@@ -148,7 +154,7 @@ class _Eagerly(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
         torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
-        self.mode = _ItselfIfNothingChanges()
+        self.mode = _NoOpCasts()
         self.mode.__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -188,7 +194,7 @@ def trace(
             continue
         outputs, repeats = OutputSpec(), TraceCache()
         around: list[contextlib.AbstractContextManager[Any]] = [
-            *([_Eagerly()] if eagerly else []),
+            *([_EagerFlags()] if eagerly else []),
             *([repeats] if repeating else []),
         ]
         try:
@@ -199,7 +205,7 @@ def trace(
                 settings.patch(fake_tensor_cache_enabled=not repeating),  # what Repeats copies is never looked up there
                 mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _causal_as_told),
             ):
-                flat = _Flat(model, leaves, spec, outputs, around, memory)
+                flat = _TensorOnly(model, leaves, spec, outputs, around, memory)
                 exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise

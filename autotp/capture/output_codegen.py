@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from autotp.arguments.mutations import GONE, Change, overwrite
+from autotp.arguments.mutations import GONE, Mutation, overwrite
 from autotp.arguments.object_tree import ContainerSpec, IntLeaf, TensorLeaf, build
 from autotp.utils.codegen import FunctionWriter
 from autotp.utils.value_types import SCALARS
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OutputFactory", "output_function"]
 
-Give = Callable[[Sequence[Any], Sequence[Any]], Any]
+OutputFunction = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 
 class OutputFactory:
@@ -85,7 +85,7 @@ def _only_adds_fields(cls: type) -> bool:
     return True
 
 
-def _apart(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) -> Sequence[Any]:
+def _without_aliases(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) -> Sequence[Any]:
     """Results in memory of their own, if they lie in that of a tensor that is about to get another of them."""
     places = {old.untyped_storage().data_ptr(): i for old, i in written if results[i] is not old}
     if not places:  # all were written where they are
@@ -100,22 +100,22 @@ def _apart(results: Sequence[Any], written: Sequence[tuple[torch.Tensor, int]]) 
 
 class _Writer(FunctionWriter):
     def __init__(self, outputs: OutputSpec) -> None:
-        super().__init__(build=build, overwrite=overwrite, apart=_apart, containers=(list, tuple, dict))
+        super().__init__(build=build, overwrite=overwrite, apart=_without_aliases, containers=(list, tuple, dict))
         self.outputs = outputs
         self._reached: dict[tuple[Any, ...], str] = {}
 
-    def write(self) -> Give:
-        inside = [(n, c) for n, c in self.outputs.changes if c.inside]
+    def write(self) -> OutputFunction:
+        inside = [(n, c) for n, c in self.outputs.mutations if c.in_place]
         if inside:
             held = "".join(
-                f"({self.reached((n, *c.path))}[{self.literal(c.key)}], {c.form.index}), "  # type: ignore[union-attr]
+                f"({self.reached((n, *c.path))}[{self.literal(c.key)}], {c.new.index}), "  # type: ignore[union-attr]
                 for n, c in inside
             )
             self.emit(f"results = apart(results, [{held}])")
-        for number, change in self.outputs.changes:
+        for number, change in self.outputs.mutations:
             self.change(number, change)
         self.emit(f"return {self.tree(self.outputs.spec, iter(self.outputs.leaves))}")
-        function: Give = self.build("give", "results, objects")
+        function: OutputFunction = self.build("give", "results, objects")
         return function
 
     def reached(self, path: tuple[Any, ...]) -> str:
@@ -126,19 +126,19 @@ class _Writer(FunctionWriter):
             self._reached[path] = self.variable(f"{name} if isinstance({name}, containers) else {name}.__dict__")
         return self._reached[path]
 
-    def change(self, number: int, change: Change) -> None:
+    def change(self, number: int, change: Mutation) -> None:
         at, key = self.reached((number, *change.path)), self.literal(change.key)
-        if change.form is GONE:
+        if change.new is GONE:
             self.emit(f"del {at}[{key}]")
-        elif change.inside:
-            assert isinstance(change.form, TensorLeaf)
-            self.emit(f"overwrite({at}, {key}, results[{change.form.index}])")
+        elif change.in_place:
+            assert isinstance(change.new, TensorLeaf)
+            self.emit(f"overwrite({at}, {key}, results[{change.new.index}])")
         elif isinstance(change.key, int):  # a list, which may be as long as its next place
-            value = self.form(change.form)
+            value = self.form(change.new)
             self.emit(f"if isinstance({at}, list) and len({at}) == {change.key}: {at}.append({value})")
             self.emit(f"else: {at}[{key}] = {value}")
         else:
-            self.emit(f"{at}[{key}] = {self.form(change.form)}")
+            self.emit(f"{at}[{key}] = {self.form(change.new)}")
 
     def form(self, form: Any) -> str:
         if isinstance(form, (TensorLeaf, IntLeaf)):
@@ -167,7 +167,7 @@ class _Writer(FunctionWriter):
         return f"{self.bind(unflatten)}([{inner}], {self.bind(spec.context)})"
 
 
-def output_function(outputs: OutputSpec) -> Give:
+def output_function(outputs: OutputSpec) -> OutputFunction:
     """A function of a graph's results, and of the objects that the call was passed, that gives what the model gives.
 
     Args:

@@ -9,18 +9,18 @@ from typing import Any, Literal
 import torch
 
 from autotp.arguments.boxed import ModuleState
-from autotp.arguments.mutations import Change, changes
+from autotp.arguments.mutations import Mutation, diff
 from autotp.arguments.object_tree import (
     ObjectFlattener,
     ObjectSpec,
     Slot,
     UnseenError,
+    is_object,
     is_sharded,
-    is_state,
     plain_leaves,
 )
 from autotp.arguments.object_tree import TensorLeaf as FormLeaf
-from autotp.arguments.snapshot import Kept
+from autotp.arguments.snapshot import ModuleMutation
 from autotp.arguments.spec import ObjectLeaf
 from autotp.errors import CaptureError
 
@@ -38,7 +38,7 @@ class OutputSpec:
         spec: pytree's.
         leaves: per leaf of it, whether and which it is of the results, of the objects that were passed, of what is in
             these (the object's number, and the way there), and of constants and objects made in the call.
-        changes: what the call changes in objects that were passed, each with the object's number.
+        mutations: what the call changes in objects that were passed, each with the object's number.
         slots: for each result that is in an object its place there, and whether ranks keep their own shares of it.
         written: the results that go back into the memory of a tensor that an object held, by its number among the
             input tensors.
@@ -46,26 +46,26 @@ class OutputSpec:
         counts: the attributes of objects that count.
         refills: the arguments, by number or keyword, that are containers into which forward puts other tensors.
         agreeing: classes whose backward agrees with the derivative of their forward.
-        kept: what forward has changed of what the model's modules hold.
+        module_mutations: what forward has changed of what the model's modules hold.
         inference: whether all of forward runs in inference mode, which a graph does not show.
     """
 
     spec: Any = None
     leaves: list[Leaf] = field(default_factory=list)
-    changes: list[tuple[int, Change]] = field(default_factory=list)
+    diff: list[tuple[int, Mutation]] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
     written: dict[int, int] = field(default_factory=dict)
     own: set[int] = field(default_factory=set)
     counts: set[tuple[type, str]] = field(default_factory=set)
     refills: set[int | str] = field(default_factory=set)
     agreeing: Container[type] = ()
-    kept: list[Kept] = field(default_factory=list)
+    module_mutations: list[ModuleMutation] = field(default_factory=list)
     inference: bool = False
 
     @property
     def overwritten(self) -> frozenset[int]:
         """The input tensors, by number, that the call writes into."""
-        inside = [c.form.index for _, c in self.changes if c.inside and isinstance(c.form, FormLeaf)]
+        inside = [c.new.index for _, c in self.mutations if c.in_place and isinstance(c.new, FormLeaf)]
         return frozenset(self.written[i] for i in inside)
 
     def take(
@@ -86,7 +86,7 @@ class OutputSpec:
             written: the ids of the tensors among the leaves that forward has written into.
         """
         outputs, self.spec = plain_leaves(result)
-        self.leaves, self.changes, self.slots, self.counts, self.refills = [], [], {}, set(), refills
+        self.leaves, self.mutations, self.slots, self.counts, self.refills = [], [], {}, set(), refills
         self.written, self.own = {}, set()
         results: list[Any] = []
         given = {id(x): i for i, (_, x) in enumerate(objects)}
@@ -98,7 +98,7 @@ class OutputSpec:
                 self.leaves.append(("constant", leaf))
             elif id(leaf) in given:
                 self.leaves.append(("given", given[id(leaf)]))
-            elif is_state(leaf):
+            elif is_object(leaf):
                 self.leaves.append(("made", self._left(leaf, results)[0]))
             else:
                 raise CaptureError(
@@ -114,9 +114,9 @@ class OutputSpec:
             self.own |= set(range(first, len(results))) if isinstance(x, ModuleState) else set()
             tensors = {id(t): first + n for n, t in enumerate(opener.leaves)}
             same = {(n, tensors[id(t)]) for n, (_, t) in enumerate(own) if id(t) in tensors}
-            found = list(changes(state.form, form, same))
-            self.changes += [(i, change) for change in found]
-            stays = {c.form.index: (*c.path, c.key) for c in found if c.inside and isinstance(c.form, FormLeaf)}
+            found = list(diff(state.form, form, same))
+            self.mutations += [(i, change) for change in found]
+            stays = {c.new.index: (*c.path, c.key) for c in found if c.in_place and isinstance(c.new, FormLeaf)}
             if any(id(t) in written and tensors.get(id(t)) not in stays for _, t in own):
                 raise CaptureError("forward writes into a tensor that it is given, and puts it elsewhere")
             if not is_sharded(type(x)):  # where ranks keep shares, what is returned is made whole

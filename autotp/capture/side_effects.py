@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from autotp.arguments.mutations import InputMutation, StateLocation, StateMutation
-from autotp.arguments.snapshot import Kept, Snapshot
+from autotp.arguments.snapshot import ModuleMutation, Snapshot
 from autotp.capture.captured_graph import CapturedGraph
 from autotp.capture.outputs import OutputSpec
 from autotp.errors import CaptureError
@@ -35,19 +35,19 @@ def trace_again(outputs: OutputSpec, trace: Callable[[], tuple[Any, OutputSpec]]
     Raises:
         CaptureError: such a mutation cannot be an argument.
     """
-    if not outputs.kept:
+    if not outputs.module_mutations:
         return None
-    if any(kept.has_tensors for kept in outputs.kept):
-        return state_mutation(outputs.kept)
-    for kept in outputs.kept:
-        kept.again()
+    if any(kept.has_tensors for kept in outputs.module_mutations):
+        return state_mutation(outputs.module_mutations)
+    for kept in outputs.module_mutations:
+        kept.apply()
     again = trace()
-    if any(kept.is_another for kept in again[1].kept):
-        return state_mutation(outputs.kept + again[1].kept)
+    if any(kept.is_another for kept in again[1].module_mutations):
+        return state_mutation(outputs.module_mutations + again[1].module_mutations)
     return again
 
 
-def state_mutation(kept: Sequence[Kept]) -> StateMutation:
+def state_mutation(kept: Sequence[ModuleMutation]) -> StateMutation:
     """What a forward keeps on modules, as a mutation that can become an argument.
 
     Raises:
@@ -58,7 +58,7 @@ def state_mutation(kept: Sequence[Kept]) -> StateMutation:
     mutation = StateMutation(
         f"forward keeps something on the model ({name}), from one call to the next or for others to read: a graph is a "
         "function of weights and inputs, and would not. Return it, or pass it in",
-        frozenset(k.place for k in kept if k.place is not None),
+        frozenset(k.location for k in kept if k.location is not None),
         f"forward keeps something on the module ({name})",
     )
     if cannot is not None:
@@ -74,7 +74,7 @@ def computed_state(written: Sequence[torch.Tensor], snapshot: Snapshot) -> State
     """
     if not written:
         return None
-    places = frozenset(replace(place, sharded=True) for place in snapshot.places(written))
+    places = frozenset(replace(place, sharded=True) for place in snapshot.locations(written))
     names = ", ".join(sorted(p.name for p in places))
     mutation = StateMutation(f"forward changes tensors in place that are no arguments ({names})", places)
     if not places:
@@ -126,7 +126,7 @@ def written_inputs(
     if on_modules := {target: n for target, n in roots.items() if target not in captured.parameters}:
         buffers = (target.rpartition(".") for target in on_modules if target not in captured.constants)
         locations = {StateLocation(module, key, True, True) for module, _, key in buffers}
-        tensors = snapshot.places([captured.constants[t] for t in on_modules if t in captured.constants])
+        tensors = snapshot.locations([captured.constants[t] for t in on_modules if t in captured.constants])
         locations |= {replace(location, sharded=True) for location in tensors}
         names = ", ".join(sorted(p.name for p in locations)) or "made outside of it"
         line = where(next(iter(on_modules.values())))

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotp.arguments.arguments import Arguments
-from autotp.arguments.snapshot import left_as_it_was, storage_of
+from autotp.arguments.snapshot import restoring, storage_of
 from autotp.modules.device import device_of
 from autotp.runtime.eager_region import ParameterReads
 
@@ -110,7 +110,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     device = device_of(model)
     parameters = list(model.parameters())
     modes = ParameterReads(parameters, touch), _Dispatched(parameters, touch)
-    with left_as_it_was(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with restoring(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 module.__dict__["forward"] = watched(module)

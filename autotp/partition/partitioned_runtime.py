@@ -71,7 +71,7 @@ class PartitionedRuntime(Runtime):
             if name and id(module) not in inside and any(self.shards(f"{name}.{n}") for n in module._parameters):
                 module.register_forward_pre_hook(Guard(name, self.is_running))
         for part in self.parts:
-            part.cache.guards.settle()
+            part.cache.guards.rebase()
 
     def is_running(self) -> bool:
         """Whether the model's own Python is running, which may not read a shard unnoticed."""
@@ -81,7 +81,7 @@ class PartitionedRuntime(Runtime):
         """A call of the model: its own forward."""
         args, kwargs = self._agreed(args, kwargs)
         result = self.region.run(args, kwargs, self.call_agreement.end)
-        self.guards.follow()
+        self.guards.rebase_if_changed()
         return result
 
     def _agreed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -90,7 +90,7 @@ class PartitionedRuntime(Runtime):
             arguments = self.arguments(args, kwargs)
             key, error = None, None
             try:
-                key = arguments.kinds(), arguments.spec, self.guards.look(), torch.is_autocast_enabled()
+                key = arguments.kinds(), arguments.spec, self.guards.check(), torch.is_autocast_enabled()
             except Exception as caught:  # on this rank perhaps only: the others learn of it
                 error = caught
             if self.call_agreement.check(None, lambda a=arguments: a, key, error, last):  # type: ignore[misc]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from autotp.arguments.object_tree import ObjectFlattener, UnseenError, is_sharded, is_state, plain_leaves
+from autotp.arguments.object_tree import ObjectFlattener, UnseenError, is_object, is_sharded, plain_leaves
 from autotp.distributed.agreement import Agreement
 from autotp.utils.value_types import is_constant
 
@@ -65,7 +65,7 @@ def _opened(tree: Any) -> tuple[list[str], list[Any], Any]:
 def _sendable(place: str, x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return _Tensor(x.detach().cpu(), x.device.type)
-    return x if is_constant(x) or (is_state(x) and not is_sharded(type(x)) and _is_seen(x)) else _Own(place)
+    return x if is_constant(x) or (is_object(x) and not is_sharded(type(x)) and _is_seen(x)) else _Own(place)
 
 
 def _is_seen(x: Any) -> bool:

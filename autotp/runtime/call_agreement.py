@@ -101,7 +101,7 @@ class CallAgreement:
 
     def _grads(self) -> int:
         """Which gradients will be wanted."""
-        return self.guards.trainable_digest() if torch.is_grad_enabled() else 0
+        return self.guards.trainable_hash() if torch.is_grad_enabled() else 0
 
     def end(self, result: Any, error: Exception | None = None) -> None:
         """Raise on every rank unless all of them have come to the end of the call, without an error.

@@ -295,7 +295,7 @@ class CallGuards:
             if (call := guard(args, kwargs)) is None:
                 continue
             for modules, text in zip(self._modules, texts, strict=True):
-                if not modules.is_same() or modules.text != text:
+                if not modules.quick_check() or modules.text != text:
                     return None
             if i:
                 self._guards.insert(0, self._guards.pop(i))

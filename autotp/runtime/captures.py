@@ -78,7 +78,7 @@ class Captures:
         refuse_unseen(arguments.leaves)
         if self.effects.mutable:
             refuse_shared(arguments.objects)
-        modules = tuple(guards.look() for guards in self.guards)
+        modules = tuple(guards.check() for guards in self.guards)
         return arguments.kinds(), arguments.spec, modules, torch.is_autocast_enabled()
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[CapturedGraph, Arguments, Any]:
@@ -122,7 +122,7 @@ class Captures:
 
     def _rebase(self) -> None:
         for guards in self.guards:
-            guards.settle()
+            guards.rebase()
 
     def _captured(self, arguments: Arguments, key: Any) -> CapturedGraph | InputMutation | StateMutation:
         known = self._graphs.setdefault(key, [])

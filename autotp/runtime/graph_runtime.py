@@ -124,7 +124,7 @@ class GraphRuntime(Runtime):
                 inside = SubmoduleRuntime(self, name, module)
                 patch_forward(module, inside, inside)
                 module.register_forward_pre_hook(Guard(dotted(self.cache.path, name), self.is_running))
-        self.cache.guards.settle()
+        self.cache.guards.rebase()
 
     def is_running(self) -> bool:
         """Whether the Python of the model around the module is running, which may not read shards."""
@@ -227,7 +227,7 @@ class GraphRuntime(Runtime):
             )
             self._region = EagerRegion(self.model, self.own_forward, self.shards, self.context.stream(1))
         result = self._region.run(args, kwargs, self.call_agreement.end)
-        self.cache.guards.follow()
+        self.cache.guards.rebase_if_changed()
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:

@@ -66,62 +66,62 @@ class ModuleGuards:
         self._attributes: dict[Place, Any] = {}
         self._first: dict[Place, Any] = {}
         self._last: Any = None
-        self._settled: dict[Place, Any] | None = None
+        self._base: dict[Place, Any] | None = None
         self._versions = DictVersions(())
         self.seen: Any = None
         self._trainable: tuple[Any, int] = None, 0
         self.text = ""
 
-    def settle(self) -> None:
+    def rebase(self) -> None:
         """Take modules, hooks, forwards and ties as they are now for those that the graphs hold.
 
         Attributes that have changed since the last look (capture leaves some behind) count as the first ones.
         """
         before = self._attributes
         self._scan()
-        self._settled, self._ties = self._facts(), self._tied()
+        self._base, self._ties = self._facts(), self._tied()
         first = {**self._first, **dict(self._attributes.items() - before.items())}
         self._first = {p: x for p, x in first.items() if p in self._attributes or not self._is_kept(*p)}
         self._changes, self.seen = self._differing(), None
 
-    def follow(self) -> None:
+    def rebase_if_changed(self) -> None:
         """Take what has changed since the last look for how it was at first: a model's own forward did it."""
         if self._snapshot() != self._last:
-            self.settle()
+            self.rebase()
 
-    def look(self) -> str:
+    def check(self) -> str:
         """What is not as it was at first: where the text is the same, the graphs are.
 
         Raises:
             AutoTPError: something has changed that no graph can follow. The next call looks, and raises, again.
         """
         refuse_global_hooks()
-        if self._settled is None:
-            self.settle()
+        if self._base is None:
+            self.rebase()
         elif (now := self._snapshot()) is None or now != self._last:
             self._scan()
             self._last = None
-            self._check()
+            self._raise_if_changed()
             self._scan()
             self._changes = self._differing()
         kinds = {f"{dtype} {compute_device(device).type}" for dtype, device in set(map(_KIND, self._parameters))}
         self.text = f"{sorted(kinds)} {sorted(self._changes.items()) if self._changes else ''}"
-        self._versions, self.seen = DictVersions(self._set), self._glance()
+        self._versions, self.seen = DictVersions(self._set), self._quick_state()
         return self.text
 
-    def is_same(self) -> bool:
+    def quick_check(self) -> bool:
         """Whether nothing has changed since the last look, as far as a glance shows: what is set on modules and
         configs, the tensors and where they lie, hooks that are registered. In doubt, no."""
-        if self.seen is None or self._glance() != self.seen:
+        if self.seen is None or self._quick_state() != self.seen:
             return False
         if not self._versions.same():  # something was set, perhaps to what it was
             now = DictVersions(self._set)
             if self._snapshot() != self._last:
                 return False
-            self._versions, self.seen = now, self._glance()
+            self._versions, self.seen = now, self._quick_state()
         return True
 
-    def _glance(self) -> tuple[Any, ...]:
+    def _quick_state(self) -> tuple[Any, ...]:
         """What is the same as long as no tensor moves, no hook is registered, and nothing empty gets something."""
         return (
             any(self._none),
@@ -134,7 +134,7 @@ class ModuleGuards:
         """Which parameters need gradients: the graphs serve for all, but the ranks must agree."""
         return tuple(map(_TRAINABLE, self._parameters))
 
-    def trainable_digest(self) -> int:
+    def trainable_hash(self) -> int:
         """:meth:`trainable` as a number."""
         found = self.trainable()
         if found != self._trainable[0]:
@@ -162,12 +162,12 @@ class ModuleGuards:
         for name, module in modules:
             cls: Any = type(module)
             skipped = generate_attributes(cls) | self._kept_on(name)
-            self._watch(name, module.__dict__, seen, skipped)
+            self._add_attributes(name, module.__dict__, seen, skipped)
             for key, value in module.__dict__.items():
                 ours = key == "_autotp" or key in skipped
                 if hasattr(value, "__dict__") and not callable(value) and not ours:  # a config
                     self._configs.append((module.__dict__, key, value.__dict__))
-                    self._watch(dotted(name, key), value.__dict__, seen)
+                    self._add_attributes(dotted(name, key), value.__dict__, seen)
         for name, buffer in self.model.named_buffers():
             if not self._is_kept(name, ""):
                 self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
@@ -189,7 +189,7 @@ class ModuleGuards:
         """Where modules keep submodules, parameters and buffers."""
         return [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
 
-    def _watch(
+    def _add_attributes(
         self, name: str, attributes: dict[str, Any], seen: set[int], skipped: frozenset[str] = frozenset()
     ) -> None:
         names = [k for k, v in attributes.items() if isinstance(v, _PLAIN) and k not in skipped]
@@ -223,9 +223,9 @@ class ModuleGuards:
                 facts |= {(name, what): list(module.__dict__[kind].values()) for kind, what in HOOKS.items()}
         return facts
 
-    def _check(self) -> None:
+    def _raise_if_changed(self) -> None:
         repatch_forward(self.model)
-        facts, settled = self._facts(), self._settled or {}
+        facts, settled = self._facts(), self._base or {}
         for place in settled.keys() | facts.keys():
             before, now = settled.get(place), facts.get(place)
             if before is now or (isinstance(before, list) and before == now):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from autotp.arguments.snapshot import kept_as_it_was
+from autotp.arguments.snapshot import restoring_state
 from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.errors import AutoTPError, check_tp
 from autotp.modules.model_checks import check_model
@@ -45,7 +45,7 @@ def compare(
         model.zero_grad(set_to_none=True)
         with contextlib.ExitStack() as around:
             for part in parallel.division.parts:
-                around.enter_context(kept_as_it_was(part.cache.state))
+                around.enter_context(restoring_state(part.cache.state))
             return measure(it, args, kwargs, lambda: {n: p.grad for n, p in model.named_parameters()}, kept)
 
     def kept() -> dict[str, torch.Tensor]:
@@ -123,7 +123,7 @@ def verify(
             return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
         with contextlib.ExitStack() as around:
             for part in division.parts:
-                around.enter_context(kept_as_it_was(part.cache.state))
+                around.enter_context(restoring_state(part.cache.state))
             expected = measure(
                 dense, args, kwargs, lambda: {n: p.grad for n, p in dense.named_parameters()},
                 lambda: {n: x.detach() for part in division.parts for n, x in part.cache.state.kept().items()},

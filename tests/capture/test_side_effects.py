@@ -272,7 +272,7 @@ def test_what_cannot_be_an_argument_is_captured_in_parts(how: str) -> None:
         plan = autotp.plan(model, 2, example_inputs=(x,))
     assert bool(plan.seams) == (how in PARTS), str(plan)
     assert any(w.name == "mlp.0.weight" and w.style == "column" for w in plan.weights), str(plan)
-    assert not snapshot.changes()
+    assert not snapshot.diff()
     if how in PARTS:
         assert "keeps something on the module" in " ".join(s.reason for s in plan.seams), str(plan)
 
@@ -280,7 +280,7 @@ def test_what_cannot_be_an_argument_is_captured_in_parts(how: str) -> None:
 def test_a_snapshot_sees_and_undoes() -> None:
     inner = Inner("a flag")
     snapshot = Snapshot(inner)
-    assert not snapshot.changes()
+    assert not snapshot.diff()
     inner.count, inner.last = 3, torch.ones(2)
     inner.list.append(torch.ones(1))
     inner.table["new"] = [1]
@@ -289,16 +289,16 @@ def test_a_snapshot_sees_and_undoes() -> None:
     inner.state.hidden = 5
     del inner.longest
     inner.mean = torch.ones(WIDTH)
-    found = {c.name: c for c in snapshot.changes()}
+    found = {c.name: c for c in snapshot.diff()}
     assert set(found) == {"count", "last", "list", "table.new", "some", "queue", "state.hidden", "longest", "mean"}
     assert [found[n].has_tensors for n in ("count", "last", "list", "mean")] == [False, True, True, True]
     snapshot.restore()
-    assert not snapshot.changes()
+    assert not snapshot.diff()
     assert (inner.count, inner.last, inner.list, inner.table, inner.some) == (0, None, [], {}, set())
     assert inner.longest == 0
     for change in found.values():
         change.again()
-    assert {c.name for c in snapshot.changes()} == set(found)
+    assert {c.name for c in snapshot.diff()} == set(found)
 
 
 class Configured(nn.Module):
