@@ -1,21 +1,17 @@
-"""What may have another order in every process: dicts among arguments, and the lines of a graph."""
+"""Dicts among arguments, which may have another order in every process."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
 import autotp
 from autotp.arguments.arguments import Arguments
 from autotp.capture.captured_graph import DenseShapes
 from autotp.runtime.graph_cache import GraphCache
-from autotp.utils.graph_hash import graph_hash
-from passes import ops
 
 
 class Masked(nn.Module):
@@ -69,65 +65,6 @@ def test_each_order_computes_what_the_model_does(masks: dict[str, torch.Tensor])
     found, said = program.unflatten(programs.graph(program, 0)(*of.local(program.inputs, 0)))
     torch.testing.assert_close(found, expected)
     assert said == names == " ".join(masks)
-
-
-def _graph(change: Callable[[fx.Graph], Any] = lambda graph: None) -> int:
-    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-    program, _ = GraphCache(model, 2, DenseShapes.of(model)).find((torch.ones(2, 64),), {})
-    graph = copy.deepcopy(program.graph)
-    change(graph)
-    return graph_hash(graph, {})
-
-
-def _renamed(graph: fx.Graph) -> None:
-    for i, node in enumerate(list(graph.nodes)):
-        node.name = f"n{i}_of_another"
-
-
-def _moved(graph: fx.Graph) -> None:
-    """An op that does not communicate, as early as it can be."""
-    node = next(n for n in graph.nodes if n.op == "call_function" and n.target is ops.row_parallel_linear)
-    weight = next(n for n in graph.nodes if n.op == "get_attr" and n.name != node.args[1].name)
-    next(iter(graph.nodes)).append(weight)
-
-
-def _retargeted(graph: fx.Graph) -> None:
-    next(n for n in graph.nodes if n.target is ops.column_parallel_linear).target = torch.nn.functional.linear
-
-
-def _rewired(graph: fx.Graph) -> None:
-    first, second = [n for n in graph.nodes if n.op == "get_attr" and str(n.target).endswith("weight")][:2]
-    for user in list(first.users):
-        user.replace_input_with(first, second)
-
-
-def test_names_and_places_do_not_count_and_all_else_does() -> None:
-    same = _graph()
-    assert _graph(_renamed) == _graph(_moved) == same
-    assert len({same, _graph(_retargeted), _graph(_rewired)}) == 3
-
-
-def test_the_order_of_what_communicates_counts() -> None:
-    def both(first: int) -> int:
-        graph = fx.Graph()
-        x, y = graph.placeholder("x"), graph.placeholder("y")
-        sums: dict[int, fx.Node] = {}
-        for i in (first, 1 - first):
-            sums[i] = graph.call_function(ops.all_reduce, ((x, y)[i], "tp"))
-        graph.output((sums[0], sums[1]))
-        return graph_hash(graph, {})
-
-    assert both(0) != both(1)
-
-
-def test_constants_count_by_value() -> None:
-    def of(name: str, value: float) -> int:
-        graph = fx.Graph()
-        x = graph.placeholder("x")
-        graph.output((graph.call_function(torch.add, (x, graph.get_attr(name))),))
-        return graph_hash(graph, {name: torch.tensor(value)})
-
-    assert of("a", 1.0) == of("b", 1.0) != of("a", 2.0)
 
 
 def test_outputs_are_never_sorted() -> None:

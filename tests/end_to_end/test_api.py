@@ -1,4 +1,4 @@
-"""The API around the graph: launching, agreement between ranks, what a parallelized model still is."""
+"""The public functions: launching, training, given groups and plans, and what a parallelized model still is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import autotp
 from autotp.verification.measure import relative_error
 from tests.end_to_end import ranks
-from tests.models import MLP, SmallGPT, TutorialAttention, make, small_gpt
+from tests.models import make, small_gpt
+from tests.modules.test_model_checks import X, mlp
 from tests.processes import Ran, results_of
 
 
@@ -88,103 +88,16 @@ def test_plan_simulate_and_verify_leave_the_model_as_it_was() -> None:
     assert all(p.grad is None and p.dtype is torch.float64 for p in model.parameters())
 
 
-def test_plan_works_on_the_meta_device_and_round_trips(tmp_path: Any) -> None:
-    with torch.device("meta"):
-        model = SmallGPT()
-    plan = autotp.plan(model, 4)
-    plan.save(tmp_path / "plan.json")
-    assert autotp.Plan.load(tmp_path / "plan.json") == plan
-    assert plan.parameters(0) < plan.parameters() / 3
-    with pytest.raises(autotp.AutoTPError, match="meta device"):
-        autotp.verify(model, 2)
-
-
-def test_simulation_is_callable_and_differentiable_like_the_model() -> None:
-    model, kwargs = make("gpt")
-    parallel = autotp.simulate(model, 3, example_inputs=kwargs)
-    loss, logits = parallel(**kwargs)
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    expected, dense_logits = model(**kwargs)
-    expected.backward()
-    assert relative_error(dense_logits, logits) < 1e-12
-    assert max(relative_error(p.grad, found[n]) for n, p in model.named_parameters()) < 1e-10
-    with torch.no_grad():
-        assert not parallel(**kwargs)[0].requires_grad
-
-
-def test_gradients_of_inputs_are_whole() -> None:
-    model, kwargs = make("encoder")
-    parallel = autotp.simulate(model, 2, example_inputs=kwargs)
-    grads = []
-    for run in (model, parallel):
-        x = kwargs["src"].clone().requires_grad_(True)
-        run(src=x).cos().sum().backward()
-        grads.append(x.grad)
-    assert relative_error(*grads) < 1e-10
-
-
-class TestGuessedInputs:
-    """Without example inputs and dummy inputs, what the first layers suggest is tried."""
-
-    @pytest.mark.parametrize("name", ["tutorial", "encoder", "gpt"])
-    def test_guesses(self, name: str) -> None:
-        model, _ = make(name)
-        assert autotp.plan(model, 2).share_split > 0.9
-
-    def test_nothing_runs(self) -> None:
-        class Odd(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.linear = nn.Linear(8, 8)
-
-            def forward(self, x: torch.Tensor, more: dict[str, torch.Tensor]) -> torch.Tensor:
-                return self.linear(x) + more["y"]
-
-        with pytest.raises(autotp.CaptureError, match="pass example_inputs"):
-            autotp.plan(Odd(), 2)
-
-    def test_of_the_wrong_type(self) -> None:
-        with pytest.raises(autotp.CaptureError, match=r"tuple \(positional\) or a dict"):
-            autotp.plan(make("gpt")[0], 2, example_inputs=3)  # type: ignore[arg-type]
-
-
-def test_control_flow_on_values_is_an_error_that_says_so() -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x) if x.sum() > 0 else x
-
-    with pytest.raises(autotp.CaptureError, match="depends on the values in a tensor"):
-        autotp.plan(Branches(), 2, example_inputs=(torch.randn(2, 3, 8),))
-
-
 @pytest.mark.parametrize("tp", [0, -1, 2.0])
 def test_tp_that_is_no_positive_integer(tp: Any) -> None:
     with pytest.raises(ValueError, match="positive integer"):
         autotp.plan(make("gpt")[0], tp)
 
 
-def test_names_decide_nothing() -> None:
-    """The same network under other names gets the same layouts."""
-
-    class Named(nn.Module):
-        def __init__(self, first: str, second: str) -> None:
-            super().__init__()
-            self.names = first, second
-            torch.manual_seed(0)
-            setattr(self, first, TutorialAttention(64, 4))
-            setattr(self, second, MLP(64, 100))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return getattr(self, self.names[1])(getattr(self, self.names[0])(x))
-
-    plans = [
-        autotp.plan(Named(*names), 4) for names in (("attn", "mlp"), ("embed_norm", "lm_head"), ("o_proj", "down"))
-    ]
-    layouts = [[(w.style, dict(w.shards)) for w in p.weights] for p in plans]
-    assert layouts[0] == layouts[1] == layouts[2]
+def test_a_parallelized_model_of_one_rank_can_be_copied() -> None:
+    model = autotp.parallelize(mlp(), 1, example_inputs=(X,))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert not torch.equal(model(X), twin(X))
+    assert torch.allclose(twin(X), mlp()(X), atol=1e-6)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -183,64 +181,6 @@ def test_token_ids_out_of_range_raise_as_dense(wrong: int) -> None:
     assert relative_error(model(ids, ids)[0], parallel(ids, ids)[0]) < 1e-5
     ids[0] = -100  # ignored
     assert relative_error(model(ids.clamp(min=0), ids)[0], parallel(ids.clamp(min=0), ids)[0]) < 1e-5
-
-
-class Arguments(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = mlp()
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0, sizes: Any = ()) -> torch.Tensor:
-        y = self.inner(x)
-        return y * (2.0 if math.isnan(scale) else scale) + sum(sizes)
-
-
-def test_constants_of_any_kind_have_their_program_once() -> None:
-    model = Arguments()
-    parallel = autotp.simulate(model, 2, example_inputs=(X,))
-    for options in ({"scale": math.nan}, {"scale": 0.5}, {"sizes": [1, 2]}, {"scale": 1}):
-        for _ in range(2):
-            assert relative_error(model(X, **options), parallel(X, **options)) < 1e-5
-    assert parallel.cache.captures.count == 5
-    with pytest.raises(autotp.CaptureError, match=r"a builtins\.set, whose content autotp cannot see"):
-        parallel(X, sizes={1, 2})
-
-
-def test_attributes_that_change_make_another_graph() -> None:
-    model = Arguments()
-    parallel = autotp.simulate(model, 2, example_inputs=(X,))
-    model.inner[1].approximate = "tanh"
-    assert relative_error(model(X), parallel(X)) < 1e-6
-    model.inner[1].approximate = "none"
-    assert relative_error(model(X), parallel(X)) < 1e-6
-    assert parallel.cache.captures.count == 2, "the first graph holds again"
-
-
-def test_verify_compares_gradients_of_inputs() -> None:
-    model = mlp()
-    report = autotp.verify(model, 2, example_inputs=(X.clone().requires_grad_(True),))
-    assert report.ok
-    assert "input 0" in report.gradients
-    assert "input 0" not in autotp.verify(model, 2, example_inputs=(X,)).gradients
-
-
-def test_a_parallelized_model_of_one_rank_can_be_copied() -> None:
-    model = autotp.parallelize(mlp(), 1, example_inputs=(X,))
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        model[0].weight.zero_()
-    assert not torch.equal(model(X), twin(X))
-    assert torch.allclose(twin(X), mlp()(X), atol=1e-6)
-
-
-def test_ties_that_are_cut_or_made_afterwards_are_an_error() -> None:
-    ids = torch.zeros(2, 5, dtype=torch.long)
-    model = autotp.parallelize(SmallGPT(hidden=32, vocabulary=301, layers=1), 1, example_inputs=(ids,))
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    with pytest.raises(autotp.AutoTPError, match=r"head\.weight and wte\.weight were one when .* and are two now"):
-        model(ids)
-    model.head.weight = model.wte.weight
-    model(ids)
 
 
 def test_wrapped_for_data_parallelism_or_distributed_already(tmp_path: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import autotp
 from autotp.plans.plan import Weight
+from tests.models import MLP, SmallGPT, TutorialAttention
 
 
 class Attention(nn.Module):
@@ -181,3 +183,35 @@ def test_the_fewest_bytes_are_of_what_is_communicated(inside: bool) -> None:
         each = [c for c in plan.collectives if c.when == when]
         assert len(each) == 1 + inside
         assert plan.fewest[when] == (len(each), sum(c.bytes for c in each))
+
+
+def test_plan_works_on_the_meta_device_and_round_trips(tmp_path: Any) -> None:
+    with torch.device("meta"):
+        model = SmallGPT()
+    plan = autotp.plan(model, 4)
+    plan.save(tmp_path / "plan.json")
+    assert autotp.Plan.load(tmp_path / "plan.json") == plan
+    assert plan.parameters(0) < plan.parameters() / 3
+    with pytest.raises(autotp.AutoTPError, match="meta device"):
+        autotp.verify(model, 2)
+
+
+def test_names_decide_nothing() -> None:
+    """The same network under other names gets the same layouts."""
+
+    class Named(nn.Module):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__()
+            self.names = first, second
+            torch.manual_seed(0)
+            setattr(self, first, TutorialAttention(64, 4))
+            setattr(self, second, MLP(64, 100))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return getattr(self, self.names[1])(getattr(self, self.names[0])(x))
+
+    plans = [
+        autotp.plan(Named(*names), 4) for names in (("attn", "mlp"), ("embed_norm", "lm_head"), ("o_proj", "down"))
+    ]
+    layouts = [[(w.style, dict(w.shards)) for w in p.weights] for p in plans]
+    assert layouts[0] == layouts[1] == layouts[2]

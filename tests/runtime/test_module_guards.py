@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+import autotp
+from tests.models import SmallGPT
 from tests.processes import Ran, results_of
 from tests.runtime import ranks
 
@@ -71,3 +75,13 @@ class TestChangesAfterParallelize:
             error, original_untouched = result["gradients of a copy"]
             assert error < 1e-10
             assert original_untouched
+
+
+def test_ties_that_are_cut_or_made_afterwards_are_an_error() -> None:
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    model = autotp.parallelize(SmallGPT(hidden=32, vocabulary=301, layers=1), 1, example_inputs=(ids,))
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    with pytest.raises(autotp.AutoTPError, match=r"head\.weight and wte\.weight were one when .* and are two now"):
+        model(ids)
+    model.head.weight = model.wte.weight
+    model(ids)

@@ -8,7 +8,7 @@ import torch
 import autotp
 from autotp.capture.captured_graph import DenseShapes
 from autotp.runtime.graph_cache import GraphCache
-from autotp.verification.measure import Float64
+from autotp.verification.measure import Float64, relative_error
 from autotp.verification.simulation import Simulation
 from autotp.verification.verify import compare
 from tests.models import CASES, make, minilm_directory
@@ -50,3 +50,29 @@ def test_minilm_with_its_real_weights_and_uneven_heads(tp: int) -> None:
     assert report.divergence == 0.0
     exact = autotp.verify(model, tp, example_inputs=inputs)
     assert exact.ok, str(exact)
+
+
+def test_simulation_is_callable_and_differentiable_like_the_model() -> None:
+    model, kwargs = make("gpt")
+    parallel = autotp.simulate(model, 3, example_inputs=kwargs)
+    loss, logits = parallel(**kwargs)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    expected, dense_logits = model(**kwargs)
+    expected.backward()
+    assert relative_error(dense_logits, logits) < 1e-12
+    assert max(relative_error(p.grad, found[n]) for n, p in model.named_parameters()) < 1e-10
+    with torch.no_grad():
+        assert not parallel(**kwargs)[0].requires_grad
+
+
+def test_gradients_of_inputs_are_whole() -> None:
+    model, kwargs = make("encoder")
+    parallel = autotp.simulate(model, 2, example_inputs=kwargs)
+    grads = []
+    for run in (model, parallel):
+        x = kwargs["src"].clone().requires_grad_(True)
+        run(src=x).cos().sum().backward()
+        grads.append(x.grad)
+    assert relative_error(*grads) < 1e-10

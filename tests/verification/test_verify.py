@@ -16,6 +16,7 @@ from autotp.verification.measure import Measured
 from autotp.verification.report import judge
 from autotp.verification.rounding import depth, rounding_error
 from tests.models import SmallGPT, make
+from tests.modules.test_model_checks import X, mlp
 
 
 def test_on_processes() -> None:
@@ -93,3 +94,11 @@ def test_a_fault_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives._Enter, "backward", staticmethod(lambda ctx, *g: (None, *g)))
     model, inputs = make("gpt")
     assert not autotp.verify(model, 2, example_inputs=inputs, dtype=torch.bfloat16).ok
+
+
+def test_verify_compares_gradients_of_inputs() -> None:
+    model = mlp()
+    report = autotp.verify(model, 2, example_inputs=(X.clone().requires_grad_(True),))
+    assert report.ok
+    assert "input 0" in report.gradients
+    assert "input 0" not in autotp.verify(model, 2, example_inputs=(X,)).gradients
