@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from tests.passes import golden_lowering  # noqa: F401  # which has cases, too
-from tests.passes.golden_cases import CASES, path_of, written
+from tests.passes.golden import all_cases, path_of, written
 
 
 def main() -> None:
     """Write every text, and remove those without a case."""
-    for old in written() - set(map(path_of, CASES)):
+    cases = all_cases()
+    for old in written() - set(map(path_of, cases)):
         old.unlink()
-    for name, text in CASES.items():
+    for name, text in cases.items():
         path = path_of(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text())

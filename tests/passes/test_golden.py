@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.passes import golden_lowering  # noqa: F401  # which has cases, too
-from tests.passes.golden_cases import CASES, path_of, written
+from tests.passes.golden import all_cases, path_of, written
+
+CASES = all_cases()
 
 
 @pytest.mark.parametrize("name", CASES)

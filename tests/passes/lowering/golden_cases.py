@@ -14,7 +14,7 @@ from autotp.capture.capture import capture
 from autotp.program.graph_text import lowered_text
 from autotp.program.sharded_program import shard_graph
 from passes import Lowering, localize, lower
-from tests.passes.golden_cases import Small, case, x
+from tests.passes.golden import Small, case, x
 
 
 def lowered(
