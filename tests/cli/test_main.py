@@ -13,7 +13,7 @@ import torch
 import autotp
 from autotp.cli import commands, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FIELDS = ("hidden_size=64", "num_hidden_layers=2", "num_attention_heads=4", "num_key_value_heads=2", "head_dim=16",
           "intermediate_size=97", "vocab_size=1001")  # fmt: skip
 SMALL = [word for field in FIELDS for word in ("--set", field)]
@@ -175,7 +175,7 @@ def broken() -> torch.nn.Module:
 
 
 def test_a_factory_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "tests.test_cli:broken", "--tp", "2"]) == 2
+    assert main(["inspect", "tests.cli.test_main:broken", "--tp", "2"]) == 2
     assert "no weights here" in capsys.readouterr().err
 
 
