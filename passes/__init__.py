@@ -1,4 +1,4 @@
-"""passes: the compiler of autotp. Pure functions on graphs; no process group, nothing of ``autotp``.
+"""passes: the compiler of autotp. Pure functions on graphs, without process groups and without ``autotp``.
 
 The packages, from top to bottom; each imports only from those below it:
 
@@ -6,7 +6,7 @@ The packages, from top to bottom; each imports only from those below it:
 ``sharding``   the rewritten graph for all ranks, and one rank's
 ``planning``   which dims to split, and among which ranks
 ``rules``      one rule an op, for planning and sharding
-``normalize``  the captured graph made plain
+``normalize``  the captured graph in a normal form
 ``proof``      the independent proof
 ``lowering``   one rank's graph made fast
 ``ops``        the ops that rewritten graphs call
@@ -17,20 +17,20 @@ The packages, from top to bottom; each imports only from those below it:
 The passes, in the order in which they run:
 
 =================  ==================================================================================
-``inline``         no region without gradients hides nodes
-``functionalize``  no node changes another's value
+``inline``         no-grad regions hide no nodes
+``functionalize``  no node mutates another's value
 ``differentiable`` which nodes gradients flow through
-``simplify``       what computes nothing is gone
-``canonicalize``   one spelling for each way to take a part
+``simplify``       no node computes nothing
+``canonicalize``   one spelling for each way to slice, join, repeat and fill tensors
 ``propagate``      which indices of which values must stay together (rules: :mod:`passes.rules`)
 ``decide``         which of those to split, and among which ranks
 ``assign``         each value's layout from the weights' layouts
 ``shard``          the rewritten graph for all ranks, with its collectives
-``enter``          where whole values enter computation on shards, for complete gradients
-``check``          a proof that the result is the captured graph, from rules of its own (:mod:`passes.proof`)
+``enter``          where replicated values enter computation on shards, for complete gradients
+``check``          a proof that the result computes the captured graph, by rules of its own (:mod:`passes.proof`)
 ``localize``       one rank's graph
 ``lower``          the same, faster (passes of its own: :mod:`passes.lowering`)
-``minimum``        the fewest collectives the layouts leave possible, to hold the result against
+``minimum``        the fewest collectives possible with these layouts, to compare the result with
 =================  ==================================================================================
 """
 

@@ -1,8 +1,8 @@
-"""The ops that rewritten graphs call: collectives, parallel products, norms, vocabulary, random numbers.
+"""ops: the ops that rewritten graphs call: collectives, parallel products, norms, vocabulary, random numbers.
 
-Each is a differentiable function of local tensors. An op knows its group by name and finds the rest in
-:mod:`passes.ops.context`; it must know nothing of graphs and passes. ``passes.ops.traceable``, which registers
-operators with torch, is imported by those that compile.
+Each is a differentiable function of local tensors. An op gets its group's name and finds the communicator in
+:mod:`passes.ops.context`; it must know nothing of graphs and passes. Only compilation imports
+``passes.ops.traceable``, which registers operators with torch.
 """
 
 from passes.ops.collectives import (

@@ -1,7 +1,8 @@
 """collectives: the differentiable collectives of rewritten graphs.
 
-Each collective is differentiable, and its backward is what its types say (DESIGN.md; the SPMD types
-R, I, V, P of ``spmd-types``; *f* and *g* of Megatron-LM, https://arxiv.org/abs/1909.08053):
+The types of a collective determine its backward. They are the SPMD types of ``spmd-types``: I invariant, R replicated
+with a partial gradient, V varying, P partial sum. ``enter`` and ``all_reduce`` are *f* and *g* of Megatron-LM
+(https://arxiv.org/abs/1909.08053).
 
 ====================  ======  =================================  =================================
 op                    types   forward                            backward
@@ -42,9 +43,11 @@ __all__ = [
 ]
 
 Pending = Callable[[], torch.Tensor]
-"""A collective that was begun: waits for its result, and gives it."""
+"""A collective that was begun: call it to wait for the result, which it returns."""
 Runs = tuple[tuple[int, int], ...]
+"""Indices as half-open ranges."""
 Places = tuple[tuple[int, tuple[Runs, ...]], ...]
+"""Per split dim, the dim and each rank's indices."""
 
 
 # Collectives ---------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    """P -> I: the sum of the ranks' tensors, on every rank. The gradient passes as it is."""
+    """P -> I: the sum of the ranks' tensors, on every rank. The gradient passes unchanged."""
     return _AllReduce.apply(x, context.current().group(group))
 
 
@@ -82,7 +85,7 @@ def start_all_reduce_(x: torch.Tensor, group: str) -> Pending:
 
 
 def wait(pending: Pending) -> torch.Tensor:
-    """The sum that was begun. Until then ranks must meet in nothing else."""
+    """The sum that was begun. Until then ranks must not communicate in another op."""
     return pending()
 
 
@@ -90,7 +93,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: context.Communicator, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group = group
-        ctx.set_materialize_grads(False)  # what no one asks the gradient of has none, as in the dense model
+        ctx.set_materialize_grads(False)  # a value without a gradient has none here either, as in the dense model
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
@@ -105,9 +108,9 @@ class _Enter(torch.autograd.Function):
 
 
 def enter(x: torch.Tensor | tuple[torch.Tensor, ...], group: str) -> Any:
-    """I -> R: where whole values enter computation on shards. Their gradients are summed over the group.
+    """I -> R: replicated values, for computation on shards. Their gradients are summed over the group.
 
-    Several values of one dtype may enter together; their gradients then travel in one all-reduce.
+    Several values of one dtype may enter together; one all-reduce then sums all their gradients.
     """
     tensors = x if isinstance(x, tuple) else (x,)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -128,7 +131,10 @@ class _BroadcastFromFirst(torch.autograd.Function):
 
 
 def broadcast_from_first(x: torch.Tensor, group: str) -> torch.Tensor:
-    """V -> I, of shards that each are the whole: the first rank's is everyone's, to the bit, and gets the gradient."""
+    """V -> I: the first rank's tensor, bit by bit, on every rank; the first rank alone gets the gradient.
+
+    For values that each rank has computed in full, perhaps with other rounding.
+    """
     return _BroadcastFromFirst.apply(x, context.current().group(group))
 
 
@@ -142,14 +148,16 @@ class _EnterOverlapping(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         grad, group = grads[0], ctx.group
-        whole = grad.new_zeros(_global_shape(grad.shape, ctx.places))
-        _put(whole, grad, ctx.places, group.rank)
-        return _take(group.all_reduce(whole), ctx.places, group.rank), None, None
+        full = grad.new_zeros(_global_shape(grad.shape, ctx.places))
+        _put(full, grad, ctx.places, group.rank)
+        return _take(group.all_reduce(full), ctx.places, group.rank), None, None
 
 
 def enter_overlapping(x: torch.Tensor, places: Places, group: str) -> torch.Tensor:
-    """For a shard that overlaps other ranks' without being equal to them: where they overlap the
-    gradients are summed. ``places`` is as in :func:`all_gather`."""
+    """V -> V: the shard itself; gradients of indices that several ranks hold are summed.
+
+    For shards that overlap without being equal. ``places`` is as in :func:`all_gather`.
+    """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     return _EnterOverlapping.apply(x, places, context.current().group(group))
@@ -164,15 +172,18 @@ class _DeduplicateGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        kept = torch.zeros_like(grads[0])
+        own = torch.zeros_like(grads[0])
         for a, b in ctx.mine:
-            kept.narrow(ctx.dim, a, b - a).copy_(grads[0].narrow(ctx.dim, a, b - a))
-        return kept, None, None
+            own.narrow(ctx.dim, a, b - a).copy_(grads[0].narrow(ctx.dim, a, b - a))
+        return own, None, None
 
 
 def deduplicate_gradient(x: torch.Tensor, dim: int, mine: Runs) -> torch.Tensor:
-    """A shard that overlaps other ranks' is given to the caller, whose gradient of it is the same on each of them:
-    only that at the local positions ``mine`` along ``dim`` counts, which the runs of one rank hold of each index."""
+    """The shard itself; its gradient counts only at the local positions ``mine`` along ``dim``.
+
+    For a result that overlaps other ranks' shards: the caller's gradient of a shared index is the same on all ranks
+    that hold it, and ``mine`` contains each index on one rank only.
+    """
     return _DeduplicateGradient.apply(x, dim, mine) if torch.is_grad_enabled() and x.requires_grad else x
 
 
@@ -181,25 +192,30 @@ def _indices(runs: Runs, device: torch.device) -> torch.Tensor:
 
 
 def _global_shape(shape: Sequence[int], places: Places) -> list[int]:
-    whole = list(shape)
-    for dim, runs in places:
-        whole[dim] = max(b for each in runs for _, b in each)
-    return whole
+    sizes = list(shape)
+    for dim, ranks in places:
+        sizes[dim] = _size(ranks)
+    return sizes
 
 
-def _take(whole: torch.Tensor, places: Places, rank: int) -> torch.Tensor:
-    for dim, runs in places:
-        whole = narrow(whole, dim, runs[rank])
-    return whole
+def _size(ranks: Sequence[Runs]) -> int:
+    """The global size of a dim, from the indices that each rank holds."""
+    return max(b for runs in ranks for _, b in runs)
 
 
-def _put(whole: torch.Tensor, part: torch.Tensor, places: Places, rank: int) -> None:
-    """``whole[ix_(...)] = part`` for index sets on some dims."""
+def _take(full: torch.Tensor, places: Places, rank: int) -> torch.Tensor:
+    for dim, ranks in places:
+        full = narrow(full, dim, ranks[rank])
+    return full
+
+
+def _put(full: torch.Tensor, shard: torch.Tensor, places: Places, rank: int) -> None:
+    """``full[ix_(...)] = shard`` for index sets on some dims."""
     dims = [d for d, _ in places]
-    order = dims + [d for d in range(whole.dim()) if d not in dims]
-    grids = [_indices(runs[rank], whole.device) for _, runs in places]
-    shaped = [g.view([-1 if i == j else 1 for j in range(len(grids))]) for i, g in enumerate(grids)]
-    whole.permute(order)[tuple(shaped)] = part.permute(order)
+    order = dims + [d for d in range(full.dim()) if d not in dims]
+    indices = [_indices(ranks[rank], full.device) for _, ranks in places]
+    grid = [x.view([-1 if i == j else 1 for j in range(len(indices))]) for i, x in enumerate(indices)]
+    full.permute(order)[tuple(grid)] = shard.permute(order)
 
 
 class _AllGather(torch.autograd.Function):
@@ -209,51 +225,50 @@ class _AllGather(torch.autograd.Function):
         shapes = []
         for rank in range(group.size):
             shape = list(x.shape)
-            for dim, runs in places:
-                shape[dim] = sum(b - a for a, b in runs[rank])
+            for dim, ranks in places:
+                shape[dim] = sum(b - a for a, b in ranks[rank])
             shapes.append(shape)
-        parts = group.all_gather(x, shapes)
+        shards = group.all_gather(x, shapes)
         if len(places) == 1:
-            dim, sets = places[0]
-            flat = [run for runs in sets for run in runs]
-            if all(len(r) == 1 for r in sets) and all(a[1] == b[0] for a, b in pairwise(flat)):
-                return torch.cat(parts, dim)
-        whole = x.new_empty(_global_shape(x.shape, places))
-        for rank, part in enumerate(parts):
-            _put(whole, part, places, rank)
-        return whole
+            dim, ranks = places[0]
+            flat = [run for runs in ranks for run in runs]
+            if all(len(r) == 1 for r in ranks) and all(a[1] == b[0] for a, b in pairwise(flat)):
+                return torch.cat(shards, dim)
+        full = x.new_empty(_global_shape(x.shape, places))
+        for rank, shard in enumerate(shards):
+            _put(full, shard, places, rank)
+        return full
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         rank = ctx.group.rank
-        mine = _take(grads[0], ctx.places, rank)
-        for dim, sets in ctx.places:  # an index that several ranks hold passes its gradient to the first
-            held = Shards(max(b for each in sets for _, b in each), tuple(IndexSet(s) for s in sets))
-            if not held.disjoint and len(ctx.places) == 1:
-                keep = np.isin(held.ranks[rank].indices, held.owned.ranks[rank].indices)
-                shape = [-1 if d == dim else 1 for d in range(mine.dim())]
-                mine = mine * torch.as_tensor(keep, device=mine.device, dtype=mine.dtype).view(shape)
+        grad = _take(grads[0], ctx.places, rank)
+        for dim, ranks in ctx.places:  # an index that several ranks hold passes its gradient to the first
+            shards = Shards(_size(ranks), tuple(IndexSet(s) for s in ranks))
+            if not shards.disjoint and len(ctx.places) == 1:
+                owned = np.isin(shards.ranks[rank].indices, shards.owned.ranks[rank].indices)
+                shape = [-1 if d == dim else 1 for d in range(grad.dim())]
+                grad = grad * torch.as_tensor(owned, device=grad.device, dtype=grad.dtype).view(shape)
         if len(ctx.places) > 1:
-            mine = mine * _first_holder(ctx.places, rank, mine)
-        return mine, None, None
+            grad = grad * _first_holder(ctx.places, rank, grad)
+        return grad, None, None
 
 
 def _first_holder(places: Places, rank: int, like: torch.Tensor) -> torch.Tensor:
     """1 where this rank is the lowest that holds an index of several split dims, else 0."""
-    sizes = [max(b for each in runs for _, b in each) for _, runs in places]
-    held = np.zeros(sizes, dtype=bool)
+    seen = np.zeros([_size(ranks) for _, ranks in places], dtype=bool)
     for earlier in range(rank):
-        held[np.ix_(*(IndexSet(runs[earlier]).indices for _, runs in places))] = True
-    mine = ~held[np.ix_(*(IndexSet(runs[rank]).indices for _, runs in places))]
+        seen[np.ix_(*(IndexSet(ranks[earlier]).indices for _, ranks in places))] = True
+    first = ~seen[np.ix_(*(IndexSet(ranks[rank]).indices for _, ranks in places))]
     dims = [d for d, _ in places]
     order = np.argsort(dims)
-    shape = [mine.shape[dims.index(d)] if d in dims else 1 for d in range(like.dim())]
-    return torch.as_tensor(mine.transpose(order).copy(), device=like.device, dtype=like.dtype).view(shape)
+    shape = [first.shape[dims.index(d)] if d in dims else 1 for d in range(like.dim())]
+    return torch.as_tensor(first.transpose(order).copy(), device=like.device, dtype=like.dtype).view(shape)
 
 
 def all_gather(x: torch.Tensor, places: Places, group: str) -> torch.Tensor:
-    """V -> I: the whole value from the ranks' shards, on every rank.
+    """V -> I: the full value from the ranks' shards, on every rank.
 
     Args:
         x: the rank's shard.
@@ -267,7 +282,7 @@ def all_gather(x: torch.Tensor, places: Places, group: str) -> torch.Tensor:
 
 
 def narrow(x: torch.Tensor, dim: int, runs: Runs) -> torch.Tensor:
-    """R -> V: the indices in ``runs`` of ``dim``; in backward the others' gradients are zero."""
+    """R -> V: the indices in ``runs`` of ``dim``. In backward, all other indices get a zero gradient."""
     parts = [x.narrow(dim, a, b - a) for a, b in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 

@@ -1,4 +1,4 @@
-"""Norms over features of which each rank holds some: one small exchange forward, one backward."""
+"""norms: norms over split features, with one small collective in forward and one in backward."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class _Norm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         size = sum(counts)
         mean = wide.mean(-1) if centered else wide.new_zeros(x.shape[:-1])
-        mine = torch.stack([mean, (wide - mean.unsqueeze(-1)).square().sum(-1)])
-        every = torch.stack(group.all_gather(mine, [mine.shape] * group.size), dim=1)
+        own = torch.stack([mean, (wide - mean.unsqueeze(-1)).square().sum(-1)])
+        gathered = torch.stack(group.all_gather(own, [own.shape] * group.size), dim=1)
         count = torch.tensor(counts, dtype=wide.dtype, device=x.device).view(-1, *[1] * mean.dim())
-        held = every[1] * (count > 0)
-        mean = (every[0] * count).sum(0) / size
-        square = (held + count * (every[0] - mean).square()).sum(0) / size
+        squares = gathered[1] * (count > 0)
+        mean = (gathered[0] * count).sum(0) / size
+        square = (squares + count * (gathered[0] - mean).square()).sum(0) / size
         scale = (square + eps).rsqrt().unsqueeze(-1)
         normal = (wide - mean.unsqueeze(-1)) * scale
         ctx.save_for_backward(normal, scale, weight)
@@ -40,15 +40,15 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         normal, scale, weight = ctx.saved_tensors
-        given = grads[0].to(normal.dtype)
-        grad = given if weight is None else given * weight
+        of_result = grads[0].to(normal.dtype)
+        grad = of_result if weight is None else of_result * weight
         sums = ctx.group.all_reduce(torch.stack([grad.sum(-1), (grad * normal).sum(-1)])).unsqueeze(-1) / ctx.size
-        if ctx.counted:  # of ranks that hold the same features one takes off what all of them have in common
+        if ctx.counted:  # among ranks that hold the same features only one subtracts the term of the sums
             grad = grad - normal * sums[1] - (sums[0] if ctx.centered else 0.0)
-        rows = list(range(given.dim() - 1))
+        rows = list(range(of_result.dim() - 1))
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        of_weight = None if weight_dtype is None else (given * normal).sum(rows).to(weight_dtype)
-        of_bias = None if bias_dtype is None else given.sum(rows).to(bias_dtype)
+        of_weight = None if weight_dtype is None else (of_result * normal).sum(rows).to(weight_dtype)
+        of_bias = None if bias_dtype is None else of_result.sum(rows).to(bias_dtype)
         return (grad * scale).to(x_dtype), of_weight, of_bias, None, None, None, None
 
 
@@ -61,19 +61,19 @@ def norm_over_shards(
     centered: bool,
     group: str,
 ) -> torch.Tensor:
-    """V -> V: layer or RMS norm over a last dim of which each rank holds some features.
+    """V -> V: layer or RMS norm over a last dim that is split.
 
-    The ranks exchange, per row, their features' mean and sum of squared deviations, from which those of all
-    features follow without cancellation (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for
-    computing sample variances, 1979).
+    The ranks exchange, per row, their features' mean and sum of squared deviations. Those of all features follow
+    without cancellation (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample
+    variances, 1979).
 
     Args:
         x: ``(..., local features)``.
         weight: ``(local features,)``, or None.
         bias: ``(local features,)``, or None.
-        eps: what is added to the variance; torch's default for None.
-        counts: how many features of each rank count; 0 where another rank holds the same ones.
-        centered: whether the mean is taken off (layer norm).
+        eps: the number added to the variance; torch's default for None.
+        counts: the number of features that each rank contributes; 0 if another rank holds the same ones.
+        centered: whether the mean is subtracted (layer norm).
         group: the group's name.
     """
     eps = torch.finfo(x.dtype).eps if eps is None else eps

@@ -23,50 +23,50 @@ __all__ = [
 ]
 
 
-# Products on shards: the same arithmetic, named for what it is. ------------------------------------
+# Products on shards: torch's own arithmetic, under names that tell the split. ----------------------
 
 
 def column_parallel_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias`` where the rank holds some rows of ``weight``: some features of the result."""
+    """``x @ weight.T + bias`` from the rank's rows of ``weight``: its features of the result."""
     return F.linear(x, weight, bias)
 
 
 def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T`` where the rank holds some columns of ``weight`` and of ``x``: a pending sum."""
+    """``x @ weight.T`` from the rank's columns of ``weight`` and ``x``: a partial sum."""
     return F.linear(x, weight)
 
 
 def column_parallel_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` where the rank holds some columns of the weight."""
+    """``left @ right`` from the rank's columns of ``right``: its columns of the result."""
     return torch.matmul(left, right)
 
 
 def row_parallel_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` where the rank holds some of the contracted dim: a pending sum."""
+    """``left @ right`` from the rank's indices of the contracted dim: a partial sum."""
     return torch.matmul(left, right)
 
 
 def column_parallel_addmm(
     bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    """``beta * bias + alpha * (left @ right)`` where the rank holds some columns of ``right``."""
+    """``beta * bias + alpha * (left @ right)`` from the rank's columns of ``right``."""
     return torch.addmm(bias, left, right, beta=beta, alpha=alpha)
 
 
 def column_parallel_baddbmm(
     bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
-    """``baddbmm`` where the rank holds some columns of ``right``."""
+    """``baddbmm`` from the rank's columns of ``right``."""
     return torch.baddbmm(bias, left, right, beta=beta, alpha=alpha)
 
 
 def column_parallel_einsum(equation: str, operands: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
-    """``einsum`` where the rank holds part of a dim of the result."""
+    """``einsum`` where a dim of the result is split."""
     return torch.einsum(equation, *operands)
 
 
 def row_parallel_einsum(equation: str, operands: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
-    """``einsum`` where the rank holds part of a contracted dim: a pending sum."""
+    """``einsum`` where a contracted dim is split: a partial sum."""
     return torch.einsum(equation, *operands)
 
 

@@ -12,11 +12,8 @@ from passes.ops import context
 __all__ = ["random_per_rank", "random_same"]
 
 
-# Randomness ----------------------------------------------------------------------------------------
-
-
 def random_same(op: Callable[..., torch.Tensor], x: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A random op on whole values: all ranks draw the same numbers."""
+    """A random op on replicated values: all ranks draw the same numbers."""
     tensor = next((a for a in (x, *args) if isinstance(a, torch.Tensor)), None)
     device = tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
     with context.current().random(True, device):

@@ -1,4 +1,7 @@
-"""Single results of ops that give several: a node with one tensor as its value has a rule, a tuple has none."""
+"""single_results: one result each of ops that return several.
+
+A node whose value is one tensor can have a rule; a node whose value is a tuple has none.
+"""
 
 from __future__ import annotations
 
@@ -23,37 +26,37 @@ aten = torch.ops.aten
 
 
 def max_values(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
-    """The largest values along a dim; the gradient goes to one of several that are as large."""
+    """The largest values along a dim; of several equal ones, one gets the gradient."""
     return torch.max(x, dim, keepdim).values
 
 
 def max_indices(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
-    """Where the largest values along a dim are."""
+    """The indices of the largest values along a dim."""
     return torch.max(x, dim, keepdim).indices
 
 
 def min_values(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
-    """The smallest values along a dim; the gradient goes to one of several that are as small."""
+    """The smallest values along a dim; of several equal ones, one gets the gradient."""
     return torch.min(x, dim, keepdim).values
 
 
 def min_indices(x: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
-    """Where the smallest values along a dim are."""
+    """The indices of the smallest values along a dim."""
     return torch.min(x, dim, keepdim).indices
 
 
 def flex_attention_outputs(*args: Any) -> torch.Tensor:
-    """What flex_attention mixes of the values."""
+    """The attention outputs of flex_attention."""
     return flex_attention(*args)[0]
 
 
 def flex_attention_logsumexp(*args: Any) -> torch.Tensor:
-    """The logarithms of the sums that flex_attention's softmax divides by."""
+    """The logsumexp of flex_attention's scores, per query."""
     return flex_attention(*args)[1]
 
 
 def flex_attention_maxima(*args: Any) -> torch.Tensor:
-    """The largest scores of flex_attention's queries."""
+    """The largest of flex_attention's scores, per query."""
     return flex_attention(*args)[2]
 
 
@@ -62,4 +65,4 @@ OUTPUTS: dict[Any, tuple[Callable[..., torch.Tensor], ...]] = {
     aten.min.dim: (min_values, min_indices),
     flex_attention: (flex_attention_outputs, flex_attention_logsumexp, flex_attention_maxima),
 }
-"""Per op, what gives each of its results."""
+"""Per op, the functions that return its single results."""

@@ -1,7 +1,7 @@
-"""traced: how ranks meet in a program that is compiled: through ops that a compiler sees and leaves as they are.
+"""traceable: the collectives of compiled programs, as ops that a compiler sees and leaves alone.
 
-A compiler cannot look into a process group, nor ask a thread which context it runs in. So each exchange is an op of
-torch's library, with the shapes of its result, and names its group by a key that is the same in all threads: the
+A compiler cannot look into a process group, nor ask a thread which context it runs in. So each collective is an op of
+torch's library that declares the shape of its result. It names its group by a key that is the same in all threads: the
 number of a context and the group's name in it (:func:`passes.ops.context.register`).
 """
 
@@ -20,31 +20,31 @@ from passes.layouts.layout import IndexSet, Shards
 from passes.ops import collectives, context, norms, random, vocabulary
 from passes.ops.registry import COLLECTIVES
 
-__all__ = ["Traced", "traced"]
+__all__ = ["TraceableCommunicator", "traced"]
 
 
 _BY_HOST = "by host "
-"""What the key of a group begins with in whose exchanges the host takes part."""
+"""The prefix of a group's key if the host takes part in its collectives."""
 
 _library = torch.library.Library("autotp", "FRAGMENT")
 
 
 def _op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> tuple[Any, Any]:
-    """An op, and the same for groups that meet by the host: a CUDA graph is cut there.
+    """An op, and its twin for groups whose collectives the host takes part in: a CUDA graph ends before it.
 
-    They are defined without ``torch.library.custom_op``, whose checks cost more than a small exchange.
+    They are defined without ``torch.library.custom_op``, whose checks cost more than a small collective.
     """
     name, _, rest = schema.partition("(")
-    for each, tags in ((name, ()), (f"{name}_by_host", (torch.Tag.cudagraph_unsafe,))):
-        _library.define(f"{each}({rest}", tags=(torch.Tag.pt2_compliant_tag, *tags))
-        _library.impl(each, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"autotp::{each}", fake, lib=_library)
+    for op, tags in ((name, ()), (f"{name}_by_host", (torch.Tag.cudagraph_unsafe,))):
+        _library.define(f"{op}({rest}", tags=(torch.Tag.pt2_compliant_tag, *tags))
+        _library.impl(op, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"autotp::{op}", fake, lib=_library)
     return getattr(torch.ops.autotp, name).default, getattr(torch.ops.autotp, f"{name}_by_host").default
 
 
 def _run_all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
-    found = context.registered(group).all_reduce(x.contiguous())
-    return found.clone() if found.data_ptr() == x.data_ptr() else found  # a rank by itself gives back its own
+    total = context.registered(group).all_reduce(x.contiguous())
+    return total.clone() if total.data_ptr() == x.data_ptr() else total  # a group of one rank returns its argument
 
 
 def _run_all_gather(x: torch.Tensor, dim: int, counts: Sequence[int], group: str) -> torch.Tensor:
@@ -70,13 +70,13 @@ def _all_gather(x: torch.Tensor, dim: int, counts: Sequence[int], key: str) -> t
     return result
 
 
-class Traced:
+class TraceableCommunicator:
     """A rank's end of a group (:class:`passes.ops.context.Communicator`) in a compiled program.
 
     Args:
-        key: the group's (:func:`passes.ops.context.register`), after ``by host``, if it meets so.
+        key: the group's key (:func:`passes.ops.context.register`), after ``by host`` if the host takes part.
         rank: the rank's number in the group.
-        size: how many there are.
+        size: the number of ranks in the group.
     """
 
     def __init__(self, key: str, rank: int, size: int) -> None:
@@ -89,7 +89,7 @@ class Traced:
     all_reduce_ = all_reduce
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """The sum, at once: where it runs is the compiler's to say."""
+        """The sum, at once: the compiler decides when it runs."""
         total = self.all_reduce(tensor)
         return lambda: total
 
@@ -105,78 +105,82 @@ class Traced:
 
 def all_reduce(x: torch.Tensor, key: str, rank: int, size: int) -> torch.Tensor:
     """:func:`passes.ops.all_reduce`."""
-    return collectives._AllReduce.apply(x, Traced(key, rank, size))
+    return collectives._AllReduce.apply(x, TraceableCommunicator(key, rank, size))
 
 
 class _Gather(torch.autograd.Function):
-    """:class:`passes.ops._AllGather` along one dim, all that it must know of the ranks' indices worked out before."""
+    """:class:`passes.ops.collectives._AllGather` along one dim, from numbers that were computed before compilation."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, how: Any, group: Traced) -> torch.Tensor:
-        dim, counts, pieces, ctx.mine, ctx.kept = how
+    def forward(ctx: Any, x: torch.Tensor, numbers: Any, group: TraceableCommunicator) -> torch.Tensor:
+        dim, counts, pieces, ctx.own_runs, ctx.counted = numbers
         ctx.dim = dim
-        joined = _all_gather(x, dim, counts, group.key)
-        return joined if pieces is None else torch.cat([joined.narrow(dim, a, b - a) for a, b in pieces], dim)
+        shards = _all_gather(x, dim, counts, group.key)
+        return shards if pieces is None else torch.cat([shards.narrow(dim, a, b - a) for a, b in pieces], dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         dim = ctx.dim
-        own = torch.cat([grads[0].narrow(dim, a, b - a) for a, b in ctx.mine], dim)
-        if ctx.kept is not None:  # of what several ranks hold one passes the gradient on
-            parts = [own.narrow(dim, a, b - a) * int(keep) for a, b, keep in ctx.kept]
-            own = torch.cat(parts, dim)
-        return own, None, None
+        grad = torch.cat([grads[0].narrow(dim, a, b - a) for a, b in ctx.own_runs], dim)
+        if ctx.counted is not None:  # an index that several ranks hold passes its gradient to one of them
+            grad = torch.cat([grad.narrow(dim, a, b - a) * int(counts) for a, b, counts in ctx.counted], dim)
+        return grad, None, None
 
 
-def all_gather(x: torch.Tensor, how: Any, key: str, rank: int, size: int) -> torch.Tensor:
+def all_gather(x: torch.Tensor, numbers: Any, key: str, rank: int, size: int) -> torch.Tensor:
     """:func:`passes.ops.all_gather`."""
-    return _Gather.apply(x, how, Traced(key, rank, size))
+    return _Gather.apply(x, numbers, TraceableCommunicator(key, rank, size))
 
 
-def _how(places: Any, rank: int) -> tuple[Any, ...]:
-    """A gather in plain numbers: the dim, how much each rank holds, the pieces of what they hold, one after another,
-    that make up the whole (None: all of it), this rank's runs, and its own runs with whether they count."""
-    ((dim, sets),) = places
-    held = Shards(max(b for each in sets for _, b in each), tuple(IndexSet(s) for s in sets))
-    flat = np.concatenate([s.indices for s in held.ranks])
-    _, first = np.unique(flat, return_index=True)  # where each index of the whole is held first
+def _gather_numbers(places: Any, rank: int) -> tuple[Any, ...]:
+    """An all-gather along one dim in plain numbers.
+
+    Returns:
+        The dim; each rank's number of indices; the ranges of the shards, side by side, that make up the full value
+        (None: all of them in order); this rank's runs; and the ranges of its shard, each with whether its gradient
+        counts (None: all do).
+    """
+    ((dim, ranks),) = places
+    shards = Shards(max(b for runs in ranks for _, b in runs), tuple(IndexSet(s) for s in ranks))
+    flat = np.concatenate([s.indices for s in shards.ranks])
+    _, first = np.unique(flat, return_index=True)  # where each index of the full value comes first
     pieces = None if len(first) == len(flat) and (np.diff(first) == 1).all() else _in_runs(first)
-    kept = None
-    if not held.disjoint:
-        counts = np.isin(held.ranks[rank].indices, held.owned.ranks[rank].indices)
+    counted = None
+    if not shards.disjoint:
+        counts = np.isin(shards.ranks[rank].indices, shards.owned.ranks[rank].indices)
         edges = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
-        kept = tuple((a, b, bool(counts[a])) for a, b in pairwise(edges) if b > a)
-    return dim, held.counts, pieces, sets[rank], kept
+        counted = tuple((a, b, bool(counts[a])) for a, b in pairwise(edges) if b > a)
+    return dim, shards.counts, pieces, ranks[rank], counted
 
 
 def _in_runs(positions: Any) -> tuple[tuple[int, int], ...]:
-    """Positions, in their order, as runs."""
+    """Positions as runs, in their order."""
     edges = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
     return tuple((int(positions[a]), int(positions[b - 1]) + 1) for a, b in pairwise(edges))
 
 
 def enter(x: Any, key: str, rank: int, size: int) -> Any:
     """:func:`passes.ops.enter`."""
-    tensors = collectives._Enter.apply(Traced(key, rank, size), *(x if isinstance(x, tuple) else (x,)))
+    tensors = collectives._Enter.apply(TraceableCommunicator(key, rank, size), *(x if isinstance(x, tuple) else (x,)))
     return tensors if isinstance(x, tuple) else tensors[0]
 
 
 def broadcast_from_first(x: torch.Tensor, key: str, rank: int, size: int) -> torch.Tensor:
     """:func:`passes.ops.broadcast_from_first`."""
-    return collectives._BroadcastFromFirst.apply(x, Traced(key, rank, size))
+    return collectives._BroadcastFromFirst.apply(x, TraceableCommunicator(key, rank, size))
 
 
 def enter_overlapping(x: torch.Tensor, places: Any, key: str, rank: int, size: int) -> torch.Tensor:
     """:func:`passes.ops.enter_overlapping`."""
-    return collectives._EnterOverlapping.apply(x, places, Traced(key, rank, size))
+    return collectives._EnterOverlapping.apply(x, places, TraceableCommunicator(key, rank, size))
 
 
 def cross_entropy(
     logits: torch.Tensor, target: torch.Tensor, options: Any, key: str, rank: int, size: int, weight: Any
 ) -> torch.Tensor:
     """:func:`passes.ops.vocabulary.vocab_parallel_cross_entropy`."""
-    group = Traced(key, rank, size)
+    group = TraceableCommunicator(key, rank, size)
     return vocabulary.cross_entropy_over(logits, target, vocabulary.LossOptions(*options), group, weight)
 
 
@@ -186,7 +190,7 @@ def norm_over_shards(
 ) -> torch.Tensor:  # fmt: skip
     """:func:`passes.ops.norms.norm_over_shards`."""
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    group = Traced(key, rank, size)
+    group = TraceableCommunicator(key, rank, size)
     return norms._Norm.apply(x, weight, bias, eps, tuple(counts), centered, group)
 
 
@@ -202,16 +206,16 @@ _TRACEABLE: dict[Callable[..., Any], Callable[..., Any]] = {
 """For each op by which ranks communicate, the op that can be compiled."""
 
 
-def traced(graphs: Sequence[fx.Graph], of: context.ParallelContext) -> bool:
-    """Let ranks meet through ops that a compiler can see.
+def traced(graphs: Sequence[fx.Graph], parallel_context: context.ParallelContext) -> bool:
+    """Replace the ops by which ranks communicate by ops that a compiler can see.
 
     Args:
         graphs: a rank's graph, and those that it calls; changed in place.
-        of: the context in which they will run.
+        parallel_context: the context in which they will run.
 
     Returns:
-        Whether they can be compiled: not, and nothing is changed, if they draw random numbers, which ranks draw alike
-        or apart from streams that no compiler knows, or if shards differ in several dims.
+        Whether the graphs can be compiled; if not, nothing is changed. They cannot if they draw random numbers, whose
+        streams no compiler knows, or gather shards that are split along several dims.
     """
     nodes = [n for graph in graphs for n in graph.nodes]
     drawing = (random.random_same, random.random_per_rank)
@@ -221,11 +225,11 @@ def traced(graphs: Sequence[fx.Graph], of: context.ParallelContext) -> bool:
         if node.target not in _TRACEABLE:
             continue
         target, at = _TRACEABLE[node.target], COLLECTIVES[node.target].group
-        group = of.group(node.args[at])
-        key = (_BY_HOST if group.by_host else "") + context.register(of, node.args[at])
+        group = parallel_context.group(node.args[at])
+        key = (_BY_HOST if group.by_host else "") + context.register(parallel_context, node.args[at])
         before, after = list(node.args[:at]), node.args[at + 1 :]
         if node.target is collectives.all_gather:
-            before[1] = _how(before[1], group.rank)
+            before[1] = _gather_numbers(before[1], group.rank)
         elif node.target is vocabulary.vocab_parallel_cross_entropy:
             weight, label_smoothing = after
             before[2:], after = [(*before[2:], label_smoothing)], (weight,)

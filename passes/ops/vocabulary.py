@@ -1,4 +1,4 @@
-"""Words of which each rank holds some: looking them up, and the loss over them."""
+"""vocabulary: embedding and cross entropy over a split vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LossOptions", "cross_entropy_over", "vocab_parallel_cross_entropy", 
 
 
 def _check_range(inside: torch.Tensor, message: str) -> None:
-    """Refuse an index that no rank holds as torch does: at once on a CPU, by an assertion on the device else."""
+    """Refuse an index out of range as torch does: on a CPU at once, elsewhere by an assertion on the device."""
     if inside.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(inside.all(), message)
     elif not inside.all():
@@ -24,17 +24,17 @@ def _check_range(inside: torch.Tensor, message: str) -> None:
 def vocab_parallel_embedding(
     weight: torch.Tensor, ids: torch.Tensor, start: int, words: int, padding_idx: int = -1
 ) -> torch.Tensor:
-    """Look up the words that the rank holds; zeros for the others. A pending sum.
+    """The rows of the words that the rank holds, and zeros for other words: a partial sum.
 
     Args:
-        weight: ``(local words, features)``, the rows from ``start`` of the whole table.
+        weight: ``(local words, features)``, the rows of the full table from ``start``.
         ids: any shape, integer.
         start: the first word that the rank holds.
-        words: the words of the whole table.
-        padding_idx: a word (of the whole table) whose row gets no gradient; -1 for none.
+        words: the number of words in the full table.
+        padding_idx: a word (its index in the full table) whose row gets no gradient; -1 for none.
 
     Raises:
-        IndexError: an id is not in the whole table (on a CPU; on other devices their assertion fails).
+        IndexError: an id is not in the full table (on a CPU; on other devices an assertion fails).
     """
     _check_range((ids >= 0) & (ids < words), f"index out of range: token ids must be at least 0 and less than {words}")
     local = ids - start
@@ -62,22 +62,23 @@ class _CrossEntropy(torch.autograd.Function):
         local = local.masked_fill(~here, 0)
         chosen = torch.zeros_like(highest) if none else logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
         chosen = chosen.masked_fill(~here, 0)
-        mine = [highest.to(wide), total, chosen.to(wide)]
+        exchanged = [highest.to(wide), total, chosen.to(wide)]
         own = None if weight is None else weight.narrow(0, start, logits.shape[-1])
         if smoothing:
-            mine.append(logits.sum(-1, dtype=wide) if own is None else (logits * own).sum(-1, dtype=wide))
-        every = torch.stack(group.all_gather(torch.stack(mine), [(len(mine), *highest.shape)] * group.size))
-        top = every[:, 0].amax(0)
-        log_sum = ((every[:, 0] - top).exp() * every[:, 1]).sum(0).log() + top
+            exchanged.append(logits.sum(-1, dtype=wide) if own is None else (logits * own).sum(-1, dtype=wide))
+        shape = (len(exchanged), *highest.shape)
+        gathered = torch.stack(group.all_gather(torch.stack(exchanged), [shape] * group.size))
+        top = gathered[:, 0].amax(0)
+        log_sum = ((gathered[:, 0] - top).exp() * gathered[:, 1]).sum(0).log() + top
         certain = torch.full_like(log_sum, 1 - smoothing)
         if weight is not None:
             certain = certain * weight[target.masked_fill(ignored, 0).to(torch.int64)]
         certain = certain.masked_fill(ignored, 0)
-        losses = certain * (log_sum - every[:, 2].sum(0))
+        losses = certain * (log_sum - gathered[:, 2].sum(0))
         even, all_weights = None, classes if weight is None else weight.sum()
         if smoothing:
             even = torch.full_like(log_sum, smoothing / classes).masked_fill(ignored, 0)
-            losses = losses + even * (all_weights * log_sum - every[:, 3].sum(0))
+            losses = losses + even * (all_weights * log_sum - gathered[:, 3].sum(0))
         ctx.save_for_backward(logits, log_sum, local, here, certain, even, own)
         ctx.all_weights = all_weights
         return losses
@@ -107,7 +108,7 @@ def vocab_parallel_cross_entropy(
     weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """V -> I: cross entropy of logits of which each rank holds some classes, with one small all-gather.
+    """V -> I: cross entropy of logits whose classes are split, with one small all-gather.
 
     The ranks exchange, per row, the maximum, the sum of exponentials and the target's logit
     (Megatron-LM, section 3, in one collective instead of three), for smoothed labels also the logits' sum.
@@ -116,22 +117,22 @@ def vocab_parallel_cross_entropy(
         logits: ``(rows, local classes)``, the classes from ``start``.
         target: ``(rows,)``, integer classes.
         start: the first class that the rank holds.
-        classes: the classes of all ranks.
-        reduction: 0 none, 1 mean over the rows that count, 2 sum (torch's own code).
+        classes: the number of classes on all ranks together.
+        reduction: 0 none, 1 mean over the rows that count, 2 sum (torch's own numbers).
         ignore_index: rows with this target do not count.
         group: the group's name.
-        weight: ``(classes,)``, of all ranks' classes, or None.
-        label_smoothing: the share of each row's weight that all classes get alike.
+        weight: ``(classes,)``, for all classes, or None.
+        label_smoothing: the fraction of each row's weight that is spread evenly over all classes.
 
     Raises:
-        IndexError: a target is no class (on a CPU; on other devices their assertion fails).
+        IndexError: a target is no class (on a CPU; on other devices an assertion fails).
     """
     options = LossOptions(start, classes, reduction, ignore_index, label_smoothing)
     return cross_entropy_over(logits, target, options, context.current().group(group), weight)
 
 
 class LossOptions(NamedTuple):
-    """The numbers that :func:`vocab_parallel_cross_entropy` takes."""
+    """The numbers that :func:`vocab_parallel_cross_entropy` takes, under the same names."""
 
     start: int
     classes: int
