@@ -56,7 +56,7 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
     for node in graph.nodes:
         if node.target not in COLLECTIVES:
             continue
-        _, _, forward, backward, group = COLLECTIVES[node.target]
+        _, forward, backward, group = COLLECTIVES[node.target]
         for kind, when in ((forward, "forward"), (backward if needed[node] else "", "backward")):
             if kind:
                 size, module = _size(node, kind, tp), node.meta.get("module", "")

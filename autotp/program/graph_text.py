@@ -149,7 +149,7 @@ def graph_dot(graph: fx.Graph, title: str) -> str:
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
-        collective = node.target in COLLECTIVES and COLLECTIVES[node.target].moves
+        collective = node.target in COLLECTIVES and COLLECTIVES[node.target].communicates
         colour = _COLOURS.get(node.meta.get("type", "I"), "white")
         label = f"{node.name}\\n{_target(node) if node.op == 'call_function' else node.op}\\n{_shape(node)}"
         lines.append(f'  "{node.name}" [label="{label}" fillcolor={colour}{" penwidth=3" if collective else ""}];')

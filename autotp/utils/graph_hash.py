@@ -19,7 +19,7 @@ from passes.ops.registry import COLLECTIVES
 
 __all__ = ["graph_hash"]
 
-_ORDERED = {*(op for op, collective in COLLECTIVES.items() if collective.moves), ops.random_same, ops.random_per_rank}
+_ORDERED = {*(op for op, c in COLLECTIVES.items() if c.communicates), ops.random_same, ops.random_per_rank}
 
 
 def graph_hash(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> int:

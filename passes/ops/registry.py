@@ -17,30 +17,33 @@ class CollectiveOp(NamedTuple):
     """How ranks communicate in an op.
 
     Attributes:
-        moves: whether the op changes nothing but a value's layout.
         types: the SPMD types of its operand and of its result.
         forward: the collective of its forward, ``""`` for none.
         backward: the collective of its backward, ``""`` for none.
         group: the position of the argument that names the group, -1 for none.
     """
 
-    moves: bool
     types: str
     forward: str
     backward: str
     group: int
 
+    @property
+    def communicates(self) -> bool:
+        """Whether ranks communicate in the op, forward or backward."""
+        return bool(self.forward or self.backward)
+
 
 COLLECTIVES: dict[Callable[..., Any], CollectiveOp] = {
-    collectives.all_reduce: CollectiveOp(True, "P -> I", "all_reduce", "", 1),
-    collectives.all_gather: CollectiveOp(True, "V -> I", "all_gather", "", 2),
-    collectives.broadcast_from_first: CollectiveOp(True, "V -> I", "all_reduce", "", 1),
-    collectives.enter: CollectiveOp(True, "I -> R", "", "all_reduce", 1),
-    collectives.enter_overlapping: CollectiveOp(True, "V -> V", "", "all_reduce", 2),
-    norms.norm_over_shards: CollectiveOp(False, "V -> V", "all_gather", "all_reduce", 6),
-    vocabulary.vocab_parallel_cross_entropy: CollectiveOp(False, "V -> I", "all_gather", "", 6),
-    vocabulary.vocab_parallel_embedding: CollectiveOp(False, "V -> P", "", "", -1),  # but refuses ids out of range
-    collectives.start_all_reduce: CollectiveOp(False, "P -> I", "all_reduce", "", 1),  # in lowered graphs
-    collectives.wait: CollectiveOp(False, "P -> I", "", "", -1),
+    collectives.all_reduce: CollectiveOp("P -> I", "all_reduce", "", 1),
+    collectives.all_gather: CollectiveOp("V -> I", "all_gather", "", 2),
+    collectives.broadcast_from_first: CollectiveOp("V -> I", "all_reduce", "", 1),
+    collectives.enter: CollectiveOp("I -> R", "", "all_reduce", 1),
+    collectives.enter_overlapping: CollectiveOp("V -> V", "", "all_reduce", 2),
+    norms.norm_over_shards: CollectiveOp("V -> V", "all_gather", "all_reduce", 6),
+    vocabulary.vocab_parallel_cross_entropy: CollectiveOp("V -> I", "all_gather", "", 6),
+    vocabulary.vocab_parallel_embedding: CollectiveOp("V -> P", "", "", -1),  # but refuses ids out of range
+    collectives.start_all_reduce: CollectiveOp("P -> I", "all_reduce", "", 1),  # in lowered graphs only
+    collectives.wait: CollectiveOp("P -> I", "", "", -1),  # for the collective that start_all_reduce began
 }
 """All ranks run these in one order, and a pass removes none of them."""

@@ -28,5 +28,5 @@ def test_a_snapshot_sees_and_undoes() -> None:
     assert (inner.count, inner.last, inner.list, inner.table, inner.some) == (0, None, [], {}, set())
     assert inner.longest == 0
     for change in found.values():
-        change.again()
+        change.apply()
     assert {c.name for c in snapshot.diff()} == set(found)

@@ -145,7 +145,7 @@ def _parallelized_alone(model: nn.Module, *args: torch.Tensor) -> nn.Module:
     from autotp.runtime.graph_runtime import GraphRuntime
 
     programs = GraphCache(model, 2, DenseShapes.of(model))
-    programs.find(args, {})
+    programs.bind(args, {})
     agreement = Agreement(Mesh(0, 2, None), type(model).__name__, TIMEOUT)
     fabric = ProcessContext(agreement.mesh, 0, agreement.missing)
     GraphRuntime(model, programs, agreement, fabric).attach()

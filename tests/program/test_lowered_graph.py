@@ -40,7 +40,7 @@ def programs_of(name: str, tp: int) -> tuple[Any, dict[str, Any], GraphCache]:
     with Float64():
         model, kwargs = make(name)
         programs = GraphCache(model, tp, DenseShapes.of(model))
-        programs.find((), kwargs)
+        programs.bind((), kwargs)
     return model, kwargs, programs
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -17,8 +18,8 @@ from passes import ops
 
 def _graph(change: Callable[[fx.Graph], Any] = lambda graph: None) -> int:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-    program, _ = GraphCache(model, 2, DenseShapes.of(model)).find((torch.ones(2, 64),), {})
-    graph = copy.deepcopy(program.graph)
+    call = GraphCache(model, 2, DenseShapes.of(model)).bind((torch.ones(2, 64),), {})
+    graph = copy.deepcopy(call.entry.program.graph)
     change(graph)
     return graph_hash(graph, {})
 
@@ -51,13 +52,18 @@ def test_names_and_places_do_not_count_and_all_else_does() -> None:
     assert len({same, _graph(_retargeted), _graph(_rewired)}) == 3
 
 
-def test_the_order_of_what_communicates_counts() -> None:
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [(ops.all_reduce, ("tp",)), (ops.norm_over_shards, (None, None, 1e-5, (2, 2), True, "tp"))],
+    ids=["all_reduce", "norm_over_shards"],
+)
+def test_the_order_of_what_communicates_counts(op: Callable[..., Any], options: tuple[Any, ...]) -> None:
     def both(first: int) -> int:
         graph = fx.Graph()
         x, y = graph.placeholder("x"), graph.placeholder("y")
         sums: dict[int, fx.Node] = {}
         for i in (first, 1 - first):
-            sums[i] = graph.call_function(ops.all_reduce, ((x, y)[i], "tp"))
+            sums[i] = graph.call_function(op, ((x, y)[i], *options))
         graph.output((sums[0], sums[1]))
         return graph_hash(graph, {})
 
