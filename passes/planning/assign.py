@@ -58,11 +58,10 @@ def _shards_of(bits: bytes, shape: tuple[int, ...], tp: int) -> tuple[Shards | N
     """The shards of each dim of an array of rank bits; None for a dim that all ranks hold entirely."""
     ranks = np.frombuffer(bits, dtype=np.int64).reshape(shape)
     sets: list[list[IndexSet]] = [[] for _ in shape]
+    dims = range(ranks.ndim)
     for rank in range(tp):
         mask = (ranks >> rank) & 1 == 1
-        indices = [
-            np.flatnonzero(mask.any(axis=tuple(j for j in range(mask.ndim) if j != i))) for i in range(mask.ndim)
-        ]
+        indices = [np.flatnonzero(mask.any(axis=tuple(j for j in dims if j != i))) for i in dims]
         if not all(i.size for i in indices) or int(np.prod([i.size for i in indices])) != int(mask.sum()):
             return None
         for dim, array in enumerate(indices):

@@ -98,7 +98,9 @@ def _reason(node: fx.Node, choice: Choice, mixers: Mapping[int, fx.Node]) -> Rea
         if limit is not None and gain:
             limits[text] = limit
     if len(shape(node)) == 1 and texts:  # a bias, a norm's weight: as the features are
-        return Reason(f"runs along features that stay whole ({texts[0]})" if "kept together" in texts[0] else texts[0])
+        return Reason(
+            f"runs along features that stay unsplit ({texts[0]})" if "kept together" in texts[0] else texts[0]
+        )
     most = max(limits.values(), default=None)
     if most is not None and (most > 1 or not shared):
         return Reason(next(t for t in limits if limits[t] == most), most)

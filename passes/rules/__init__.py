@@ -1,19 +1,22 @@
 """Op rules: one class per family of ops, each in a file of its own.
 
 ========================  =======================================================
-``pointwise``             results index by index: add, mul, gelu, where, casts
+``pointwise``             ops that compute index by index: add, mul, gelu, where, casts
 ``random``                dropout and other random numbers
 ``movement``              views, transposes, slices, expands
 ``joins``                 cat, stack, pad
 ``contraction``           products: linear, matmul, addmm, einsum
-``convolution``           products along which something slides or changes: conv1d, grouped matrices
+``convolution``           products that vary along a dim: convolutions, grouped matrices
 ``attention``             scaled dot-product attention
 ``reduction``             sums, means, softmax, sorts
 ``normalization``         layer, RMS and group norms
 ``lookup``                embeddings and gathers
 ``loss``                  cross entropy
-``opaque``                everything else: whole, and named in the report
+``opaque``                everything else: on replicated values, named in the report
 ========================  =======================================================
+
+Rules emit their nodes through the ``builder``; it inserts each ``conversion`` that they need. A rule itself is the
+class in ``base``, where the registry is too; ``alignment`` matches the dims of operands.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ _OPAQUE = opaque.Opaque()
 
 
 def rule_of(node: fx.Node) -> Rule:
-    """The rule for a node: the one registered for its op; the pointwise one if torch tags the op so;
-    else the opaque one, which asks for whole inputs."""
+    """The rule for a node: the one registered for its op, or the pointwise one if torch tags the op as pointwise, or
+    else the opaque one, which needs replicated inputs."""
     if node.op == "call_function" and is_tensor(node):
         rule = registered(op_name(node))
         if rule is not None:

@@ -1,4 +1,4 @@
-"""base: what a rule is, and the registry of rules by op."""
+"""base: the class of all rules, and the registry of rules by op."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["Rule", "register", "registered"]
 
 
 class Rule:
-    """How labels pass through one kind of op, and what stands for the op in the rewritten graph.
+    """A rule for one kind of op: how labels pass through it, and how it is sharded.
 
-    ``propagate`` gives the labelled value of the result. ``shard`` emits, through the
-    :class:`~passes.shard.Builder`, the node that computes each rank's part of the result.
+    ``propagate`` labels the result. ``shard`` emits, through the :class:`~passes.rules.builder.Builder`, the node that
+    computes each rank's shard of the result.
     """
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
-        """Label the result of ``node``, whose tensor inputs are already in ``facts.values``."""
+        """The labelled result of ``node``; its tensor inputs are already in ``facts.values``."""
         raise NotImplementedError
 
     def shard(self, node: fx.Node, builder: Builder) -> None:
-        """Emit what stands for ``node``."""
+        """Emit the rewritten node that stands for ``node``."""
         raise NotImplementedError
 
 

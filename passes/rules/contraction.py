@@ -1,7 +1,7 @@
-"""Products. Each op's rule is its einsum: ``linear: "... i, o i, o -> ... o"``.
+"""contraction: products. Each op's rule is its einsum: ``linear: "... i, o i, o -> ... o"``.
 
-Along a letter of the result a split operand splits the result (column parallel, where the letter is
-a weight's); along a contracted letter it makes the result a pending sum (row parallel).
+An operand that is split along a letter of the result splits the result (column parallel, where the operand is a
+weight). An operand that is split along a contracted letter makes the result a partial sum (row parallel).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOVES = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.resha
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Whether a value is a parameter, or only a view or part of one."""
+    """Whether a value is a parameter, or a view of one."""
     while op_name(node) in MOVES:
         node = node.args[0]
     return node.op == "get_attr" and bool(node.meta.get("grad"))
@@ -38,51 +38,51 @@ def is_weight(node: fx.Node) -> bool:
 def contract(
     node: fx.Node, values: list[Value], letters: list[list[str]], out: list[str], facts: Facts, keep: bool = True
 ) -> tuple[Alignment, Value] | None:
-    """Label the result of a product and record over which labels it is a pending sum.
+    """Label the result of a product, and record the labels over which it is a partial sum.
 
     Args:
         node: the product.
-        values: its operands; one whose letters are all in the result may be a bias.
+        values: its operands; one with only letters of the result may be a bias.
         letters: per operand, a letter for each dim.
         out: the result's letters.
-        facts: where everything is recorded.
-        keep: whether a sum over split labels may stay pending; if not, they are mixed.
+        facts: the facts in which everything is recorded.
+        keep: whether a sum over split labels may stay partial; if not, the labels are mixed.
 
     Returns:
         The alignment and the labelled result; None where dims cannot be aligned.
     """
-    found = align(values, letters, out, facts.units)
-    if found is None:
+    aligned = align(values, letters, out, facts.units)
+    if aligned is None:
         return None
-    alignment, refined = found
+    alignment, refined = aligned
     summed = {key for key in alignment.sizes if key[0] not in out}
     across, inside = [], []
-    for each in keyed_factors(alignment, refined):
-        for keys, labels in each:
-            own = [k for k in keys if k in summed]
-            if not own:
+    for factors in keyed_factors(alignment, refined):
+        for keys, labels in factors:
+            summed_keys = [k for k in keys if k in summed]
+            if not summed_keys:
                 across.append((keys, labels))
                 continue
-            if len(own) == len(keys) and keep:
+            if len(summed_keys) == len(keys) and keep:
                 inside.append((keys, labels))
                 continue
-            rest = facts.mix(node, Factor(tuple(range(len(keys))), labels), [keys.index(k) for k in own])
-            if rest is not None:  # what is summed over inside it is needed with it
+            rest = facts.mix(node, Factor(tuple(range(len(keys))), labels), [keys.index(k) for k in summed_keys])
+            if rest is not None:  # the summed labels are needed with those of the result
                 across.append((tuple(keys[i] for i in rest.dims), rest.labels))
                 inside.append((keys, labels))
     pending = [f for f in inside if set(f[0]) <= summed]
     combine(inside, facts.units, across=summed)
-    kept = combine(across, facts.units, across=alignment.sizes)
+    combined = combine(across, facts.units, across=alignment.sizes)
     facts.pending[node] = [labels for _, labels in pending]
-    facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in kept + pending])
-    return alignment, as_value(alignment, kept)
+    facts.work[node] = (tuple(alignment.sizes.values()), [labels for _, labels in combined + pending])
+    return alignment, as_value(alignment, combined)
 
 
 class Contraction(Rule):
-    """A product given by an einsum over its tensor operands in order."""
+    """A product that is an einsum over its tensor operands in order."""
 
     def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]] | None:
-        """The operands, their letters and the result's letters."""
+        """The operands, their letters and the result's letters; None where the op is no plain einsum."""
         raise NotImplementedError
 
     def bias(self, node: fx.Node) -> Any:
@@ -94,10 +94,10 @@ class Contraction(Rule):
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
         if equation is not None:
             operands, letters, out = equation
-            found = contract(node, [facts.values[n] for n in operands], letters, out, facts)
-            if found is not None:
-                facts.alignments[node] = (found[0], operands)
-                return found[1]
+            product = contract(node, [facts.values[n] for n in operands], letters, out, facts)
+            if product is not None:
+                facts.alignments[node] = (product[0], operands)
+                return product[1]
         facts.opaque(node, operands)
         return facts.units.labelled(shape(node))
 
@@ -109,19 +109,19 @@ class Contraction(Rule):
         weights = [n for n in operands if is_weight(n) and n is not self.bias(node)]
         if not builder.layout(node).whole:
             keys = builder.out_keys(node, alignment)
-            wanted = [builder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
-            if keys and all(w is not None for w in wanted):
-                local = {id(n): builder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w is not None}
-                column = any(not w.whole for n, w in zip(operands, wanted, strict=True) if n in weights and w)
+            layouts = [builder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+            if keys and all(w is not None for w in layouts):
+                local = {id(n): builder.local(n, w) for n, w in zip(operands, layouts, strict=True) if w is not None}
+                column = any(not w.whole for n, w in zip(operands, layouts, strict=True) if n in weights and w)
                 target = ops.COLUMN_PARALLEL.get(op_name(node)) if column else None
                 self._emit(node, target or node.target, local, builder, layout=builder.layout(node))
                 return
         keys = self._split_sum(node, alignment, operands, builder)
         if keys:
-            kept = [n for n in operands if n is not self.bias(node)]
-            wanted = [builder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
-            if all(w is not None for w in wanted):
-                local = {id(n): builder.local(n, w) for n, w in zip(operands, wanted, strict=True) if w and n in kept}
+            layouts = [builder.operand_layout(n, alignment, i, keys) for i, n in enumerate(operands)]
+            if all(w is not None for w in layouts):
+                factors = [(n, w) for n, w in zip(operands, layouts, strict=True) if w and n is not self.bias(node)]
+                local = {id(n): builder.local(n, w) for n, w in factors}
                 row = ops.ROW_PARALLEL.get(op_name(node)) if weights else None
                 self._emit_pending(node, row, local, builder)
                 return
@@ -129,7 +129,11 @@ class Contraction(Rule):
 
     @staticmethod
     def _split_sum(node: fx.Node, alignment: Alignment, operands: list[fx.Node], builder: Builder) -> dict[Key, Shards]:
-        """Shards of the contracted letters that count every index once, as the plan splits one operand."""
+        """The shards of contracted letters, as the plan splits an operand along them, with each index on one rank.
+
+        Returns:
+            The shards by key; none if no operand is split along contracted letters only.
+        """
         out = set(alignment.out[1])
         for i, operand in enumerate(operands):
             axes, names = alignment.operands[i]
@@ -188,7 +192,7 @@ class Matmul(Contraction):
 class TriangularSolve(Contraction):
     """``"... i j, ... j k -> ... i k"``, or ``"... k i, ... i j -> ... k j"`` from the right.
 
-    The system's own dims are never split: each row is solved from others.
+    The system's own dims are never split: each row's solution depends on other rows.
     """
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
@@ -198,14 +202,14 @@ class TriangularSolve(Contraction):
         left = node.kwargs.get("left", True)
         letters = [[*lead[0], "i", "j"], [*lead[1], *("jk" if left else "ki")]]
         out = [*max(lead, key=len), *("ik" if left else "kj")]
-        inside = [[d for d, x in enumerate(each) if x in "ij"] for each in letters]
-        values = [without(node, facts.values[n], dims, facts) for n, dims in zip((system, right), inside, strict=True)]
-        found = contract(node, values, letters, out, facts)
-        if found is None:
+        inner = [[d for d, x in enumerate(names) if x in "ij"] for names in letters]
+        values = [without(node, facts.values[n], dims, facts) for n, dims in zip((system, right), inner, strict=True)]
+        product = contract(node, values, letters, out, facts)
+        if product is None:
             facts.opaque(node, [system, right])
             return facts.units.labelled(shape(node))
-        facts.alignments[node] = found[0], [system, right]
-        return found[1]
+        facts.alignments[node] = product[0], [system, right]
+        return product[1]
 
 
 @register("aten.addmm", "aten.baddbmm")
@@ -234,14 +238,14 @@ class AddMatmul(Contraction):
         if beta != 0:
             addend = builder.replicated(bias)
             if beta != 1:
-                of = builder.value(bias)
-                addend = builder.call(aten.mul.Tensor, (addend, beta), state="whole", value=of, shaped=False)
+                scaled = builder.value(bias)
+                addend = builder.call(aten.mul.Tensor, (addend, beta), state="whole", value=scaled, shaped=False)
         builder.record(node, total, pending=True, addend=addend)
 
 
 @register("aten.einsum")
 class Einsum(Contraction):
-    """The equation is the op's own."""
+    """The rule's equation is the op's own equation."""
 
     def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[list[str]], list[str]] | None:
         text, operands = node.args[0].replace(" ", ""), list(node.args[1])
@@ -253,11 +257,12 @@ class Einsum(Contraction):
         rest = [len(shape(n)) - len(t.replace("...", "")) for n, t in zip(operands, terms, strict=True)]
         most = max(rest)
 
-        def spelled(term: str, dots: int) -> list[str]:
+        def names(term: str, dots: int) -> list[str]:
+            """The letters of a term, with names for the ``dots`` dims that its dots stand for."""
             before, _, after = term.partition("...")
             return [*before, *(f"b{i}" for i in range(most - dots, most)), *after] if "..." in term else list(term)
 
-        spelt = [spelled(t, r) for t, r in zip(terms, rest, strict=True)]
-        if any(len(set(s)) < len(s) for s in spelt):  # a diagonal
+        letters_of_terms = [names(t, r) for t, r in zip(terms, rest, strict=True)]
+        if any(len(set(x)) < len(x) for x in letters_of_terms):  # a diagonal
             return None
-        return operands, spelt, spelled(out, most)
+        return operands, letters_of_terms, names(out, most)

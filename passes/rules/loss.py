@@ -1,4 +1,4 @@
-"""Cross entropy over classes that may be split: ``"n c, n -> n"``."""
+"""loss: cross entropy over classes that may be split: ``"n c, n -> n"``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ __all__ = ["CrossEntropy"]
 
 @register("aten.cross_entropy_loss")
 class CrossEntropy(Rule):
-    """With plain class targets, ranks share their classes' sums instead of their logits."""
+    """With integer targets the ranks exchange the sums over their classes, not their logits."""
 
     @staticmethod
-    def _plain(node: fx.Node) -> bool:
+    def _is_plain(node: fx.Node) -> bool:
+        """Whether the logits are a matrix and the targets integers."""
         logits, target = node.args[:2]
         return not target.meta["val"].is_floating_point() and len(shape(logits)) == 2
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         logits = facts.values[node.args[0]]
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
-        classes = set(logits.virtual(1)) if self._plain(node) else set()
+        classes = set(logits.virtual(1)) if self._is_plain(node) else set()
         rows = [f for f in logits.factors if not classes & set(f.dims)]
-        apart = [f for f in logits.factors if set(f.dims) <= classes]
-        if len(rows) + len(apart) != len(logits.factors) or not classes:
+        columns = [f for f in logits.factors if set(f.dims) <= classes]
+        if len(rows) + len(columns) != len(logits.factors) or not classes:
             facts.opaque(node, operands)
         else:
             for factor in rows:
@@ -44,9 +45,9 @@ class CrossEntropy(Rule):
     def shard(self, node: fx.Node, builder: Builder) -> None:
         logits, target = node.args[:2]
         rest: list[Any] = list(node.args[2:])
-        held: Any = builder.layout(logits)
+        layout = builder.layout(logits)
         classes: Any = builder.facts.alignments.get(node)
-        split = held.dims.get(classes[0]) if classes and len(classes) == 1 and len(held.shards) == 1 else None
+        split = layout.dims.get(classes[0]) if classes and len(classes) == 1 and len(layout.shards) == 1 else None
         if split is None or not split.owned.covers or any(len(s.runs) != 1 for s in split.owned.ranks):
             builder.copy(node)
             return

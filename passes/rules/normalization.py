@@ -1,4 +1,4 @@
-"""Fused norms: ``"... n, n, n -> ... n"``; over a split ``n`` the ranks exchange a few numbers a row."""
+"""normalization: fused norms, ``"... n, n, n -> ... n"``; over a split ``n`` the ranks exchange a few numbers a row."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Normalization(Pointwise):
         rank, normalized = len(shape(node)), len(node.args[1])
         out = [f"d{i}" for i in range(rank)]
         letters = [out if i == 0 else out[rank - normalized :] for i in range(len(operands))]
-        found = align([facts.values[n] for n in operands], letters, out, facts.units)
-        if found is None:
+        aligned = align([facts.values[n] for n in operands], letters, out, facts.units)
+        if aligned is None:
             facts.opaque(node, operands)
             return facts.units.labelled(shape(node))
-        alignment, refined = found
+        alignment, refined = aligned
         inner = set(out[rank - normalized :])
         factors = []
-        for keys, labels in (f for each in keyed_factors(alignment, refined) for f in each):
+        for keys, labels in (f for keyed in keyed_factors(alignment, refined) for f in keyed):
             mixed = [i for i, k in enumerate(keys) if k[0] in inner]
             if mixed and len(mixed) == len(keys) and normalized == 1:
                 facts.exchanged.setdefault(node, []).append(labels)
@@ -56,9 +56,9 @@ class Normalization(Pointwise):
         if normalized > 1 or len(layout.shards) > 1 or local is None or not (shards.disjoint or shards.replicas):
             builder.copy(node)
             return
-        each = math.prod(value.sizes[i].number for i in inner if i != v)
-        first = {group[0] for group in shards.replicas or ()} or set(range(builder.tp))
-        counts = tuple(each * n if r in first else 0 for r, n in enumerate(shards.counts))
+        per_index = math.prod(value.sizes[i].number for i in inner if i != v)
+        first = {group[0] for group in shards.replicas or ()} or set(range(builder.tp))  # of ranks with the same shard
+        counts = tuple(per_index * n if r in first else 0 for r, n in enumerate(shards.counts))
         centered = op_name(node) == "aten.layer_norm"
         x, weight, bias, eps = self._arguments(node, centered)
         args = (local[x], *(None if n is None else local[n] for n in (weight, bias)), eps, counts, centered)

@@ -1,4 +1,4 @@
-"""Ops without a rule: whole in, whole out, and said so by name."""
+"""opaque: ops without a rule, which run on replicated values; the report names them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Opaque"]
 
 
 class Opaque(Rule):
-    """Needs its inputs whole. What it makes is whole too, but may be narrowed afterwards."""
+    """An op on replicated inputs. Its result is replicated too, but may be narrowed afterwards."""
 
     def propagate(self, node: fx.Node, facts: Facts) -> Value:
         facts.opaque(node, [n for n in node.all_input_nodes if is_tensor(n)])

@@ -1,4 +1,4 @@
-"""random: random ops (dropout): the same on whole values, each rank's own on shards."""
+"""random: ops that draw random numbers, such as dropout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from passes.rules.pointwise import Pointwise
 @register("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.bernoulli", "aten.rand_like",
           "aten.randn_like", "aten.rrelu")  # fmt: skip
 class Random(Pointwise):
-    """Pointwise and random: on whole values all ranks draw the same, on shards each draws its own."""
+    """A pointwise op: on replicated values all ranks draw the same numbers, on shards each rank draws its own."""
 
     def shard(self, node: fx.Node, builder: Builder) -> None:
         if builder.layout(node).whole or not all(s.disjoint for _, s in builder.layout(node).shards):
