@@ -63,7 +63,7 @@ def _gives_complete_gradients(node: fx.Node) -> bool:
 
 
 def _enter_shared_weights(graph: fx.Graph) -> None:
-    """Insert an ``enter`` for the split parameters of which several ranks hold the same indices, over just those ranks.
+    """Insert an ``enter`` for each split parameter whose shards overlap, over just the ranks with the same indices.
 
     Parameters that end in the same sum (keys' and values' weights, biases and norms of one attention) enter together.
     """
