@@ -60,9 +60,10 @@ def test_dicts_with_other_keys_than_strings_stay_as_they_are() -> None:
 def test_each_order_computes_what_the_model_does(masks: dict[str, torch.Tensor]) -> None:
     model = Masked()
     programs = GraphCache(model, 1, DenseShapes.of(model))
-    program, of = programs.find((X, masks), {})
+    call = programs.bind((X, masks), {})
+    program = call.entry.program
     expected, names = model(X, masks)
-    found, said = program.unflatten(programs.graph(program, 0)(*of.local(program.inputs, 0)))
+    found, said = program.unflatten(programs.graph(program, 0)(*call.local(0)))
     torch.testing.assert_close(found, expected)
     assert said == names == " ".join(masks)
 

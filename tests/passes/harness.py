@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from autotp.capture.capture import capture
 from autotp.capture.captured_graph import CapturedGraph, DenseShapes
 from autotp.program.rank_graph import RankGraph
 from autotp.program.sharded_program import ShardedProgram, shard_graph
+from autotp.runtime.bound_call import BoundCall, CacheEntry
 from autotp.verification.simulation import Simulation
 from passes import Layout, Lowering, Shards
 from passes import check as prove
@@ -37,11 +39,12 @@ class OneProgram:
 
     def __init__(self, model: nn.Module, program: ShardedProgram) -> None:
         self.model, self.last, self._graphs = model, program, {}
-        self.dense = DenseShapes.of(model)
-        self.memory = ModuleStateTracker(model)
+        self.captures = SimpleNamespace(dense=DenseShapes.of(model))
+        self.state = ModuleStateTracker(model)
 
-    def find(self, args: Any, kwargs: Any) -> tuple[ShardedProgram, Arguments]:
-        return self.last, Arguments(args, kwargs)
+    def bind(self, args: Any, kwargs: Any) -> BoundCall:
+        arguments = Arguments(args, kwargs)
+        return BoundCall(CacheEntry(0, self.last), arguments.tensors, arguments.objects, ())
 
     def graph(self, program: ShardedProgram, rank: int) -> RankGraph:
         return self._graphs.setdefault(rank, RankGraph(program, rank, self.model))
