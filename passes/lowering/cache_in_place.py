@@ -75,7 +75,7 @@ _STRIDED = {"aten.scaled_dot_product_attention", "aten.matmul", "aten.transpose"
 
 
 def _append_in_place(node: fx.Node, output: fx.Node) -> bool:
-    """Make a concatenation of an input and another value ``cat_in_place``; returns whether it was one."""
+    """Make a concatenation of an input and another value a ``cat_in_place``; returns whether the node was one."""
     if op_name(node) != "aten.cat" or len(node.args[0]) != 2:
         return False
     (old, new), dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
@@ -93,7 +93,7 @@ _IN_PLACE = {aten.index_copy.default: aten.index_copy_.default, aten.index_put.d
 
 
 def _write_in_place(node: fx.Node, cache: fx.Node) -> bool:
-    """Write rows that are replaced in an input directly into it; returns whether the result is such an input."""
+    """Make a node that replaces rows of an input write them into the input; returns whether it was one."""
     if node.target not in _IN_PLACE or node.args[0] is not cache or local(node) != local(cache):
         return False
     if any(user is not node and op_name(user) != "aten.sym_size" for user in cache.users):
@@ -127,7 +127,7 @@ def _slice_arguments(node: Any, skip: int = 1) -> tuple[Any, ...]:
 
 
 def _write_slice_in_place(node: fx.Node, cache: fx.Node) -> bool:
-    """Write a slice that is replaced in an input, however nested, directly into it; returns whether there is one."""
+    """Make a node that replaces a slice of an input, however nested, a ``write_slice``; returns whether it was one."""
     if local(node) != local(cache) or cache.op != "placeholder":
         return False
     slices, written, base = [], node, cache
