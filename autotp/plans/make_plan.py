@@ -1,4 +1,4 @@
-"""planning: the plan of a model, read off its rewritten graphs, and what a user is told of it."""
+"""make_plan: read the plan of a model off its rewritten graphs, and warn the user of weights that stay unsplit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["announce", "make_plan", "plan_of"]
 
 
 def _elements(value: Any) -> tuple[int, int]:
-    """A (fake) tensor's number of elements at the example inputs' size, and its bytes an element."""
+    """The number of elements of a (fake) tensor for the example inputs, and its bytes an element."""
     if not isinstance(value, torch.Tensor):
         return 0, 0
     total = 1
@@ -38,7 +38,12 @@ def _elements(value: Any) -> tuple[int, int]:
 
 
 def _needed(graph: fx.Graph, value: str) -> dict[fx.Node, bool]:
-    """Whether the call that a graph was captured with needs a gradient of each node, whose tensor is in ``value``."""
+    """For each node, whether the captured call needs its gradient.
+
+    Args:
+        graph: the dense or the rewritten graph.
+        value: the key of the node's tensor in ``node.meta``.
+    """
     needed: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -51,7 +56,8 @@ def _needed(graph: fx.Graph, value: str) -> dict[fx.Node, bool]:
 
 
 def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
-    found = []
+    """The collectives of a rewritten graph, forward and backward."""
+    collectives: list[Collective] = []
     needed = _needed(graph, "global")
     for node in graph.nodes:
         if node.target not in COLLECTIVES:
@@ -60,8 +66,8 @@ def _collectives(graph: fx.Graph, tp: int) -> list[Collective]:
         for kind, when in ((forward, "forward"), (backward if needed[node] else "", "backward")):
             if kind:
                 size, module = _size(node, kind, tp), node.meta.get("module", "")
-                found.append(Collective(kind, when, node.name, module, *size, node.args[group]))
-    return found
+                collectives.append(Collective(kind, when, node.name, module, *size, node.args[group]))
+    return collectives
 
 
 def _size(node: fx.Node, kind: str, tp: int) -> tuple[int, int]:
@@ -93,30 +99,31 @@ _STYLES = {
 
 
 def _style(node: fx.Node) -> str:
-    """How a split weight is used: by the product, or look-up, that it reaches."""
+    """The style of a split weight, by the first product or look-up that uses it."""
     for user in node.users:
         if user.target in _STYLES:
             return _STYLES[user.target]
         follow = user.target in (ops.enter, ops.enter_overlapping, operator.getitem)
         if follow or op_name(user) in MOVES:
-            found = _style(user)
-            if found != "split":
-                return found
+            style = _style(user)
+            if style != "split":
+                return style
     return "split"
 
 
 def _why(weight: Layout, style: str, units: str) -> str:
-    shared = [s for _, s in weight.shards if not s.disjoint]
+    """The reason for a split weight's layout."""
+    overlapping = any(not s.disjoint for _, s in weight.shards)
     if style == "row":
-        text = f"contracts {units}: a pending sum, reduced once"
+        text = f"contracts {units}: a partial sum, reduced once"
     elif style == "vocabulary":
         text = "each rank looks up its own words, reduced once"
     elif style == "column":
         text = f"makes {units}"
     else:
         text = f"belongs to {units}"
-    if shared:
-        text += "; shared by ranks that need the same part, gradients summed among them"
+    if overlapping:
+        text += "; ranks that need the same shard share it and sum its gradients"
     return text
 
 
@@ -124,7 +131,7 @@ _UNUSED = "not used in the captured call"
 
 
 def _weights(rewritten: ShardedProgram, part: CapturedModule) -> Iterator[Weight]:
-    """What a part's program makes of each of its weights, under the model's names."""
+    """The plan of each weight of a captured module, under the weight's name in the model."""
     nodes = {str(n.target): n for n in rewritten.graph.nodes if n.op == "get_attr"}
     parameters = dict(part.module.named_parameters())
     for name, full in part.names.items():
@@ -142,7 +149,7 @@ def _weights(rewritten: ShardedProgram, part: CapturedModule) -> Iterator[Weight
 
 
 def _fewest(rewritten: ShardedProgram) -> dict[str, tuple[int, int]]:
-    """The fewest collectives in a forward and a backward, and their bytes at the example inputs' size."""
+    """The fewest collectives in a forward and a backward, and their bytes for the example inputs."""
 
     def size(node: fx.Node, when: str) -> int:
         if node in rewritten.minimum.norms:  # gathered forward, summed backward
@@ -165,19 +172,19 @@ def _fewest(rewritten: ShardedProgram) -> dict[str, tuple[int, int]]:
     return {when: (len(nodes), sum(size(n, when) for n in nodes)) for when, nodes in both.items()}
 
 
-def plan_of(division: Partition, tp: int) -> Plan:
-    """The plan that a model follows, whole or in parts: a part's collectives count once for each of its calls."""
-    found: dict[str, Weight] = {}
+def plan_of(partition: Partition, tp: int) -> Plan:
+    """The plan that a partition follows. The collectives of a captured module count once for each of its calls."""
+    planned: dict[str, Weight] = {}
     collectives, gathered = [], []
     fewest = {"forward": (0, 0), "backward": (0, 0)}
-    for part in [*division.parts, *division.idle]:
+    for part in [*partition.parts, *partition.idle]:
         prefix = f"{part.path.replace('.', '_')}_" if part.path else ""
         for call in part.calls:
             rewritten = part.cache.bind(call.args, call.kwargs).entry.program
             for weight in _weights(rewritten, part):
-                if found.get(weight.name, weight).why == _UNUSED or weight.name not in found:
-                    found[weight.name] = weight
-            if part in division.idle:
+                if planned.get(weight.name, weight).why == _UNUSED or weight.name not in planned:
+                    planned[weight.name] = weight
+            if part in partition.idle:
                 continue
             for c in _collectives(rewritten.graph, tp):
                 module = ".".join(x for x in (part.path, c.module) if x)
@@ -186,54 +193,56 @@ def plan_of(division: Partition, tp: int) -> Plan:
                 fewest[when] = fewest[when][0] + count, fewest[when][1] + size
             gathered += [f"{prefix}{node.name} for {op}" for node, op in rewritten.gathered]
     weights = [
-        found.get(n) or Weight(n, tuple(p.shape), p.element_size(), "whole", {}, "in Python that is not captured")
-        for n, p in division.model.named_parameters()
+        planned.get(n) or Weight(n, tuple(p.shape), p.element_size(), "whole", {}, "in Python that is not captured")
+        for n, p in partition.model.named_parameters()
     ]
     return Plan(
-        type(division.model).__name__,
+        type(partition.model).__name__,
         tp,
         tuple(weights),
         tuple(collectives),
         fewest,
         tuple(dict.fromkeys(gathered)),
-        tuple(division.seams),
+        tuple(partition.seams),
     )
 
 
 BEARABLE = 0.01
-"""The share of a model's parameters that may stay whole without a word: routers, small heads."""
+"""The fraction of a model's parameters that may stay unsplit without a warning: routers, small heads."""
 
 
-def announce(plan: Plan, division: Partition, strict: bool = False, stacklevel: int = 3) -> None:
-    """Tell the user what stays whole although it is worth splitting: because it has too few pieces for the ranks
-    (where that makes ``BEARABLE`` of the parameters or more), or is not captured.
+def announce(plan: Plan, partition: Partition, strict: bool = False, stacklevel: int = 3) -> None:
+    """Warn of weights that stay unsplit although splitting pays: they are not captured, or have too few pieces.
+
+    Too few pieces for the ranks are worth a warning if the weights make up ``BEARABLE`` of the parameters or more.
 
     Args:
-        plan: the division's plan.
-        division: what is to run.
-        strict: whether to refuse it.
-        stacklevel: of the warnings.
+        plan: the partition's plan.
+        partition: the captured model.
+        strict: raise an error in place of warnings.
+        stacklevel: the ``stacklevel`` of the warnings.
 
     Raises:
-        PlanError: there is such a thing, and ``strict``.
+        PlanError: there is something to warn of, and ``strict``.
 
     Warns:
         PartialCaptureWarning: the model runs in parts.
-        WholeWeightWarning: weights stay whole.
+        WholeWeightWarning: weights stay unsplit.
     """
-    seams = str(division) if division.seams else ""
+    graph_breaks = str(partition) if partition.seams else ""
     share = sum(w.elements for w in plan.obstacles) / max(plan.parameters(), 1)
     obstacles = obstacles_text(plan) if share >= BEARABLE else ""
-    if strict and (seams or obstacles):
-        raise PlanError("\n".join(x for x in (seams, obstacles, "strict=True asks for all of it to be split.") if x))
-    if seams:
-        warnings.warn(seams, PartialCaptureWarning, stacklevel=stacklevel)
+    if strict and (graph_breaks or obstacles):
+        message = (graph_breaks, obstacles, "strict=True asks for all of it to be split.")
+        raise PlanError("\n".join(paragraph for paragraph in message if paragraph))
+    if graph_breaks:
+        warnings.warn(graph_breaks, PartialCaptureWarning, stacklevel=stacklevel)
     if obstacles:
         warnings.warn(obstacles, WholeWeightWarning, stacklevel=stacklevel)
 
 
 def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None, strict: bool = False) -> Plan:
-    """The plan for splitting ``model`` over ``tp`` ranks; nothing is changed.
+    """The plan for splitting ``model`` over ``tp`` ranks. The model stays as it is.
 
     No process group is needed and no weight is read: the model may be on the meta device.
 
@@ -245,12 +254,12 @@ def make_plan(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None
 
     Raises:
         CaptureError: no part of the model can be captured.
-        PlanError: with ``strict``, something stays whole that is worth splitting.
+        PlanError: with ``strict``, something stays unsplit that is worth splitting.
 
     Example:
         >>> print(autotp.plan(model, tp=4))
     """
-    division = prepare(model, tp, example_inputs)
-    plan = plan_of(division, tp)
-    announce(plan, division, strict)
+    partition = prepare(model, tp, example_inputs)
+    plan = plan_of(partition, tp)
+    announce(plan, partition, strict)
     return plan

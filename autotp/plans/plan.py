@@ -1,4 +1,4 @@
-"""The plan: what each weight becomes, what is communicated, and why. A value to print, save and feed back."""
+"""plan: the layout of each weight, the collectives, and the reasons; a value to print, save, load and follow."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from autotp.capture.graph_breaks import GraphBreak, folded_breaks
 from autotp.errors import PlanError
 from autotp.modules.names import block_of, folded_text
+from autotp.utils.renamed import renamed
 from autotp.utils.tables import bytes_text, render
 from passes import IndexSet, Layout, Shards
 
@@ -39,11 +40,11 @@ class Weight:
         name: its fully qualified name.
         shape: its dense shape.
         itemsize: bytes an element.
-        style: ``column``, ``row``, ``vocabulary``, ``split`` (by another op) or ``whole``.
+        style: how it is split: ``column``, ``row``, ``vocabulary``, ``split`` (by another op), or ``whole`` (unsplit).
         shards: the split dims.
         why: the reason.
-        limit: of a weight that is whole because it has too few pieces for the ranks: the most ranks that it could
-            be split over; 1 if over none. None else.
+        limit: the most ranks that an unsplit weight could be split over, 1 if over none. None for a weight that is
+            split, or unsplit for another reason than too few pieces for the ranks.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Weight:
         return math.prod(self.shape)
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
-        """The shape that a rank holds."""
+        """The shape of a rank's shard."""
         return tuple(len(self.shards[d].ranks[rank]) if d in self.shards else n for d, n in enumerate(self.shape))
 
 
@@ -71,9 +72,9 @@ class Collective:
     Attributes:
         kind: ``all_reduce`` or ``all_gather``.
         when: ``forward`` or ``backward``.
-        of: the rewritten graph's node.
-        module: the module it stands in.
-        elements: the size of its result at the example inputs' size.
+        of: the name of its node in the rewritten graph.
+        module: the module that the node belongs to.
+        elements: the number of elements of its result, for the example inputs.
         itemsize: bytes an element.
         group: the group's name.
     """
@@ -88,13 +89,20 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """The size of its result in bytes, at the example inputs' size."""
+        """The number of bytes of its result, for the example inputs."""
         return self.elements * self.itemsize
 
 
+class _OldNames:
+    """Names that the attributes of a plan had before version 0.2."""
+
+    seams = renamed("seams", "graph_breaks")
+    stored = renamed("stored", "weight_layouts")
+
+
 @dataclass(frozen=True)
-class Plan:
-    """What autotp will do to a model: every weight's layout and why, and every collective.
+class Plan(_OldNames):
+    """What autotp will do to a model: each weight's layout with its reason, and each collective.
 
     ``print`` it for a table; :meth:`save` and :meth:`load` it as JSON; pass it to
     ``autotp.parallelize(model, tp, plan=plan)``.
@@ -103,11 +111,11 @@ class Plan:
         model: the model's class.
         tp: the number of ranks.
         weights: its parameters.
-        collectives: what a forward and a backward communicate.
+        collectives: the collectives of a forward and a backward.
         fewest: for ``forward`` and ``backward`` the fewest collectives that these layouts leave possible, and
-            their bytes at the example inputs' size (:func:`passes.minimum`).
-        gathered: split values that some op needs whole.
-        seams: where capture ended.
+            their bytes for the example inputs (:func:`passes.minimum`).
+        gathered: sharded values that are all-gathered for an op that needs all of them.
+        graph_breaks: the places where capture ended.
     """
 
     model: str
@@ -116,24 +124,24 @@ class Plan:
     collectives: tuple[Collective, ...]
     fewest: Mapping[str, tuple[int, int]]
     gathered: tuple[str, ...] = ()
-    seams: tuple[GraphBreak, ...] = ()
+    graph_breaks: tuple[GraphBreak, ...] = ()
 
     @property
     def weight_layouts(self) -> dict[str, Layout]:
-        """The split weights' layouts, by name, as the passes take them."""
+        """The layouts of the split weights, by name."""
         return {w.name: Layout.of(dict(w.shards)) for w in self.weights if w.shards}
 
     def parameters(self, rank: int | None = None) -> int:
-        """How many parameters a rank holds; the dense model for None."""
+        """The number of parameters that a rank holds, or the dense model for None."""
         return sum(math.prod(w.shape if rank is None else w.local_shape(rank)) for w in self.weights)
 
     def bytes(self, rank: int | None = None) -> int:
-        """How many bytes of parameters a rank holds; the dense model for None."""
+        """The bytes of parameters that a rank holds, or the dense model for None."""
         return sum(w.itemsize * math.prod(w.shape if rank is None else w.local_shape(rank)) for w in self.weights)
 
     @property
     def share_split(self) -> float:
-        """The share of the elements of weights with two dims or more that are split."""
+        """The fraction of matrix elements (weights with two dims or more) that belong to split weights."""
         matrices = [w for w in self.weights if len(w.shape) > 1]
         return sum(w.elements for w in matrices if w.shards) / max(sum(w.elements for w in matrices), 1)
 
@@ -143,23 +151,23 @@ class Plan:
 
     @property
     def obstacles(self) -> list[Weight]:
-        """The weights that stay whole because they have too few pieces for the ranks, or none."""
+        """The weights that stay unsplit because they have too few pieces for the ranks, or cannot be split."""
         return [w for w in self.weights if w.limit is not None]
 
     def check(self, model: nn.Module, tp: int) -> None:
         """Raise if the plan is not for this model and this number of ranks.
 
         Raises:
-            PlanError: it says what differs.
+            PlanError: the message names the mismatch.
         """
         if self.tp != tp:
             raise PlanError(f"the plan is for tp={self.tp}, not for tp={tp}: make one with autotp.plan(model, {tp})")
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        mine = {w.name: w.shape for w in self.weights}
-        for name in sorted(shapes.keys() | mine.keys()):
-            if shapes.get(name) != mine.get(name):
+        planned = {w.name: w.shape for w in self.weights}
+        for name in sorted(shapes.keys() | planned.keys()):
+            if shapes.get(name) != planned.get(name):
                 raise PlanError(
-                    f"the plan is for another model: {name} has shape {mine.get(name, 'none')} in the plan and "
+                    f"the plan is for another model: {name} has shape {planned.get(name, 'none')} in the plan and "
                     f"{shapes.get(name, 'none')} in the model"
                 )
 
@@ -190,11 +198,11 @@ class Plan:
         }
         return json.dumps({"model": self.model, "tp": self.tp, "totals": totals, "weights": weights,
                            "collectives": collectives, "fewest": dict(self.fewest), "gathered": list(self.gathered),
-                           "seams": [vars(s) for s in self.seams]}, indent=1)  # fmt: skip
+                           "graph_breaks": [vars(b) for b in self.graph_breaks]}, indent=1)  # fmt: skip
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The plan that :meth:`to_json` wrote."""
+        """The plan that :meth:`to_json` wrote, in this version or in 0.1, where graph breaks were called seams."""
         data = json.loads(text)
         weights = []
         for w in data["weights"]:
@@ -206,9 +214,9 @@ class Plan:
             weights.append(Weight(w["name"], shape, w["itemsize"], w["style"], shards, w["why"], w["limit"]))
         collectives = [Collective(**{k: v for k, v in c.items() if k != "bytes"}) for c in data["collectives"]]
         fewest = {when: (count, size) for when, (count, size) in data["fewest"].items()}
-        seams = tuple(GraphBreak(**s) for s in data["seams"])
+        graph_breaks = tuple(GraphBreak(**b) for b in data.get("graph_breaks", data.get("seams", ())))
         gathered = tuple(data["gathered"])
-        return Plan(data["model"], data["tp"], tuple(weights), tuple(collectives), fewest, gathered, seams)
+        return Plan(data["model"], data["tp"], tuple(weights), tuple(collectives), fewest, gathered, graph_breaks)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -224,7 +232,7 @@ class Plan:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """An empty table; a column whose name ends in ``>`` is set to the right."""
+    """An empty table; a column whose name ends in ``>`` is aligned to the right."""
     table = Table(title=title, title_justify="left", pad_edge=False, box=None)
     for name in columns:
         table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left")
@@ -232,24 +240,26 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
+    """A shape as text: ``64x32``."""
     return "x".join(map(str, shape)) or "scalar"
 
 
 def _local(w: Weight, tp: int) -> str:
+    """The distinct shapes of a weight's shards as text."""
     shapes = list(dict.fromkeys(w.local_shape(r) for r in range(tp)))
     return " / ".join(_shape(s) for s in shapes)
 
 
 def _folded(plan: Plan) -> list[tuple[Weight, int]]:
-    """The weights with those of repeated blocks counted as one."""
-    found: dict[tuple, list[Weight]] = defaultdict(list)
+    """The weights, those of repeated blocks as one with their number."""
+    groups: dict[tuple, list[Weight]] = defaultdict(list)
     for w in plan.weights:
-        found[block_of(w.name), w.shape, w.style, _local(w, plan.tp), w.why.split(" (")[0]].append(w)
-    return [(ws[0], len(ws)) for ws in found.values()]
+        groups[block_of(w.name), w.shape, w.style, _local(w, plan.tp), w.why.split(" (")[0]].append(w)
+    return [(group[0], len(group)) for group in groups.values()]
 
 
 def weights_table(plan: Plan) -> Table:
-    """Every weight, repeated blocks folded: its shape, what a rank holds, how, and why."""
+    """The weights, repeated blocks folded: dense shape, shapes of the shards, style, reason."""
     table = _table(f"{plan.model} on {plan.tp} ranks", "weight", "times>", "dense", "local", "as", "why")
     for column in table.columns:
         column.overflow, column.no_wrap = "fold", column.header in ("times", "dense", "as")
@@ -260,7 +270,7 @@ def weights_table(plan: Plan) -> Table:
 
 
 def collectives_table(plan: Plan) -> Table:
-    """The collectives of a step, by block and direction, at the example inputs' size."""
+    """The collectives of a step by block and direction, for the example inputs."""
     table = _table("collectives at the example inputs' size", "where", "when", "what", "group", "times>", "bytes each>")
     counts: Counter[tuple[str, str, str, str, int]] = Counter()
     for c in plan.collectives:
@@ -271,20 +281,20 @@ def collectives_table(plan: Plan) -> Table:
 
 
 def ranks_table(plan: Plan) -> Table:
-    """What each rank holds, against the dense model."""
+    """The parameters that each rank holds, compared with the dense model."""
     table = _table("what each rank holds", "rank>", "parameters>", "bytes>", "of dense>")
     total = max(plan.bytes(), 1)
     table.add_row("dense", f"{plan.parameters():,}", bytes_text(plan.bytes()), "100%")
     for rank in range(plan.tp):
-        held = plan.bytes(rank)
-        table.add_row(str(rank), f"{plan.parameters(rank):,}", bytes_text(held), f"{100 * held / total:.1f}%")
+        size = plan.bytes(rank)
+        table.add_row(str(rank), f"{plan.parameters(rank):,}", bytes_text(size), f"{100 * size / total:.1f}%")
     return table
 
 
 def totals(plan: Plan) -> str:
     """One paragraph of totals."""
     sizes = {when: sum(c.bytes for c in plan.collectives if c.when == when) for when in ("forward", "backward")}
-    whole = [w for w in plan.weights if not w.shards]
+    unsplit = [w for w in plan.weights if not w.shards]
     counts = [
         f"{plan.count(when)} in a {when} ({bytes_text(sizes[when])}; at least {fewest}, {bytes_text(size)})"
         for when, (fewest, size) in plan.fewest.items()
@@ -292,36 +302,41 @@ def totals(plan: Plan) -> str:
     lines = [
         f"collectives: {', '.join(counts)}",
         f"split: {100 * plan.share_split:.1f}% of the elements of weights with two or more dims; "
-        f"{len(whole)} weights of {sum(w.elements for w in whole):,} elements stay whole",
+        f"{len(unsplit)} weights of {sum(w.elements for w in unsplit):,} elements stay whole",
     ]
     if plan.obstacles:
         lines.append(obstacles_text(plan))
-    if plan.seams:
-        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in folded_breaks(plan.seams))]
+    if plan.graph_breaks:
+        breaks = folded_breaks(plan.graph_breaks)
+        lines += ["not captured as one graph; graph breaks:", *(f"  {graph_break}" for graph_break in breaks)]
     if plan.gathered:
-        lines.append("made whole: " + ", ".join(plan.gathered))
+        lines.append("all-gathered: " + ", ".join(plan.gathered))
     return "\n".join(lines)
 
 
 def obstacles_text(plan: Plan) -> str:
-    """What a user is told of weights that stay whole because they have too few pieces for the ranks: each with its
-    share of the parameters, the reason, the most ranks that would do, and the line of the model's code."""
-    total, found = max(plan.parameters(), 1), plan.obstacles
-    share = sum(w.elements for w in found) / total
-    some = f"{len(found)} weights" if len(found) > 1 else "a weight"
-    stay = "stay" if len(found) > 1 else "stays"
-    lines = [f"{plan.model}: {some}, {share:.1%} of the parameters, {stay} whole on each of {plan.tp} ranks:"]
-    folded: dict[tuple, list[Weight]] = defaultdict(list)
-    for w in found:
-        folded[block_of(w.name), folded_text(w.why), w.limit].append(w)
-    for (name, _, limit), each in folded.items():
-        some = f"{len(each)} x {name}" if len(each) > 1 else each[0].name
-        of = sum(w.elements for w in each) / total
-        fits = f"tp up to {limit} would split it" if limit > 1 else "no tp would split it"
-        lines.append(f"  {some} ({of:.1%}): {each[0].why}; {fits}")
-    limits = [w.limit for w in found if w.limit and w.limit > 1]
+    """The warning about weights that stay unsplit because they have too few pieces for the ranks.
+
+    It gives each weight's share of the parameters, the reason with the line of the model's code, and the most ranks
+    that the weight could be split over.
+    """
+    total, obstacles = max(plan.parameters(), 1), plan.obstacles
+    share = sum(w.elements for w in obstacles) / total
+    count = f"{len(obstacles)} weights" if len(obstacles) > 1 else "a weight"
+    stay = "stay" if len(obstacles) > 1 else "stays"
+    lines = [f"{plan.model}: {count}, {share:.1%} of the parameters, {stay} whole on each of {plan.tp} ranks:"]
+    groups: dict[tuple, list[Weight]] = defaultdict(list)
+    for w in obstacles:
+        groups[block_of(w.name), folded_text(w.why), w.limit].append(w)
+    for (name, _, limit), group in groups.items():
+        names = f"{len(group)} x {name}" if len(group) > 1 else group[0].name
+        share = sum(w.elements for w in group) / total
+        advice = f"tp up to {limit} would split it" if limit > 1 else "no tp would split it"
+        lines.append(f"  {names} ({share:.1%}): {group[0].why}; {advice}")
+    limits = [w.limit for w in obstacles if w.limit and w.limit > 1]
     if limits:
-        lines.append(f"tp = 1 to {min(limits)} would split {'all' if len(limits) == len(found) else 'more'} of them.")
+        some = "all" if len(limits) == len(obstacles) else "more"
+        lines.append(f"tp = 1 to {min(limits)} would split {some} of them.")
     return "\n".join(lines)
 
 

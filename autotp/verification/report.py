@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autotp.capture.graph_breaks import GraphBreak, folded_breaks
+from autotp.utils.renamed import renamed
 from autotp.verification.measure import Measured, relative_error
 
 __all__ = ["Report", "judge", "report_text"]
@@ -47,8 +48,9 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
     for kind, errors in (("output", report.outputs), ("gradient", report.gradients)):
         lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]
     lines += [f"    only on one side: {n}" for n in report.missing]
-    if report.seams:
-        lines += ["not captured as one graph; seams at", *(f"  {seam}" for seam in folded_breaks(report.seams))]
+    if report.graph_breaks:
+        breaks = folded_breaks(report.graph_breaks)
+        lines += ["not captured as one graph; graph breaks:", *(f"  {graph_break}" for graph_break in breaks)]
     lines.append("verdict: " + ("the parallel model equals the dense one" if report.ok else "NOT EQUAL"))
     return "\n".join(lines)
 
@@ -70,7 +72,7 @@ class Report:
         tolerance: what errors must stay under.
         dtype: the dtype compared in.
         missing: outputs and gradients that only one side has.
-        seams: where capture ended, of a model captured in parts.
+        graph_breaks: the places where capture ended, of a model captured in parts.
     """
 
     model: str
@@ -84,7 +86,9 @@ class Report:
     tolerance: float
     dtype: torch.dtype
     missing: tuple[str, ...] = field(default=())
-    seams: tuple[GraphBreak, ...] = field(default=())
+    graph_breaks: tuple[GraphBreak, ...] = field(default=())
+
+    seams = renamed("seams", "graph_breaks")
 
     @property
     def worst_output(self) -> float:
@@ -110,7 +114,7 @@ class Report:
 
 def judge(
     model: nn.Module, tp: int, dense: Measured, parallel: Measured, tolerance: float, divergence: float,
-    diverging: str, seams: Sequence[GraphBreak],
+    diverging: str, graph_breaks: Sequence[GraphBreak],
 ) -> Report:  # fmt: skip
     """The report on two runs.
 
@@ -136,5 +140,5 @@ def judge(
                 (dense.outputs.keys() ^ parallel.outputs.keys()) | (dense.gradients.keys() ^ parallel.gradients.keys())
             )
         ),
-        seams=tuple(seams),
+        graph_breaks=tuple(graph_breaks),
     )

@@ -270,11 +270,11 @@ def test_what_cannot_be_an_argument_is_captured_in_parts(how: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plan = autotp.plan(model, 2, example_inputs=(x,))
-    assert bool(plan.seams) == (how in PARTS), str(plan)
+    assert bool(plan.graph_breaks) == (how in PARTS), str(plan)
     assert any(w.name == "mlp.0.weight" and w.style == "column" for w in plan.weights), str(plan)
     assert not snapshot.diff()
     if how in PARTS:
-        assert "keeps something on the module" in " ".join(s.reason for s in plan.seams), str(plan)
+        assert "keeps something on the module" in " ".join(s.reason for s in plan.graph_breaks), str(plan)
 
 
 class Configured(nn.Module):

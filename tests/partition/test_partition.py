@@ -184,7 +184,7 @@ def test_python_between_parts(name: str) -> None:
     assert report.ok, str(report)
     assert len(report.gradients) == 15
     assert {"blocks.0.qkv.weight", "blocks.0.down.weight", "head.weight"} <= split(plan)
-    assert plan.seams, "captured whole: this test tests nothing"
+    assert plan.graph_breaks, "captured whole: this test tests nothing"
     assert plan.count("forward") == 2 + 1
     assert plan.count("backward") == 2 + 1
 
@@ -195,14 +195,14 @@ def test_without_the_refusals_those_would_be_wrong(name: str, monkeypatch: pytes
     monkeypatch.setattr("autotp.capture.export.refuse_own_backward", lambda *_: None)
     monkeypatch.setattr("autotp.capture.export.refuse_function", lambda *_: None)
     report, plan = verified(Net(BETWEEN[name], blocks=1))
-    assert not plan.seams
+    assert not plan.graph_breaks
     assert not report.ok
 
 
 def test_a_custom_op_is_whole_named_and_keeps_its_derivative() -> None:
     report, plan = verified(Net(lambda net, x: square(x) / 10, blocks=1))
     assert report.ok, str(report)
-    assert not plan.seams
+    assert not plan.graph_breaks
     model = nn.Sequential(nn.Linear(64, 256), _Calls(lambda x: square(x) / 10), nn.Linear(256, 64))
     report, plan = verified(model, torch.randn(2, 8, 64).double())
     assert report.ok, str(report)
@@ -226,7 +226,7 @@ def test_functions_that_compute_the_derivative_themselves_are_captured(function:
     model = nn.Sequential(nn.Linear(64, 256), _Calls(lambda x: apply(x)), nn.Linear(256, 64))
     report, plan = verified(model, torch.randn(2, 8, 64).double())
     assert report.ok, str(report)
-    assert bool(plan.seams) == (function is not _Fast)
+    assert bool(plan.graph_breaks) == (function is not _Fast)
     assert function.forward is forward
     if function is _Fast:
         assert plan.share_split == 1.0
@@ -245,7 +245,7 @@ def test_bloom_in_training_is_captured_whole_with_its_own_gelu() -> None:
     model = BloomForCausalLM(config).train()
     report, plan = verified(model, input_ids=ids, labels=ids, use_cache=False, tolerance=1e-5)
     assert report.ok, str(report)
-    assert not plan.seams
+    assert not plan.graph_breaks
     assert plan.share_split == 1.0
 
 
@@ -257,7 +257,7 @@ def test_hooks_of_submodules() -> None:
     net.blocks[1].out.register_full_backward_hook(lambda module, grads, _: (grads[0] * 3,))
     report, plan = verified(net)
     assert report.ok, str(report)
-    assert {s.module for s in plan.seams} == {"", "blocks.1"}  # blocks.0's own hooks run around it
+    assert {s.module for s in plan.graph_breaks} == {"", "blocks.1"}  # blocks.0's own hooks run around it
     assert "blocks.1: out (Linear) has a backward hook" in str(plan)
     assert {"blocks.0.qkv.weight", "blocks.1.down.weight", "blocks.1.up.weight"} <= split(plan)
 
@@ -282,6 +282,13 @@ def test_seams_are_named_and_the_share_that_stays_whole() -> None:
     whole = 2 * 101 * 64 + 2 * 64
     assert f"{100 * whole / plan.parameters():.1f}% of the parameters" in text
     assert autotp.Plan.from_json(plan.to_json()) == plan
+    as_in_version_0_1 = plan.to_json().replace('"graph_breaks"', '"seams"')
+    assert autotp.Plan.from_json(as_in_version_0_1) == plan
+    for old, new in (("seams", "graph_breaks"), ("stored", "weight_layouts")):
+        with pytest.warns(DeprecationWarning, match=f"Plan.{old} is now {new}"):
+            assert getattr(plan, old) == getattr(plan, new)
+        with pytest.raises(AttributeError):
+            setattr(plan, old, None)
 
 
 class Shared(nn.Module):
@@ -364,7 +371,7 @@ def test_what_forward_does_beside_returning_is_done(how: str) -> None:
     model = Sees(how)
     report, plan = verified(model, torch.randn(2, 8, 64).double())
     done_by_a_graph = how in ("a container", "an input")
-    assert {s.module for s in plan.seams} == {""} if done_by_a_graph else {"", "keeps"}, str(plan)
+    assert {s.module for s in plan.graph_breaks} == {""} if done_by_a_graph else {"", "keeps"}, str(plan)
     assert "keeps.inner.qkv.weight" in split(plan)
     if how != "a buffer":
         assert report.ok, str(report)
@@ -533,7 +540,7 @@ def test_fsmt() -> None:
     inputs = {"input_ids": ids, "attention_mask": (ids != 1).long(), "labels": ids.clamp(min=4), "use_cache": False}
     report, plan = verified(FSMTForConditionalGeneration(FSMTConfig(**sizes, **layers)).eval(), **inputs)
     assert report.ok, str(report)
-    assert plan.seams
+    assert plan.graph_breaks
     assert plan.share_split > 0.8, str(plan)
 
 
@@ -549,4 +556,4 @@ def test_gradient_checkpointing_of_transformers(reentrant: bool) -> None:
     report, plan = verified(model.train(), input_ids=ids, labels=ids, use_cache=False, tolerance=1e-5)
     assert report.ok, str(report)
     assert len(report.gradients) == len(list(model.parameters()))
-    assert bool(plan.seams) == reentrant
+    assert bool(plan.graph_breaks) == reentrant
