@@ -11,7 +11,7 @@ __all__ = ["bytes_text", "render"]
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes for people: ``13.5 MB``."""
+    """A number of bytes as text: ``13.5 MB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -19,10 +19,13 @@ def bytes_text(count: float) -> str:
     raise AssertionError
 
 
-def render(*parts: Table | str, width: int = 140) -> str:
-    """Tables and lines as plain text."""
+def render(*paragraphs: Table | str, width: int = 140) -> str:
+    """Tables and paragraphs as plain text."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False, color_system=None)
-    for part in parts:
-        console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
+    for paragraph in paragraphs:
+        if isinstance(paragraph, str):
+            console.print(paragraph, highlight=False, markup=False)
+        else:
+            console.print(paragraph)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -1,6 +1,6 @@
 """Dense against parallel, in numbers: simulation of all ranks in one process, and comparison.
 
-Tolerances, reports and further ways to run all ranks belong here. It must know nothing of how graphs are rewritten: a
+Tolerances, reports and further ways to run all ranks belong here. It must not know how graphs are rewritten: a
 comparison that trusts the compiler proves nothing.
 """
 

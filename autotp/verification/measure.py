@@ -1,4 +1,4 @@
-"""measure: one run of a model in float64: outputs and gradients."""
+"""measure: run a model once, forward and backward, and keep its outputs and gradients."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 class Float64(TorchFunctionMode):
     """A mode in which explicit casts to narrower floats give float64, and float64 is the default dtype.
 
-    Models upcast norms, softmax and losses to float32 by name. In a float64 comparison that would round
-    at 1e-7 and hide errors below; with this mode around both sides nothing is rounded.
+    Models cast norms, softmax and losses to float32 by name. In a float64 comparison such a cast would round
+    at 1e-7 and hide smaller errors. With this mode around both runs, no cast rounds.
     """
 
     def __enter__(self) -> Float64:
@@ -36,7 +36,7 @@ class Float64(TorchFunctionMode):
         torch.set_default_dtype(self._default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace narrow dtypes among the arguments."""
+        """Call a function with float64 in place of narrower dtypes."""
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             return args[0].double()
@@ -46,14 +46,16 @@ class Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def relative_error(expected: torch.Tensor, found: torch.Tensor, floor: float = 0.0) -> float:
-    """The largest difference over the largest expected magnitude (at least ``floor``); inf if shapes or
-    the places of non-finite values differ."""
-    if expected.shape != found.shape:
+def relative_error(expected: torch.Tensor, actual: torch.Tensor, floor: float = 0.0) -> float:
+    """The largest difference divided by the largest expected magnitude, or by ``floor`` if that is larger.
+
+    Infinite if the shapes differ, or if other elements are finite.
+    """
+    if expected.shape != actual.shape:
         return float("inf")
     if expected.numel() == 0:
         return 0.0
-    a, b = expected.detach().double(), found.detach().double()
+    a, b = expected.detach().double(), actual.detach().double()
     if not torch.equal(a.isfinite(), b.isfinite()):
         return float("inf")
     a, b = a.nan_to_num(posinf=0, neginf=0), b.nan_to_num(posinf=0, neginf=0)
@@ -63,42 +65,52 @@ def relative_error(expected: torch.Tensor, found: torch.Tensor, floor: float = 0
 
 
 def _outputs(result: Any) -> dict[str, torch.Tensor]:
-    of = Arguments((result,), {})
-    named = zip(of.spec.paths(), of.leaves, strict=True)
-    names = ((re.sub(r"\W+", ".", n.removeprefix("args[0]")).strip(".") or "output", x) for n, x in named)
-    return {n: x for n, x in names if isinstance(x, torch.Tensor)}
+    """The tensors of a call's result, by path."""
+    arguments = Arguments((result,), {})
+    leaves = zip(arguments.spec.paths(), arguments.leaves, strict=True)
+    named = ((re.sub(r"\W+", ".", n.removeprefix("args[0]")).strip(".") or "output", x) for n, x in leaves)
+    return {n: x for n, x in named if isinstance(x, torch.Tensor)}
 
 
-def _left(args: Any, kwargs: Any, given: list[Any], before: list[Any]) -> dict[str, torch.Tensor]:
-    """What a call has left in its arguments, by place: tensors that were not there, or had other values ``before``."""
-    of, known = Arguments(args, kwargs), {id(x): was for x, was in zip(given, before, strict=True)}
-    held = ((n, x) for n, x in zip(of.spec.paths(), of.leaves, strict=True) if isinstance(x, torch.Tensor))
-    return {n: x for n, x in held if id(x) not in known or not torch.equal(x, known[id(x)])}
+def _mutated_inputs(args: Any, kwargs: Any, inputs: list[Any], values: list[Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a call's arguments that the call put there or wrote to, by path.
+
+    Args:
+        args: the positional arguments after the call.
+        kwargs: the keyword arguments after the call.
+        inputs: the leaves that the call was given.
+        values: the values that those had before the call.
+    """
+    arguments, before = Arguments(args, kwargs), {id(x): value for x, value in zip(inputs, values, strict=True)}
+    leaves = zip(arguments.spec.paths(), arguments.leaves, strict=True)
+    tensors = ((n, x) for n, x in leaves if isinstance(x, torch.Tensor))
+    return {n: x for n, x in tensors if id(x) not in before or not torch.equal(x, before[id(x)])}
 
 
 def _backward(outputs: Mapping[str, torch.Tensor], seed: int = 0) -> None:
-    """Start a backward from every output at once, with fixed random weights."""
+    """Run a backward from all outputs at once, with fixed random output gradients."""
     generator = torch.Generator().manual_seed(seed)
-    roots, weights = [], []
+    roots, gradients = [], []
     for value in outputs.values():
-        weight = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        gradient = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         if value.requires_grad:
             roots.append(value)
-            weights.append(weight.to(value.device, value.dtype))
-    torch.autograd.backward(roots, weights)
+            gradients.append(gradient.to(value.device, value.dtype))
+    torch.autograd.backward(roots, gradients)
 
 
 def detached_copy(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy of a tensor as a leaf of autograd, in a dtype, that requires a gradient if the tensor does."""
     return x.detach().to(dtype or x.dtype, copy=True).requires_grad_(x.requires_grad)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run of a model gave.
+    """The results of one run of a model.
 
     Attributes:
-        outputs: its outputs, by their places in the result.
-        gradients: by parameter name, and of each input that requires one.
+        outputs: its outputs, by their paths in the result.
+        gradients: the gradients of parameters, by name, and of each input that requires one.
     """
 
     outputs: dict[str, torch.Tensor]
@@ -106,35 +118,35 @@ class Measured:
 
     @property
     def norm(self) -> float:
-        """The norm of all parameters' gradients together, as ``clip_grad_norm_`` takes it."""
+        """The norm of all parameters' gradients together, as ``clip_grad_norm_`` computes it."""
         return math.sqrt(sum(float(g.double().square().sum()) for n, g in self.gradients.items() if n[:6] != "input "))
 
 
 def measure(
     run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any],
     gradients: Callable[[], Mapping[str, torch.Tensor | None]],
-    kept: Callable[[], Mapping[str, torch.Tensor]] = dict,
+    module_state: Callable[[], Mapping[str, torch.Tensor]] = dict,
 ) -> Measured:  # fmt: skip
-    """Run a model forward, and backward from every output at once with fixed random weights.
+    """Run a model forward, then backward from all outputs at once with fixed random output gradients.
 
     Args:
         run: the model.
         args: positional inputs.
         kwargs: keyword inputs.
-        gradients: gives the dense model's gradients by name afterwards.
-        kept: gives what the model keeps from one call to the next after the forward, whole.
+        gradients: returns the full gradients of the parameters, by name, after the backward.
+        module_state: returns the unsharded tensors that the model keeps between calls.
     """
-    of = Arguments(args, kwargs)
-    fresh = [detached_copy(x) if isinstance(x, torch.Tensor) else x for x in of.leaves]
-    own_args, own_kwargs = of.spec.close(fresh)
-    kept_before = {n: (x, x._version) for n, x in kept().items()}
+    arguments = Arguments(args, kwargs)
+    inputs = [detached_copy(x) if isinstance(x, torch.Tensor) else x for x in arguments.leaves]
+    own_args, own_kwargs = arguments.spec.close(inputs)
+    state_before = {n: (x, x._version) for n, x in module_state().items()}
     result = run(*own_args, **own_kwargs)
-    outputs = _outputs(result) | _left(own_args, own_kwargs, fresh, of.leaves)
-    for n, x in kept().items():  # clones, for it may be made what it was; with gradients where it is of this call
-        was, version = kept_before.get(n, (None, -1))
-        outputs[f"state.{n}"] = x.detach().clone() if x is was and x._version == version else x.clone()
+    outputs = _outputs(result) | _mutated_inputs(own_args, own_kwargs, inputs, arguments.leaves)
+    for n, x in module_state().items():  # clones: it may be restored afterwards; in the backward if this call wrote it
+        before, version = state_before.get(n, (None, -1))
+        outputs[f"state.{n}"] = x.detach().clone() if x is before and x._version == version else x.clone()
     _backward(outputs)
-    found = {n: g for n, g in gradients().items() if g is not None and g.numel()}
-    inputs = {f"input {i}": x for i, x in enumerate(fresh) if isinstance(x, torch.Tensor)}
-    found |= {n: x.grad for n, x in inputs.items() if x.is_leaf and x.grad is not None}
-    return Measured({n: v.detach() for n, v in outputs.items()}, found)
+    measured = {n: g for n, g in gradients().items() if g is not None and g.numel()}
+    named = {f"input {i}": x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)}
+    measured |= {n: x.grad for n, x in named.items() if x.is_leaf and x.grad is not None}
+    return Measured({n: v.detach() for n, v in outputs.items()}, measured)

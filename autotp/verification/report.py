@@ -1,4 +1,4 @@
-"""report: the comparison of a parallel model with the dense one, as a value and as text."""
+"""report: the comparison of a dense model with its parallel form, as a value and as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Report", "judge", "report_text"]
 
 
 def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if ok else "WRONG") -> str:
-    """A verification report as text; the largest errors, and every one that is too large."""
+    """A report as text: the largest errors, and all that are above the tolerance."""
     limit = report.tolerance
     name, error = report.worst_gradient
     worst = report.worst_output
@@ -35,7 +35,7 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
     dense, parallel = report.norm
     lines.append(f"  norm       {dense:.12g} dense, {parallel:.12g} parallel, of all gradients")
     agree = report.divergence == 0.0
-    how = (
+    agreement = (
         "equal to the bit"
         if agree
         else (
@@ -44,7 +44,7 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
             else f"differ from {report.diverging} on"
         )
     )
-    lines.append(f"  ranks      {how}  {mark(agree)}")
+    lines.append(f"  ranks      {agreement}  {mark(agree)}")
     for kind, errors in (("output", report.outputs), ("gradient", report.gradients)):
         lines += [f"    {kind} {n}: {e:.1e}" for n, e in errors.items() if not e < limit]
     lines += [f"    only on one side: {n}" for n in report.missing]
@@ -57,21 +57,21 @@ def report_text(report: Report, mark: Callable[[bool], str] = lambda ok: "ok" if
 
 @dataclass(frozen=True)
 class Report:
-    """What a comparison found.
+    """The comparison of a dense model with its parallel form.
 
     Attributes:
         model: the model's class.
         tp: the number of ranks.
-        outputs: relative error of each output.
-        gradients: relative error of the gradient of each parameter, by name, and of each input that
+        outputs: the relative error of each output.
+        gradients: the relative error of the gradient of each parameter, by name, and of each input that
             requires one (``input 0``, in flattened order).
-        loss: the dense model's and the parallel loss, where the model computes one.
+        loss: the dense and the parallel loss, if the model computes one.
         norm: the norm of all parameters' gradients, dense and parallel.
-        divergence: the largest difference between ranks of a value that is whole on all of them.
-        diverging: the first such value.
-        tolerance: what errors must stay under.
+        divergence: the largest difference between ranks in a replicated value; 0 if all have the same bits.
+        diverging: the name of the first value in which ranks differ.
+        tolerance: the bound that errors must stay under.
         dtype: the dtype compared in.
-        missing: outputs and gradients that only one side has.
+        missing: outputs and gradients of only one of the two.
         graph_breaks: the places where capture ended, of a model captured in parts.
     """
 
@@ -102,7 +102,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether outputs and gradients agree within the tolerance and ranks agree to the bit."""
+        """Whether outputs and gradients are equal within the tolerance, and the ranks' replicated values to the bit."""
         within = self.worst_output < self.tolerance and self.worst_gradient[1] < self.tolerance
         finite = all(map(math.isfinite, self.norm))
         within = within and (not finite or abs(self.norm[0] - self.norm[1]) <= self.tolerance * self.norm[0])
@@ -118,17 +118,17 @@ def judge(
 ) -> Report:  # fmt: skip
     """The report on two runs.
 
-    A gradient is measured against its own magnitude, or a thousandth of the largest gradient's, whichever is
-    larger: some gradients (a key bias's) are zero but for rounding.
+    The error of a gradient is relative to its own magnitude, or to a thousandth of the largest gradient's if that is
+    larger: some gradients, such as a key bias's, are zero except for rounding.
     """
     largest = max((float(g.abs().max()) for g in dense.gradients.values()), default=0.0)
-    floor, nothing = 1e-3 * largest, torch.empty(0)
+    floor, absent = 1e-3 * largest, torch.empty(0)
     losses = [m.outputs.get("loss") for m in (dense, parallel)]
     return Report(
         model=type(model).__name__,
         tp=tp,
-        outputs={n: relative_error(v, parallel.outputs.get(n, nothing)) for n, v in dense.outputs.items()},
-        gradients={n: relative_error(g, parallel.gradients.get(n, nothing), floor) for n, g in dense.gradients.items()},
+        outputs={n: relative_error(v, parallel.outputs.get(n, absent)) for n, v in dense.outputs.items()},
+        gradients={n: relative_error(g, parallel.gradients.get(n, absent), floor) for n, g in dense.gradients.items()},
         loss=None if losses[0] is None or losses[1] is None else (float(losses[0]), float(losses[1])),
         norm=(dense.norm, parallel.norm),
         divergence=divergence,

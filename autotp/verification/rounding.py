@@ -1,4 +1,4 @@
-"""How far apart two computations of the same numbers may be in a dtype."""
+"""rounding: the difference that rounding can make between two computations of the same values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 def rounding_error(dtype: torch.dtype, steps: int, terms: int) -> float:
-    """The relative error that rounding alone may bring about.
+    """The relative error that rounding alone can cause.
 
     Errors of ``n`` roundings in a row grow as the square root of ``n`` in units of the dtype's roundoff
     ``u``, with a constant that is small with a probability near one (Higham and Mary, "A new approach to
@@ -27,9 +27,9 @@ def rounding_error(dtype: torch.dtype, steps: int, terms: int) -> float:
     is twice as long as a forward.
 
     Args:
-        dtype: of the values.
-        steps: the longest chain of steps in the graph that round.
-        terms: how many terms the longest sum has.
+        dtype: the dtype of the values.
+        steps: the length of the longest chain of rounding steps in the graph.
+        terms: the number of terms of the longest sum.
 
     Returns:
         The relative error; at least 1e-10, which is far above float64's and far below any fault's.
@@ -44,30 +44,30 @@ def rounding_error(dtype: torch.dtype, steps: int, terms: int) -> float:
 
 
 def depth(graphs: Iterable[fx.Graph]) -> int:
-    """The longest chain of steps that round through graphs that run one after another."""
+    """The length of the longest chain of rounding steps, through graphs that run one after another."""
     total = 0
     for graph in graphs:
-        found: dict[fx.Node, int] = {}
+        depths: dict[fx.Node, int] = {}
         for node in graph.nodes:
-            before = max((found[n] for n in node.all_input_nodes), default=0)
-            found[node] = before + _rounds(node)
-        total += max(found.values(), default=0)
+            before = max((depths[n] for n in node.all_input_nodes), default=0)
+            depths[node] = before + _rounds(node)
+        total += max(depths.values(), default=0)
     return total
 
 
 def longest_sum(graphs: Iterable[fx.Graph]) -> int:
-    """The most terms that a product with a weight adds up, forward or backward: its longest side."""
+    """The number of terms of the longest sum in a product with a weight, forward or backward: its longest side."""
     return max((max(_sides(node), default=1) for graph in graphs for node in graph.nodes), default=1)
 
 
 def _sides(node: fx.Node) -> list[int]:
-    """The sides of the matrices that a step multiplies by, if they are weights."""
+    """The sizes of the weights that a step multiplies by."""
     weights = [n.meta["val"] for n in node.all_input_nodes if n.op == "get_attr" and "val" in n.meta]
     return [int(n) for w in weights for n in w.shape] if op_name(node) in COLUMN_PARALLEL else []
 
 
 def _rounds(node: fx.Node) -> bool:
-    """Whether a step computes floats, rather than moving them."""
+    """Whether a step computes floats; views do not."""
     value = node.meta.get("global", node.meta.get("val"))
     floats = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
     schema = getattr(node.target, "_schema", None)

@@ -1,4 +1,4 @@
-"""simulate: all ranks in lockstep in this one process, callable like the model, differentiable."""
+"""simulation: all ranks of a model in lockstep in one process, called and differentiated like the model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ __all__ = ["Recorder", "Simulation", "simulate"]
 
 
 class Recorder(fx.Interpreter):
-    """Runs one rank's graph, on given weights if there are some, and keeps what is whole on all ranks.
+    """Runs one rank's graph and records its replicated values.
+
+    Args:
+        graph: the rank's graph.
+        weights: values of weights by name; the graph's own are used for the others.
+        record: whether to record values.
 
     Attributes:
-        seen: each hidden value that should be the same on every rank, by node name.
+        seen: the hidden values that should be the same on every rank, by node name.
     """
 
     def __init__(
@@ -37,24 +42,24 @@ class Recorder(fx.Interpreter):
         self.seen: dict[str, torch.Tensor] = {}
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The weight given under this name, or else the graph's own."""
+        """The value of a weight: a given one, else the graph's own."""
         return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node, and keep its value if it is a whole one."""
+        """Run a node, and record its value if it is replicated."""
         value = super().run_node(n)
-        whole = n.op == "call_function" and n.meta.get("type") in ("I", "R")
-        if self.record and whole and isinstance(value, torch.Tensor):
+        replicated = n.op == "call_function" and n.meta.get("type") in ("I", "R")
+        if self.record and replicated and isinstance(value, torch.Tensor):
             self.seen[n.name] = value.detach()
         return value
 
 
 class _AllRanks(torch.autograd.Function):
-    """One call of all ranks' programs as one function of the dense weights and the inputs.
+    """One call of all ranks' programs, as one function of the dense weights and the inputs.
 
-    Every rank holds the same result and, in a real run, starts its backward from the same loss; so
-    each gets the whole gradient of the result. A weight's gradient is read where the weight lives: of
-    an index that several ranks hold, from the lowest of them.
+    All ranks have the same result. In a real run each starts its backward from the same loss, so here each gets the
+    full gradient of the result. The full gradient of a weight is unsharded from the ranks' gradients; of an index
+    that several ranks hold, the lowest rank's is taken.
     """
 
     @staticmethod
@@ -62,7 +67,7 @@ class _AllRanks(torch.autograd.Function):
         ctx: Any,
         simulation: Simulation,
         part: CapturedModule,
-        rewritten: ShardedProgram,
+        program: ShardedProgram,
         tracking: bool,
         *tensors: torch.Tensor,
     ) -> Any:
@@ -71,69 +76,69 @@ class _AllRanks(torch.autograd.Function):
         needs = [tracking and t.requires_grad for t in tensors]
 
         def work(rank: int) -> Any:
-            local = {}
-            leaves = []
+            own_weights = {}
             for name, weight, need in zip(names, weights, needs, strict=False):
-                held = local_part(weight.detach(), shards_of(rewritten.weight_layouts, name), rank)
-                held = held.clone().requires_grad_(need) if need else held
-                leaves.append(held)
-                local[name] = held
-            own = []
+                shard = local_part(weight.detach(), shards_of(program.weight_layouts, name), rank)
+                own_weights[name] = shard.clone().requires_grad_(need) if need else shard
+            own_inputs = []
             for i, (x, need) in enumerate(zip(inputs, needs[count:], strict=True)):
-                held = local_part(x.detach(), places(rewritten.inputs, i), rank).clone()  # a cache is written to
-                own.append(held.requires_grad_(True) if need else held)
-            leaves += own
+                shard = local_part(x.detach(), split_dims(program.inputs, i), rank).clone()  # a cache is written to
+                own_inputs.append(shard.requires_grad_(True) if need else shard)
             with torch.set_grad_enabled(tracking):
-                results = simulation.run(part, rewritten, rank, local, own)
-            return leaves, results
+                results = simulation.run(part, program, rank, own_weights, own_inputs)
+            return [*own_weights.values(), *own_inputs], results
 
-        ran = lockstep(simulation.tp, simulation.world, work)
-        ctx.simulation, ctx.rewritten, ctx.ran, ctx.needs, ctx.part = simulation, rewritten, ran, needs, part
-        simulation.compare([results for _, results in ran], rewritten.results)
-        first = tuple(
-            unshard([_detached(results[i]) for _, results in ran], places(rewritten.results, i))
-            for i in range(len(ran[0][1]))
+        runs = lockstep(simulation.tp, simulation.world, work)
+        ctx.simulation, ctx.program, ctx.runs, ctx.needs, ctx.part = simulation, program, runs, needs, part
+        by_rank = [results for _, results in runs]
+        simulation.compare(by_rank, program.results)
+        full = tuple(
+            unshard([_detached(results[i]) for results in by_rank], split_dims(program.results, i))
+            for i in range(len(by_rank[0]))
         )
         ctx.mark_non_differentiable(
-            *[d for d, r in zip(first, ran[0][1], strict=True) if isinstance(d, torch.Tensor) and not _needs_grad(r)]
+            *[x for x, r in zip(full, by_rank[0], strict=True) if isinstance(x, torch.Tensor) and not _needs_grad(r)]
         )
-        return first
+        return full
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        simulation, rewritten, names = ctx.simulation, ctx.rewritten, list(ctx.part.names)
+        simulation, program, names = ctx.simulation, ctx.program, list(ctx.part.names)
 
         def work(rank: int) -> Any:
-            leaves, results = ctx.ran[rank]
+            leaves, results = ctx.runs[rank]
             pairs = [
-                (r, local_part(g, places(rewritten.results, i), rank))
+                (r, local_part(g, split_dims(program.results, i), rank))
                 for i, (r, g) in enumerate(zip(results, grads, strict=True))
                 if _needs_grad(r)
             ]
-            wanted = [x for x in leaves if x.requires_grad]
+            differentiable = [x for x in leaves if x.requires_grad]
             with torch.autograd.set_multithreading_enabled(False):
-                found = torch.autograd.grad(
-                    [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, retain_graph=True
+                gradients = torch.autograd.grad(
+                    [r for r, _ in pairs], differentiable, [g for _, g in pairs], allow_unused=True, retain_graph=True
                 )
-            each = iter(found)
-            return [next(each) if x.requires_grad else None for x in leaves]
+            remaining = iter(gradients)
+            return [next(remaining) if x.requires_grad else None for x in leaves]
 
         by_rank = lockstep(simulation.tp, simulation.world, work)
         out: list[Any] = [None, None, None, None]
         for i, need in enumerate(ctx.needs):
-            parts = [each[i] for each in by_rank]
-            if not need or parts[0] is None:
+            shards = [gradients[i] for gradients in by_rank]
+            if not need or shards[0] is None:
                 out.append(None)
                 continue
-            weight = i < len(names)
-            held = shards_of(rewritten.weight_layouts, names[i]) if weight else places(rewritten.inputs, i - len(names))
-            simulation.compare_replicas(names[i] if weight else f"input {i - len(names)}", held, parts)
-            out.append(unshard(parts, held))
+            if i < len(names):
+                name, dims = names[i], shards_of(program.weight_layouts, names[i])
+            else:
+                name, dims = f"input {i - len(names)}", split_dims(program.inputs, i - len(names))
+            if not dims:
+                simulation.compare_gradients(name, shards)
+            out.append(unshard(shards, dims))
         return tuple(out)
 
 
-def places(layouts: Mapping[int, Layout], position: int) -> dict[int, Shards]:
-    """The split dims of an input or a result, by dim."""
+def split_dims(layouts: Mapping[int, Layout], position: int) -> dict[int, Shards]:
+    """The split dims of an input or a result, with their shards."""
     return layouts[position].dims if position in layouts else {}
 
 
@@ -148,11 +153,10 @@ def _detached(result: Any) -> Any:
 class Simulation(nn.Module):
     """All ranks of a tensor-parallel model, run in lockstep threads on the dense model's own weights.
 
-    Call it as the model; outputs and gradients are those of rank 0. After each call ``divergence``
-    is the largest difference between ranks of any value that is whole on all of them, ``0.0`` if the
-    ranks agree to the bit, and ``diverging`` names the first such value (``record=True``: hidden
-    values are compared too, not only results). With ``lowering`` the lowered programs run, as they do in
-    processes, else the rewritten ones as they are printed.
+    Call it as the model; outputs and gradients are those of rank 0. After each call ``divergence`` is the largest
+    difference between ranks in a replicated value, ``0.0`` if all ranks have the same bits, and ``diverging`` names the
+    first value in which they differ. Results are compared, and with ``record=True`` hidden values too. With
+    ``lowering`` the lowered programs run, as in processes, else the rewritten ones as they are printed.
     """
 
     def __init__(
@@ -165,11 +169,11 @@ class Simulation(nn.Module):
     ) -> None:
         super().__init__()
         self.lowering = lowering
-        self.__dict__["model"] = model  # not a child: its parameters are its own
-        self.division = programs if isinstance(programs, Partition) else Partition.whole(model, programs)
+        self.__dict__["model"] = model  # not as a child: the model's parameters are not the simulation's
+        self.partition = programs if isinstance(programs, Partition) else Partition.whole(model, programs)
         self.tp, self.record = tp, record
         self.world = World(tp)
-        self.reads = self.division.outside_of_parts()
+        self.reads = self.partition.outside_of_parts()
         self.divergence, self.diverging = 0.0, ""
         self.train(model.training)
         self._seen: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
@@ -178,26 +182,27 @@ class Simulation(nn.Module):
 
     @property
     def cache(self) -> GraphCache:
-        """The graphs of a model that was captured whole."""
-        (part,) = self.division.parts
+        """The graph cache of a model that was captured whole."""
+        (part,) = self.partition.parts
         return part.cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, all ranks at once where it runs as graphs."""
+        """Run the model, with all ranks in lockstep in each captured module."""
         self.divergence, self.diverging = 0.0, ""
-        self.reads = self.division.outside_of_parts()
-        with self.division.running(self._all_ranks), self.reads:
+        self.reads = self.partition.outside_of_parts()
+        with self.partition.running(self._all_ranks), self.reads:
             return self.model(*args, **kwargs)
 
     def _all_ranks(self, part: CapturedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a captured module on all ranks."""
         with self.reads.suspend():
             call = part.cache.bind(args, kwargs)
             program = call.entry.program
-            if program.random and not self.division.is_whole:  # as in processes, where a checkpoint may run it again
+            if program.random and not self.partition.is_whole:  # as in processes, where a checkpoint may run it again
                 self.world.restart(int(torch.empty((), dtype=torch.int64).random_(1 << 62)))
             weights = dict(part.module.named_parameters(remove_duplicate=False))
             flat = [weights[n] for n in part.names]
-            inputs = program.graph.find_nodes(op="placeholder")  # what is not read may have a graph that is gone
+            inputs = program.graph.find_nodes(op="placeholder")  # an unused input's autograd graph may be freed already
             given = [x if node.users else x.detach() for x, node in zip(call.tensors, inputs, strict=True)]
             inference = program.captured.outputs.inference
             with torch.no_grad() if inference else contextlib.nullcontext():
@@ -207,14 +212,14 @@ class Simulation(nn.Module):
     def run(
         self,
         part: CapturedModule,
-        rewritten: ShardedProgram,
+        program: ShardedProgram,
         rank: int,
         weights: dict[str, torch.Tensor],
         inputs: list[torch.Tensor],
     ) -> Any:
-        """One rank's program on its weights."""
+        """Run one rank's program on the rank's weights and inputs."""
         own = {alias: weights[name] for alias, name in part.aliases.items()}
-        graph = part.cache.graph(rewritten, rank)
+        graph = part.cache.graph(program, rank)
         if self.lowering is not None:
             lowered = graph.lowered(self.lowering, torch.is_grad_enabled())
             return tuple(lowered.run(*inputs, *(self._weight(part.module, own, n) for n in lowered.weights)))
@@ -225,51 +230,55 @@ class Simulation(nn.Module):
 
     @staticmethod
     def _weight(module: nn.Module, own: dict[str, torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
-        """A weight of a lowered graph, or several of them side by side."""
-        found = [own[n] if n in own else module.get_buffer(n) for n in names]
-        return found[0] if len(found) == 1 else torch.cat([t.detach() for t in found])
+        """A weight of a lowered graph; one of several names is their concatenation."""
+        weights = [own[n] if n in own else module.get_buffer(n) for n in names]
+        return weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights])
 
-    def compare(self, results: list[tuple[Any, ...]], parts: Mapping[int, Layout]) -> None:
-        """Record how far the ranks' results, and recorded hidden values, are apart; not of what each keeps in part."""
+    def compare(self, results: list[tuple[Any, ...]], layouts: Mapping[int, Layout]) -> None:
+        """Record the differences between the ranks' results, and between their recorded hidden values.
+
+        Args:
+            results: the results by rank.
+            layouts: the layouts of sharded results, by position; these are not compared.
+        """
         for name, value in self._seen[0].items():
             for other in self._seen[1:]:
                 self._note(name, value, other[name])
         for i, value in enumerate(results[0]):
-            for each in results[1:]:
-                if isinstance(value, torch.Tensor) and i not in parts:
-                    self._note(f"result {i}", value.detach(), each[i].detach())
+            for others in results[1:]:
+                if isinstance(value, torch.Tensor) and i not in layouts:
+                    self._note(f"result {i}", value.detach(), others[i].detach())
         self._seen = [{} for _ in range(self.tp)]
 
-    def compare_replicas(self, name: str, places: Any, grads: list[torch.Tensor]) -> None:
-        """Record how far the ranks' gradients of what several of them hold are apart."""
-        if not places:
-            for other in grads[1:]:
-                self._note(f"gradient of {name}", grads[0], other)
+    def compare_gradients(self, name: str, gradients: list[torch.Tensor]) -> None:
+        """Record the differences between the ranks' gradients of an unsplit weight, or of a replicated input."""
+        for other in gradients[1:]:
+            self._note(f"gradient of {name}", gradients[0], other)
 
     def _note(self, name: str, value: torch.Tensor, other: torch.Tensor) -> None:
+        """Record the difference between a value on rank 0 and on another rank."""
         if torch.equal(value, other) or (
             (value.isnan() == other.isnan()).all() and torch.equal(value.nan_to_num(), other.nan_to_num())
         ):
             return
-        apart = float((value.double() - other.double()).abs().max())
+        difference = float((value.double() - other.double()).abs().max())
         self.diverging = self.diverging or name
-        self.divergence = max(self.divergence, apart)
+        self.divergence = max(self.divergence, difference)
 
 
 def simulate(model: nn.Module, tp: int, *, example_inputs: ExampleInputs = None, record: bool = False) -> Simulation:
     """All ``tp`` ranks of ``model`` in lockstep in this process.
 
     Args:
-        model: the dense model; it keeps its weights, which the simulation reads at each call and to
-            which its backward adds gradients.
+        model: the dense model. The simulation reads its weights at each call, and adds to their gradients.
         tp: the number of ranks.
         example_inputs: as for :func:`autotp.parallelize`.
-        record: compare hidden values between ranks too.
+        record: whether to compare hidden values between ranks too.
 
     Example:
         >>> parallel = autotp.simulate(model, tp=4)
         >>> parallel(input_ids=ids).logits  # as model(input_ids=ids).logits
     """
-    division = prepare(model, tp, example_inputs)
-    announce(plan_of(division, tp), division)
-    return Simulation(model, tp, division, record)
+    partition = prepare(model, tp, example_inputs)
+    announce(plan_of(partition, tp), partition)
+    return Simulation(model, tp, partition, record)

@@ -1,4 +1,4 @@
-"""threads: ranks as threads of one process, and the communicators that join them."""
+"""threads: ranks as threads of one process, and their communicators."""
 
 from __future__ import annotations
 
@@ -18,101 +18,108 @@ __all__ = ["lockstep"]
 
 
 class _Exchange:
-    """Where the threads of a group exchange tensors: a slot for each and a barrier."""
+    """The exchange of tensors between the threads of a group: a slot for each thread, and a barrier."""
 
     def __init__(self, size: int) -> None:
         self.slots: list[Any] = [None] * size
         self.barrier = threading.Barrier(size)
 
     def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all threads, in the order of ranks."""
         self.slots[rank] = tensor
         self.barrier.wait()
-        found = list(self.slots)
+        tensors = list(self.slots)
         self.barrier.wait()
-        return found
+        return tensors
 
 
 class _ThreadCommunicator:
-    """One rank's end of a group of threads. Sums run in rank order, so that all get the same bits."""
+    """A rank's communicator in a group of threads. Sums run in the order of ranks, so that all get the same bits."""
 
-    def __init__(self, rank: int, size: int, meeting: _Exchange) -> None:
-        self.rank, self.size, self.by_host, self._meeting = rank, size, True, meeting
+    def __init__(self, rank: int, size: int, exchange: _Exchange) -> None:
+        self.rank, self.size, self.by_host, self._exchange = rank, size, True, exchange
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        parts = self._meeting.exchange(self.rank, tensor.detach())
-        assert len({p.shape for p in parts}) == 1, f"all_reduce of shapes {[tuple(p.shape) for p in parts]}"
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
+        tensors = self._exchange.exchange(self.rank, tensor.detach())
+        assert len({t.shape for t in tensors}) == 1, f"all_reduce of shapes {[tuple(t.shape) for t in tensors]}"
+        total = tensors[0].clone()
+        for summand in tensors[1:]:
+            total += summand
         return total
 
-    all_reduce_ = all_reduce  # others may still read this one's tensor
+    all_reduce_ = all_reduce  # not in place: other threads may still read this one's tensor
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return partial(self.all_reduce, tensor)
 
     def all_gather(self, tensor: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        parts = self._meeting.exchange(self.rank, tensor.detach())
-        assert all(tuple(p.shape) == tuple(s) for p, s in zip(parts, shapes, strict=True))
-        return parts
+        shards = self._exchange.exchange(self.rank, tensor.detach())
+        assert all(tuple(t.shape) == tuple(s) for t, s in zip(shards, shapes, strict=True))
+        return shards
 
 
 class World:
-    """The shared state of a simulation's threads, and each one's fabric."""
+    """The state that the threads of a simulation share: their exchanges and streams of random numbers."""
 
     _default_generator = threading.Lock()
 
     def __init__(self, tp: int) -> None:
         self.tp = tp
-        self.meetings: dict[Any, _Exchange] = {}
+        self.exchanges: dict[Any, _Exchange] = {}
         self.lock = threading.Lock()
         self.broken = False
         self.restart(torch.initial_seed() % 2**62)
 
     def restart(self, seed: int) -> None:
-        """Start all ranks' streams of random numbers anew."""
+        """Restart all ranks' streams of random numbers from a seed."""
         self.seed, self.streams = seed, dict[tuple[int, bool], torch.Tensor]()
 
-    def meeting(self, key: Any, size: int) -> _Exchange:
+    def exchange(self, key: Any, size: int) -> _Exchange:
+        """The exchange of a group."""
         with self.lock:
-            if self.broken:  # a rank has failed: nobody would come
+            if self.broken:  # a rank has failed: the others would wait for it
                 raise threading.BrokenBarrierError
-            return self.meetings.setdefault(key, _Exchange(size))
+            return self.exchanges.setdefault(key, _Exchange(size))
 
     def abort(self) -> None:
+        """Let all threads stop waiting, after a rank failed."""
         with self.lock:
             self.broken = True
-            for meeting in self.meetings.values():
-                meeting.barrier.abort()
+            for exchange in self.exchanges.values():
+                exchange.barrier.abort()
 
     def mend(self) -> None:
-        """Make the world fit for another run, after one in which a rank failed."""
-        self.meetings.clear()
+        """Allow another run after one in which a rank failed."""
+        self.exchanges.clear()
         self.broken = False
 
 
 class _ThreadContext:
+    """A rank's groups and streams of random numbers."""
+
     def __init__(self, rank: int, world: World) -> None:
         self.rank, self.world = rank, world
 
     def group(self, name: str) -> context.Communicator:
-        _, parts = context.parse_group(name)
-        members = next((p for p in parts if self.rank in p), None) if parts else list(range(self.world.tp))
+        """This rank's communicator in a group."""
+        _, partition = context.parse_group(name)
+        members = next((m for m in partition if self.rank in m), None) if partition else list(range(self.world.tp))
         assert members is not None
-        meeting = self.world.meeting((name, tuple(members)), len(members))
-        return _ThreadCommunicator(members.index(self.rank), len(members), meeting)
+        exchange = self.world.exchange((name, tuple(members)), len(members))
+        return _ThreadCommunicator(members.index(self.rank), len(members), exchange)
 
     @contextlib.contextmanager
     def random(self, same: bool, device: torch.device) -> Iterator[None]:
+        """Draw random numbers from this rank's stream, or from the stream that is the ``same`` on all ranks."""
         seed = self.world.seed + (0 if same else 1 + self.rank)
         with World._default_generator, draw_from(self.world.streams, (self.rank, same), torch.device("cpu"), seed):
             yield
 
 
 def lockstep(tp: int, world: World, work: Callable[[int], Any]) -> list[Any]:
-    """Run ``work(rank)`` for every rank, each in a thread of its own and a fabric that joins them.
+    """Run ``work(rank)`` for every rank, each in a thread of its own, and return the results by rank.
 
-    The first rank's error, if any fails, is raised here.
+    If ranks fail, the error of the lowest one is raised.
     """
     results: list[Any] = [None] * tp
     errors: list[tuple[int, BaseException]] = []

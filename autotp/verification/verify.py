@@ -1,4 +1,4 @@
-"""verify: the dense model against all ranks, value by value and gradient by gradient, in float64."""
+"""verify: compare a dense model with its parallel form: outputs, loss and gradients, in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autotp.arguments.snapshot import restoring_state
 from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.errors import AutoTPError, check_tp
 from autotp.modules.model_checks import check_model
-from autotp.partition.partition import partition_model
+from autotp.partition.partition import Partition, partition_model
 from autotp.plans.make_plan import announce, plan_of
 from autotp.verification.measure import Float64, Measured, detached_copy, measure
 from autotp.verification.processes import measure_on_processes
@@ -31,7 +31,7 @@ __all__ = ["compare", "verify", "with_labels"]
 def compare(
     model: nn.Module, parallel: Simulation, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float = 1e-10
 ) -> Report:
-    """Run a dense model and its simulation on the same inputs and compare everything.
+    """Run a dense model and its simulation on the same inputs, and compare all outputs and gradients.
 
     Args:
         model: the dense model, whose weights the simulation uses.
@@ -40,28 +40,51 @@ def compare(
         kwargs: keyword inputs.
         tolerance: the largest relative error that passes.
     """
+    partition = parallel.partition
+    dense, simulated = (_measure_in_process(run, model, partition, args, kwargs) for run in (model, parallel))
+    graph_breaks = partition.seams
+    return judge(model, parallel.tp, dense, simulated, tolerance, parallel.divergence, parallel.diverging, graph_breaks)
 
-    def run(it: nn.Module) -> Measured:
-        model.zero_grad(set_to_none=True)
-        with contextlib.ExitStack() as around:
-            for part in parallel.division.parts:
-                around.enter_context(restoring_state(part.cache.state))
-            return measure(it, args, kwargs, lambda: {n: p.grad for n, p in model.named_parameters()}, kept)
 
-    def kept() -> dict[str, torch.Tensor]:
-        return {n: x for part in parallel.division.parts for n, x in part.cache.state.kept().items()}
+def _measure_in_process(
+    run: nn.Module, model: nn.Module, partition: Partition, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    detach_state: bool = False,
+) -> Measured:  # fmt: skip
+    """Measure a model or its simulation; afterwards the model has no gradients, and its module state is as before.
 
-    dense, found = run(model), run(parallel)
+    Args:
+        run: the model or its simulation.
+        model: the dense model, whose weights both use.
+        partition: the captured model.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        detach_state: whether module state is left out of the backward, as it is on processes.
+    """
+
+    def gradients() -> dict[str, torch.Tensor | None]:
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    def module_state() -> dict[str, torch.Tensor]:
+        state = {n: x for part in partition.parts for n, x in part.cache.state.kept().items()}
+        return {n: x.detach() for n, x in state.items()} if detach_state else state
+
     model.zero_grad(set_to_none=True)
-    seams = parallel.division.seams
-    return judge(model, parallel.tp, dense, found, tolerance, parallel.divergence, parallel.diverging, seams)
+    with contextlib.ExitStack() as restored:
+        for part in partition.parts:
+            restored.enter_context(restoring_state(part.cache.state))
+        measured = measure(run, args, kwargs, gradients, module_state)
+    model.zero_grad(set_to_none=True)
+    return measured
 
 
 def with_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A language model's inputs with labels to compute a loss from, if it takes them."""
+    """A language model's inputs, with labels for a loss if its forward takes them."""
     ids = kwargs.get("input_ids")
-    takes = inspect.signature(model.forward).parameters
-    if "labels" not in takes or "labels" in kwargs or not isinstance(ids, torch.Tensor):
+    if (
+        "labels" not in inspect.signature(model.forward).parameters
+        or "labels" in kwargs
+        or not isinstance(ids, torch.Tensor)
+    ):
         return kwargs
     labelled = {**kwargs, "labels": ids.clone()}
     try:
@@ -78,16 +101,16 @@ def verify(
 ) -> Report:  # fmt: skip
     """Compare the dense model with all ranks of its parallel form: outputs, loss, every gradient.
 
-    Runs on a copy, in eval mode (dropout draws different numbers by design), all ranks in lockstep in
-    this process, or on ``tp`` processes of their own. The model is left as it was.
+    Both run on a copy in eval mode, as dropout draws other numbers by design. The ranks run in lockstep in this
+    process, or as ``tp`` real processes. The model stays as it is.
 
     Args:
         model: the dense model, with real weights.
         tp: the number of ranks.
-        example_inputs: as for :func:`autotp.parallelize`. Left out for a transformers language model,
-            labels are added so that its loss is compared too.
+        example_inputs: as for :func:`autotp.parallelize`. If they are left out, a transformers language model also
+            gets labels, so that its loss is compared.
         dtype: the dtype to compare in; None for the model's own. In float64 errors must stay under 1e-10; in
-            others under what rounding may bring about (:func:`autotp.verification.rounding.rounding_error`).
+            others under a bound for rounding errors (:func:`autotp.verification.rounding.rounding_error`).
         processes: whether to start real processes, which communicate through gloo.
 
     Raises:
@@ -115,19 +138,12 @@ def verify(
     with torch.enable_grad(), mode:
         if example_inputs is None:
             kwargs = with_labels(dense, args, kwargs)
-        division = partition_model(dense, tp, args, kwargs)
-        announce(plan_of(division, tp), division)
-        graphs = [p.cache.last.captured.graph for p in division.parts if p.cache.last is not None]
+        partition = partition_model(dense, tp, args, kwargs)
+        announce(plan_of(partition, tp), partition)
+        graphs = [p.cache.last.captured.graph for p in partition.parts if p.cache.last is not None]
         limit = rounding_error(dtype, depth(graphs), longest_sum(graphs))
         if not processes:
-            return compare(dense, Simulation(dense, tp, division, record=True), args, kwargs, limit)
-        with contextlib.ExitStack() as around:
-            for part in division.parts:
-                around.enter_context(restoring_state(part.cache.state))
-            expected = measure(
-                dense, args, kwargs, lambda: {n: p.grad for n, p in dense.named_parameters()},
-                lambda: {n: x.detach() for part in division.parts for n, x in part.cache.state.kept().items()},
-            )  # fmt: skip
-        dense.zero_grad(set_to_none=True)
-        found, diverging = measure_on_processes(dense, tp, args, kwargs)
-        return judge(dense, tp, expected, found, limit, math.inf if diverging else 0.0, diverging, division.seams)
+            return compare(dense, Simulation(dense, tp, partition, record=True), args, kwargs, limit)
+        expected = _measure_in_process(dense, dense, partition, args, kwargs, detach_state=True)
+        measured, diverging = measure_on_processes(dense, tp, args, kwargs)
+        return judge(dense, tp, expected, measured, limit, math.inf if diverging else 0.0, diverging, partition.seams)

@@ -72,7 +72,7 @@ def test_a_position_that_moves_is_captured_once(by_keyword: bool) -> None:
     dense = Reference().eval()
     model = copy.deepcopy(dense)
     parallel = autotp.simulate(model, 2, example_inputs=(_ids(5), 0))
-    assert parallel.division.is_whole
+    assert parallel.partition.is_whole
     captures = []
     for _ in range(2):
         start = 0

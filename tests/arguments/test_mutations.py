@@ -99,7 +99,7 @@ def test_caches_are_what_the_dense_model_leaves_in_them(how: str, tp: int) -> No
         parallel: Any = autotp.parallelize(copy.deepcopy(model), 1, example_inputs=example)
     else:
         parallel = autotp.simulate(model, tp, example_inputs=example)
-        assert parallel.division.is_whole
+        assert parallel.partition.is_whole
     found, left = _decoded(parallel, how)
     assert all(relative_error(a, b) < 1e-12 for a, b in zip(wanted, found, strict=True))
     pairs = list(zip(pytree.tree_leaves(caches), pytree.tree_leaves(left), strict=True))
@@ -166,7 +166,7 @@ def test_values_gradients_and_what_is_left(how: str, keyword: bool) -> None:
         return {"x": x, "kept": _given(how)} if keyword else (x, _given(how))
 
     parallel = autotp.simulate(model, 2, example_inputs=example())
-    assert parallel.division.is_whole
+    assert parallel.partition.is_whole
     seen: list[list[torch.Tensor]] = []
     for each in (model, parallel):
         model.zero_grad()
