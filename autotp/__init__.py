@@ -2,23 +2,23 @@
 
 >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4
 
-The packages and files, from top to bottom; each imports only from those below it, and from ``passes``:
+The packages and files, from top to bottom. Each imports only from those below it, and from ``passes``:
 
 ================  =================================================================================
 ``cli``           the command line
-``fuzz``          random models, to find what breaks autotp
-``verification``  dense against parallel, in numbers
-``parallel``      ``parallelize``: the whole way of a model, step by step
+``fuzz``          random models, to find failures of autotp
+``verification``  comparison of the dense model with its parallel form
+``parallel``      ``parallelize``, step by step
 ``inspection``    graph, full state dict and full gradients of a parallelized model
-``plans``         the plan as a value, and what a user is told about it
-``partition``     models that are captured in parts
+``plans``         the plan of a model, and warnings about weights that stay unsplit
+``partition``     the largest capturable modules of a model, and how they run
 ``runtime``       one call of a parallelized module
-``program``       from a captured graph to the program that one rank runs
+``program``       from a captured graph to one rank's program
 ``capture``       one call of a module as one functional graph
-``arguments``     a call's arguments as flat tensors, and what a call mutates
+``arguments``     a call's arguments as flat tensors, and mutations of them
 ``weights``       parameters, checkpoints, optimizer state, gradient norms as shards
 ``distributed``   processes, collectives, agreement, random streams
-``modules``       what autotp asks of and does to ``nn.Module``
+``modules``       checks and changes of ``nn.Module`` objects
 ``utils``         hashes, generated code, tables, kinds of values
 ``options``       the choices of a user of ``parallelize``, as one value
 ``errors``        the public errors and warnings
