@@ -175,7 +175,7 @@ def partition_into_modules(
         observed = observe(model, args, kwargs)
     except Exception as error:
         raise failed from error
-    division = _Search(model, tp, observed).division(failed)
+    division = _Search(model, tp, observed).partition(failed)
     if not division.parts:
         raise failed
     _decide(division, weight_layouts)
@@ -203,7 +203,7 @@ class _Search:
         self.seams: list[GraphBreak] = []
         self._done: set[int] = set()
 
-    def division(self, failed: CaptureError) -> Partition:
+    def partition(self, failed: CaptureError) -> Partition:
         """The parts, and the seams between them."""
         self.seams.append(GraphBreak("", failed.place, failed.reason))
         self._descend("", self.model)
