@@ -1,6 +1,6 @@
-"""What autotp asks of, and does to, an ``nn.Module``.
+"""Checks and changes of an ``nn.Module``.
 
-Kinds of models that are refused, and the way a forward is replaced, are changed here. It must know nothing of graphs or
+Change here which kinds of models are refused, and how a forward is replaced. The package knows nothing of graphs or
 ranks.
 """
 

@@ -11,28 +11,27 @@ from torch import nn
 
 __all__ = ["compute_device", "computing_on", "device_of"]
 
-
-_headed: ContextVar[torch.device | None] = ContextVar("_headed", default=None)
+_destination: ContextVar[torch.device | None] = ContextVar("_destination", default=None)
 
 
 @contextlib.contextmanager
 def computing_on(device: torch.device | None) -> Iterator[None]:
-    """Take models for being on a device already, to which their weights go later; None: take them as they are."""
-    token = _headed.set(device)
+    """Treat models as if they were on the device that their weights move to later; None: on their own device."""
+    token = _destination.set(device)
     try:
         yield
     finally:
-        _headed.reset(token)
+        _destination.reset(token)
 
 
 def compute_device(device: torch.device) -> torch.device:
-    """Where that will be computed which is on a device now; what is on the meta device, on the CPU."""
-    if (headed := _headed.get()) is not None:
-        return headed
+    """The device that tensors of a device will be computed on; the CPU for tensors on the meta device."""
+    if (destination := _destination.get()) is not None:
+        return destination
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device a model computes on; the CPU for a model on the meta device."""
+    """The device that a model computes on; the CPU for a model on the meta device."""
     tensor = next(iter(model.parameters()), None)
     return compute_device(tensor.device if tensor is not None else torch.device("cpu"))

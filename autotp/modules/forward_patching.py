@@ -1,4 +1,4 @@
-"""forwards: modules run something else in place of their own forward, and their own again while they are captured."""
+"""forward_patching: replace modules' forwards, and put their own back while they are captured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Carried(Protocol):
-    """What a module whose forward was replaced carries."""
+    """The object that a module with a replaced forward carries."""
 
     own_forward: Any
     """The forward that was set on the module itself, if there was one."""
@@ -41,17 +41,19 @@ class _Asked(threading.local):
 
 
 asked = _Asked()
-"""Whether this thread's call comes out of ``torch.compile``'d code: then graphs are compiled, too."""
+"""Options for ``torch.compile`` if this thread's call comes from compiled code, so that graphs are compiled, too."""
 
 
 def _run_compiled(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What compiled code calls, and does not look into: recognition, comparison and exchange are no tensor code, and
-    the graph is compiled by itself, whole."""
-    before, asked.options = asked.options, {}
+    """Run a replaced forward from compiled code, which does not trace into it.
+
+    Guards and the ranks' agreement are not tensor code, and the graph is compiled by itself.
+    """
+    outer, asked.options = asked.options, {}
     try:
         return run(args, kwargs)
     finally:
-        asked.options = before
+        asked.options = outer
 
 
 class _Forward:
@@ -59,7 +61,7 @@ class _Forward:
 
     def __init__(self, module: nn.Module, run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any]) -> None:
         self.run = run
-        self._compiled = torch.compiler.disable(_run_compiled)  # imports what capture has imported before
+        self._compiled = torch.compiler.disable(_run_compiled)  # capture has imported the same before
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +73,7 @@ class _Forward:
 def patch_forward(
     module: nn.Module, run: Callable[[tuple[Any, ...], Mapping[str, Any]], Any], carried: Carried
 ) -> None:
-    """Let ``run(args, kwargs)`` be a module's forward, and let it carry what knows its own forward."""
+    """Make ``run(args, kwargs)`` a module's forward, and let the module carry an object that has its own forward."""
     module.__dict__["_autotp"], module.__dict__["forward"] = carried, _Forward(module, run)
 
 
@@ -83,20 +85,20 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def own_forward(module: nn.Module) -> Any:
-    """The forward that was set on a module itself, by others than autotp; None for its class's."""
-    found = module.__dict__.get("forward")
-    return module.__dict__["_autotp"].own_forward if isinstance(found, _Forward) else found
+    """The forward that others than autotp have set on the module itself; None if it has its class's."""
+    forward = module.__dict__.get("forward")
+    return module.__dict__["_autotp"].own_forward if isinstance(forward, _Forward) else forward
 
 
 def repatch_forward(model: nn.Module) -> None:
-    """Let modules whose forwards were replaced, and then deleted by others, run again what they ran."""
+    """Replace forwards again that were replaced, and whose replacements others have deleted."""
     for module in model.modules():
         if (carried := module.__dict__.get("_autotp")) is not None and "forward" not in module.__dict__:
             patch_forward(module, carried, carried)
 
 
 def in_call(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised because of, was raised in what runs in place of a forward."""
+    """Whether an error, or one of its causes, was raised inside a replaced forward."""
     while error is not None:
         if any(frame.f_code is _Forward.__call__.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             return True
@@ -105,18 +107,18 @@ def in_call(error: BaseException | None) -> bool:
 
 
 class DeferredError:
-    """Holds an error back until the ranks have compared it, unless they know of it already.
+    """Catches an error until the ranks have compared it, unless they know of it already.
 
     Args:
-        known: whether they know of an error.
+        known: returns whether the other ranks know of an error.
 
     Attributes:
         error: the error, if there was one.
 
     Example:
-        >>> with HeldBack() as held:
+        >>> with DeferredError() as deferred:
         ...     result = forward(*args)
-        >>> agreement.check("end of the call", 0, dict, held.error)
+        >>> agreement.check("end of the call", 0, dict, deferred.error)
     """
 
     def __init__(self, known: Callable[[BaseException], bool] = in_call) -> None:
@@ -141,44 +143,45 @@ _capturing = _Capturing()
 
 
 def capturing() -> bool:
-    """Whether a model is being captured in this thread: then its submodules' own code runs, on stand-ins."""
+    """Whether this thread captures a model; its submodules then run their own code, on fake tensors."""
     return _capturing.now
 
 
 @contextlib.contextmanager
 def as_dense(model: nn.Module) -> Iterator[None]:
-    """The model and its submodules with the forwards that they had before autotp, and callable."""
-    replaced = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), _Forward)]
-    ours = [m.__dict__.pop("forward") for m in replaced]
-    for module in replaced:
+    """Give the model and its submodules the forwards back that they had before autotp, for a time."""
+    patched = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), _Forward)]
+    replacements = [m.__dict__.pop("forward") for m in patched]
+    for module in patched:
         if (own := module.__dict__["_autotp"].own_forward) is not None:
             module.__dict__["forward"] = own
-    before, _capturing.now = _capturing.now, True
+    outer, _capturing.now = _capturing.now, True
     try:
         yield
     finally:
-        _capturing.now = before
-        for module, forward in zip(replaced, ours, strict=True):
+        _capturing.now = outer
+        for module, forward in zip(patched, replacements, strict=True):
             module.__dict__["forward"] = forward
 
 
 class Guard:
-    """The pre-hook of a submodule that holds shards: its own code, which computes on whole weights, must not run.
+    """The pre-hook of a submodule that holds shards: it refuses to run the submodule's own forward.
 
-    Something else runs in its place, unless it is between the parts of a model or someone has set its forward.
+    The submodule's own code would take its shards for dense weights. It would run if others have set the submodule's
+    forward, or if the submodule is in an eager region.
 
     Args:
-        name: the submodule's.
-        excused: whether it may be called now all the same.
+        name: the submodule's name.
+        excused: returns whether the submodule may be called all the same.
     """
 
     def __init__(self, name: str, excused: Callable[[], bool]) -> None:
         self.name, self.excused = name, excused
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Refuse."""
+        """Raise if the submodule's own forward would run."""
         if not capturing() and not isinstance(module.__dict__.get("forward"), _Forward) and not self.excused():
             raise AutoTPError(
-                f"{self.name} holds only this rank's share of its weights, and its own forward cannot run: call the "
-                "model that was parallelized, or parallelize this module instead of the whole"
+                f"{self.name} holds only this rank's shards of its weights, and its own forward cannot run: call the "
+                "model that was parallelized, or parallelize this module instead of the model"
             )

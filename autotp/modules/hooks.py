@@ -1,4 +1,4 @@
-"""hooks: a graph runs none of the hooks inside what it was captured from, so nothing that has some is captured."""
+"""hooks: refuse hooks on submodules, which a captured graph would not run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ HOOKS = {
     "_backward_hooks": "a backward hook",
     "_backward_pre_hooks": "a backward pre-hook",
 }
-"""Where a module keeps the hooks that run in its calls, and what they are."""
+"""The attributes in which a module keeps the hooks that run in its calls, and words for them."""
 
 _HARMLESS = (
     "autotp.modules.forward_patching.Guard",
     "transformers.utils.output_capturing.",
     "transformers.modeling_utils.PreTrainedModel.enable_input_require_grads.",
 )
-"""Ours, and transformers': recorders of hidden states, which work at capture too, and flags on hidden values."""
+"""Autotp's own hook, and those of transformers: recorders of hidden states, which also work in capture, and flags on
+hidden values."""
 
 
 def _name(hook: Any) -> str:
@@ -33,10 +34,10 @@ def _name(hook: Any) -> str:
 
 
 def refuse_hooks(model: nn.Module) -> None:
-    """Raise if a submodule has hooks; the module's own run around what is captured.
+    """Raise if a submodule has hooks; the model's own hooks are allowed, since they run around the graph.
 
     Raises:
-        CaptureError: it names the submodule and the hook.
+        CaptureError: a submodule has a hook; the message names both.
     """
     for name, module in model.named_modules():
         for kind, what in HOOKS.items() if name else ():

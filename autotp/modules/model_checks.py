@@ -1,4 +1,4 @@
-"""admission: models that were modified in a way that a graph would silently leave out are refused by name."""
+"""model_checks: refuse models that a captured graph would not compute faithfully."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["check_model"]
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model of which a graph would not compute what its Python does.
+    """Refuse a model whose graph would not compute what its Python does.
 
-    Adapters, parametrizations and whatever else is modules, tensors and functions of them is captured as any
-    other model. Wrappers and compiled code are no Python to capture, packed or distributed weights cannot be
-    cut, and hooks on gradients of parameters would see shares; those on modules run (see
-    :mod:`autotp.modules.hooks`), but not those on all modules at once.
+    Adapters, parametrizations and other changes by modules, tensors and functions of tensors are captured as any other
+    model. Four kinds of models are refused. Wrappers and compiled code are no Python to capture. Packed or distributed
+    weights cannot be sharded. Hooks on gradients of parameters would see shards. Hooks on all modules at once would not
+    run (see :mod:`autotp.modules.hooks` for hooks on single modules).
 
     Raises:
-        AutoTPError: it names the module or parameter and what to do. Nothing has been changed.
+        AutoTPError: the model is refused, unchanged. The message names the module or parameter, and what to do.
     """
     refuse_global_hooks()
     for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
@@ -69,6 +69,6 @@ def _check_tensor(where: str, tensor: torch.Tensor) -> None:
         )
     if isinstance(tensor, nn.Parameter) and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
         raise AutoTPError(
-            f"{where} has a hook on its gradient, which would see this rank's share only: if it may, register it after "
+            f"{where} has a hook on its gradient, which would see this rank's shard only: if it may, register it after "
             "parallelize"
         )

@@ -1,7 +1,7 @@
 """From a captured graph to the program that one rank runs.
 
-Rewriting, proving, lowering and compiling are called in their order here, and graphs are printed. It knows no processes
-and no calls: a program is made of a captured graph, a degree and layouts.
+The package rewrites, proves, lowers and compiles graphs, in this order, and prints them. It knows no processes and no
+calls: a program is made of a captured graph, a number of ranks and layouts.
 """
 
 from autotp.program.graph_text import graph_dot, graph_text

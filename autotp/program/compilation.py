@@ -1,4 +1,4 @@
-"""compiled: a lowered graph under torch.compile, what it repeats once."""
+"""compilation: compile a lowered graph with torch.compile, its repeated layers once."""
 
 from __future__ import annotations
 
@@ -16,107 +16,116 @@ from passes.ops.registry import COLLECTIVES
 __all__ = ["Region", "can_be_compiled", "can_repeat", "compile_graph"]
 
 _OPTIONS = {
-    "size_asserts": False,  # calls are recognised, and torch.compile's guards say it again
-    "reorder_for_peak_memory": False,  # ranks whose shards differ in size must meet in one order
+    "size_asserts": False,  # autotp's and torch.compile's guards have checked sizes already
+    "reorder_for_peak_memory": False,  # ranks whose shards differ in size need one order of collectives
 }
 """Options for torch's own compiler, beside the user's."""
 
 
-def can_be_compiled(made: Lowered) -> bool:
-    """Let ranks meet through ops that a compiler sees; whether a graph can be compiled then."""
+def can_be_compiled(lowered: Lowered) -> bool:
+    """Replace collectives by ops that a compiler sees, and return whether the graph can be compiled then."""
     from passes.ops.traceable import traced  # which registers ops: a second's import
 
-    return traced([made.graph, *made.repeated.values()], context.current())
+    return traced([lowered.graph, *lowered.repeated.values()], context.current())
 
 
 def can_repeat(graph: fx.Graph, options: Mapping[str, Any]) -> bool:
-    """Whether regions may hold what ranks meet in: a CUDA graph is cut where the host takes part, but in no region.
+    """Whether repeated layers may become regions.
+
+    They may not with CUDA graphs if the host takes part in collectives: a CUDA graph can be split at such a collective,
+    but not inside a region.
 
     Args:
         graph: a rank's graph.
-        options: for ``torch.compile``.
+        options: options for ``torch.compile``.
     """
-    graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
-    graphs = graphs or bool((options.get("options") or {}).get("triton.cudagraphs"))
-    return not (graphs and any(n.target in COLLECTIVES for n in graph.nodes) and context.current().group("tp").by_host)
+    cuda_graphs = options.get("mode") in ("reduce-overhead", "max-autotune")
+    cuda_graphs = cuda_graphs or bool((options.get("options") or {}).get("triton.cudagraphs"))
+    communicates = any(n.target in COLLECTIVES for n in graph.nodes)
+    return not (cuda_graphs and communicates and context.current().group("tp").by_host)
 
 
 class Region(nn.Module):
-    """What a graph calls several times, with other weights, and a compiler compiles once."""
+    """A subgraph that a graph calls several times with other weights, and that is compiled once."""
 
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
         self.program = fx.GraphModule({}, graph)
         self._run = torch.compiler.nested_compile_region(type(self.program).forward)
 
-    def forward(self, *given: Any) -> Any:
-        """Run it."""
-        return self._run(self.program, *given)
+    def forward(self, *inputs: Any) -> Any:
+        """Run the subgraph."""
+        return self._run(self.program, *inputs)
 
 
 def compile_graph(
-    module: fx.GraphModule, grad: bool, options: Mapping[str, Any], without: Callable[[], Callable[..., Any]] | None
+    module: fx.GraphModule,
+    grad: bool,
+    options: Mapping[str, Any],
+    without_regions: Callable[[], Callable[..., Any]] | None,
 ) -> Callable[..., Any]:
-    """A graph as torch.compile makes it, whole.
+    """A graph compiled by torch.compile, without a graph break.
 
     Args:
         module: the graph.
         grad: whether a backward follows.
-        options: for ``torch.compile``.
-        without: makes the same without regions, if there are any.
+        options: options for ``torch.compile``.
+        without_regions: compiles the same graph without regions; None if it has none.
     """
     # With a backward, strides of dynamic sizes come out as those of the first call (torch 2.13).
-    given = _with_defaults({"dynamic": not grad, **options})
-    now = torch.compile(module.forward, fullgraph=True, **given)
-    fixed = [] if given["dynamic"] is False else _fixed(module.graph)
+    settings = _with_defaults({"dynamic": not grad, **options})
+    program = torch.compile(module.forward, fullgraph=True, **settings)
+    static = [] if settings["dynamic"] is False else _static_dims(module.graph)
 
     def run(*inputs: Any) -> Any:
-        nonlocal now, without
-        for i, dims in fixed:  # as torch._dynamo.mark_static does, but fast: sizes that become known in a region fail
+        nonlocal program, without_regions
+        # As torch._dynamo.mark_static does, but fast. Without it, sizes that become known in a region fail.
+        for i, dims in static:
             inputs[i]._dynamo_static_indices = dims
         try:
-            return now(*inputs)
+            return program(*inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # before anything has run
             warnings.warn(
                 "a graph was compiled for as many sizes as torch.compile allows, and runs as it is from now on: "
                 'pad to fewer sizes, or parallelize(compile={"dynamic": True})',
                 stacklevel=2,
             )
-            now = module.forward
+            program = module.forward
         except _refusals() as error:  # likewise
-            if without is None:
+            if without_regions is None:
                 raise
             warnings.warn(
                 f"layers that repeat are compiled each, since torch.compile refuses them as one region: {error}",
                 stacklevel=2,
             )
-            now, without = without(), None
-        return now(*inputs)
+            program, without_regions = without_regions(), None
+        return program(*inputs)
 
     return run
 
 
 def _refusals() -> tuple[type[Exception], ...]:
+    """The errors by which torch.compile refuses a graph."""
     from torch._dynamo import exc
 
     return exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.InternalTorchDynamoError, exc.BackendCompilerFailed
 
 
-def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Options for ``torch.compile`` with autotp's own, where they are for torch's own compiler."""
-    if given.get("backend", "inductor") != "inductor" or ("mode" in given and "options" in given):
-        return given
-    mode = torch._inductor.list_mode_options(given.pop("mode", None) or "default", given["dynamic"])
-    return {**given, "options": {**_OPTIONS, **mode, **(given.get("options") or {})}}
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``torch.compile``; for torch's own compiler with autotp's options added."""
+    if settings.get("backend", "inductor") != "inductor" or ("mode" in settings and "options" in settings):
+        return settings
+    mode = torch._inductor.list_mode_options(settings.pop("mode", None) or "default", settings["dynamic"])
+    return {**settings, "options": {**_OPTIONS, **mode, **(settings.get("options") or {})}}
 
 
-def _fixed(graph: fx.Graph) -> list[tuple[int, frozenset[int]]]:
-    """For each of the call's tensors that has dims of which a graph knows the size, its position and these dims."""
-    found = []
+def _static_dims(graph: fx.Graph) -> list[tuple[int, frozenset[int]]]:
+    """The dims of a call's tensors whose sizes the graph knows, with each tensor's position."""
+    static = []
     for i, node in enumerate(graph.find_nodes(op="placeholder")):
         if (value := node.meta.get("local")) is None or "weights" in node.meta:
             continue
         dims = frozenset(d for d, n in enumerate(value.shape) if isinstance(n, int))
         if any(value.shape[d] > 1 for d in dims):
-            found.append((i, dims))
-    return found
+            static.append((i, dims))
+    return static

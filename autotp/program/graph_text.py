@@ -1,4 +1,4 @@
-"""The text of a rewritten graph, for people."""
+"""graph_text: rewritten and lowered graphs as text, and in Graphviz's language."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _target(node: fx.Node) -> str:
 
 
 def _shape(node: fx.Node, rank: int | None = None) -> str:
-    """A node's type and shape: ``V[s0, s1, 4of16, 64]``; for all ranks ``4/4/3/3of14``."""
+    """A node's type and shape: ``V[s0, s1, 4of16, 64]`` for one rank, ``4/4/3/3of14`` in a dim for all ranks."""
     value, layout = node.meta.get("global"), node.meta.get("layout")
     if not isinstance(value, torch.Tensor):
         return ""
@@ -50,8 +50,8 @@ def _shape(node: fx.Node, rank: int | None = None) -> str:
         if not any(split):
             text.append(str(size))
             continue
-        parts = [str(f) if s is None else f"{_counts(s, rank)}of{s.size}" for f, s in zip(factors, split, strict=True)]
-        text.append("*".join(parts))
+        texts = [str(f) if s is None else f"{_counts(s, rank)}of{s.size}" for f, s in zip(factors, split, strict=True)]
+        text.append("*".join(texts))
     return f"{node.meta.get('type', '')}[{', '.join(text)}]"
 
 
@@ -66,7 +66,7 @@ def graph_text(graph: fx.Graph, title: str, rank: int | None = None) -> str:
 
     A shape such as ``V[s0, s1, 4of16, 64]`` reads: varying over the ranks, and of the third dim's 16
     indices this rank holds 4. The types are I (invariant), R (replicated, partial gradient), V
-    (varying) and P (pending sum).
+    (varying) and P (partial sum).
     """
     lines, module = [f"# {title}"], None
     for node in graph.nodes:
@@ -88,29 +88,29 @@ def graph_text(graph: fx.Graph, title: str, rank: int | None = None) -> str:
 
 
 def inputs_text(graph: fx.Graph, names: Sequence[str]) -> str:
-    """The inputs of a captured graph with their shapes; what objects hold is counted.
+    """The inputs of a captured graph with their shapes; for an object the number of its tensors.
 
     >>> inputs_text(graph, ["args[0]", "kwargs['cache'].keys", "kwargs['cache'].values"])
     'args[0][s0, 1], cache (2 tensors)'
     """
-    found: dict[str, list[str]] = {}
+    shapes: dict[str, list[str]] = {}
     for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
         name = re.sub(r"^kwargs\['(\w+)'\]", r"\1", name)
-        whole, dot, _ = name.partition(".")
+        argument, dot, _ = name.partition(".")
         shape = f"[{', '.join(map(str, node.meta['val'].shape))}]"
-        found.setdefault(whole, []).append("" if dot else shape)
-    return ", ".join(n + (each[0] or f" ({len(each)} tensor{'s' * (len(each) > 1)})") for n, each in found.items())
+        shapes.setdefault(argument, []).append("" if dot else shape)
+    return ", ".join(n + (s[0] or f" ({len(s)} tensor{'s' * (len(s) > 1)})") for n, s in shapes.items())
 
 
 def lowered_text(graph: fx.Graph, title: str, repeated: Mapping[str, fx.Graph] | None = None) -> str:
-    """A lowered graph as text: one line a node, grouped by module, with each value's local shape; what it repeats."""
+    """A lowered graph as text: one line a node, grouped by module, with each value's local shape; then its regions."""
     lines, module = [f"# {title}"], None
     names = {n.name: f"self[{' | '.join(n.meta['weights'])}]" for n in graph.nodes if "weights" in n.meta}
     word = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b") if names else None
 
     def named(text: str) -> str:
-        """With the weights' own names; all at once, since one may look like another's node."""
-        return word.sub(lambda found: names[found[0]], text) if word is not None else text
+        """The text with the weights' own names; replaced all at once, since a name may look like another's node."""
+        return word.sub(lambda match: names[match[0]], text) if word is not None else text
 
     for node in graph.nodes:
         if node.op == "get_attr" or node.name in names:
@@ -144,7 +144,7 @@ _COLOURS = {"I": "white", "R": "lightgrey", "V": "lightblue", "P": "orange"}
 
 
 def graph_dot(graph: fx.Graph, title: str) -> str:
-    """A rewritten graph in Graphviz's language; colours tell types, boxes with bold edges collectives."""
+    """A rewritten graph in Graphviz's language; colours stand for types, bold boxes for collectives."""
     lines = [f'digraph "{title}" {{', "  node [shape=box style=filled fontname=monospace fontsize=10];"]
     for node in graph.nodes:
         if node.op == "get_attr":

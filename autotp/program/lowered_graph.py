@@ -1,4 +1,4 @@
-"""lowered: the program that a rank really runs, and the weights that it runs on."""
+"""lowered_graph: the program that a rank really runs, and the names of its weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autotp.program.compilation import Region, can_be_compiled, can_repeat
-from autotp.program.compilation import compile_graph as as_compiled
+from autotp.program.compilation import Region, can_be_compiled, can_repeat, compile_graph
 from autotp.program.graph_text import lowered_text
 from passes import Lowering, lower
 
@@ -25,18 +24,18 @@ class LoweredGraph(fx.GraphModule):
     Args:
         graph: the rank's rewritten graph.
         rank: the rank.
-        constants: the tensors that the graph has.
-        regions: the modules that it calls.
-        written: the results that go back into the memory of an input, by its number.
+        constants: the graph's own tensors, by name.
+        regions: the modules that the graph calls, by name.
+        written: the results that are written into the memory of an input, by the input's number.
         lowering: which passes run.
         grad: whether a backward follows.
         compiled: options for ``torch.compile``; None: the graph runs as it is.
 
     Attributes:
-        run: runs it.
-        weights: for each input after the call's tensors the names of the weights that it is.
-        found: how much each pass found.
-        repeated: the graphs of what it calls several times.
+        run: runs the program.
+        weights: for each input after the call's tensors the name of its weight, or the names of weights merged into it.
+        found: how many matches each pass found.
+        repeated: the subgraphs that the graph calls several times, by name.
     """
 
     def __init__(
@@ -50,24 +49,25 @@ class LoweredGraph(fx.GraphModule):
         grad: bool,
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
-        made, flat = None, replace(lowering, repeat=False)
+        lowered, flat = None, replace(lowering, repeat=False)
         if compiled is not None:  # a compiler plans memory and order
             repeat = lowering.repeat and can_repeat(graph, compiled)
             off = dict.fromkeys(("rematerialize", "cache_in_place", "overlap", "reuse", "direct_calls"), False)
             as_is = replace(lowering, repeat=repeat, **off)
-            made = lower(graph, rank, constants, regions, as_is, grad=grad)
-        if made is None or not can_be_compiled(made):
+            lowered = lower(graph, rank, constants, regions, as_is, grad=grad)
+        if lowered is None or not can_be_compiled(lowered):
             compiled = None
-            made = lower(graph, rank, constants, regions, flat, grad=grad, written=written)
-        super().__init__({**made.constants, **regions, **{n: Region(g) for n, g in made.repeated.items()}}, made.graph)
-        self.weights, self.found, self.repeated, self.grad = made.weights, made.found, made.repeated, grad
+            lowered = lower(graph, rank, constants, regions, flat, grad=grad, written=written)
+        repeated = {name: Region(subgraph) for name, subgraph in lowered.repeated.items()}
+        super().__init__({**lowered.constants, **regions, **repeated}, lowered.graph)
+        self.weights, self.found, self.repeated, self.grad = lowered.weights, lowered.found, lowered.repeated, grad
         self.run: Callable[..., Any] = self.forward
         if compiled is not None:
 
-            def without() -> Callable[..., Any]:
+            def without_regions() -> Callable[..., Any]:
                 return LoweredGraph(graph, rank, constants, regions, written, flat, grad, compiled).run
 
-            self.run = as_compiled(self, grad, compiled, without if made.repeated else None)
+            self.run = compile_graph(self, grad, compiled, without_regions if repeated else None)
 
     def __str__(self) -> str:
         kind = "with a backward" if self.grad else "forward only"

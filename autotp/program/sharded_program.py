@@ -20,26 +20,26 @@ __all__ = ["ShardedProgram", "prove", "shard_graph"]
 
 
 def prove(program: ShardedProgram, name: str, proof: bool | str) -> None:
-    """Look whether a program is proved.
+    """Raise or warn if a program is not proved.
 
     Args:
         program: the rewritten graph.
-        name: whose it is.
-        proof: ``"warn"``: one that is not is a warning; else an error.
+        name: the name of the model, for the message.
+        proof: ``"warn"``: warn; else raise.
 
     Raises:
-        ProofError: it is not proved.
+        ProofError: the program is not proved.
     """
     verdict = program.verdict
     if verdict.proved:
         return
-    said = (
+    message = (
         f"the graph of {name} for {program.tp} ranks is not proved to be the dense model's: {verdict}. That is a "
         "mistake of autotp's: please report it"
     )
     if proof != "warn":
-        raise ProofError(f'{said}. check="warn" or check=False runs it all the same; autotp.verify compares numbers')
-    warnings.warn(said, UnprovedWarning, stacklevel=2)
+        raise ProofError(f'{message}. check="warn" or check=False runs it all the same; autotp.verify compares numbers')
+    warnings.warn(message, UnprovedWarning, stacklevel=2)
 
 
 @dataclass
@@ -50,13 +50,13 @@ class ShardedProgram:
         captured: the captured graph.
         graph: the rewritten graph, in which constants that differ between ranks are ``PerRank``.
         weight_layouts: each split weight's layout, by name.
-        reasons: why each other weight stays whole.
+        reasons: why each other weight stays unsplit.
         gathered: the split values that some op needs whole, with that op's name.
         tp: the number of ranks.
-        minimum: what cannot do without a collective, in the captured graph.
+        minimum: the collectives that no program for the captured graph can do without.
         slots: the layouts of all slots that are known now.
-        inputs: the layouts of the input tensors that ranks hold in parts, by position.
-        results: the same for results.
+        inputs: the layouts of the inputs that ranks hold as shards, by position.
+        results: the layouts of the results that ranks hold as shards, by position.
     """
 
     captured: CapturedGraph
@@ -77,7 +77,7 @@ class ShardedProgram:
 
     @functools.cached_property
     def verdict(self) -> Verdict:
-        """Whether the program is proved to be the captured graph's on every rank, forward and backward."""
+        """The result of the proof that every rank computes the captured graph, forward and backward."""
         return check(
             self.captured.graph,
             self.graph,
@@ -89,11 +89,11 @@ class ShardedProgram:
         )
 
     def unflatten(self, results: tuple[Any, ...], objects: Sequence[Any] = ()) -> Any:
-        """The model's own output structure from the graph's results; what a call changes in objects, it changes."""
-        return self._give(results, objects)
+        """Apply the call's mutations to its objects, and return the graph's results in the model's own structure."""
+        return self._rebuild_outputs(results, objects)
 
     @functools.cached_property
-    def _give(self) -> Any:
+    def _rebuild_outputs(self) -> Any:
         return output_function(self.captured.outputs)
 
 
@@ -109,11 +109,11 @@ def shard_graph(
     Args:
         captured: the captured model.
         tp: the number of ranks.
-        weight_layouts: the weights' layouts, where they are settled (by a plan, or an earlier call); left out,
-            they are decided here.
-        settled: layouts of some of the weights, where others are to be decided: what another part of the
-            model has made of a weight that both use.
-        slots: the layouts of what ranks keep in parts between calls, as far as they are decided.
+        weight_layouts: the weights' layouts, if a plan or an earlier call has decided them; left out, they are decided
+            here.
+        settled: the layouts of some weights, where the other layouts are decided here: those of weights that another
+            captured module uses, too.
+        slots: the layouts of the state that ranks keep as shards between calls, as far as they are decided.
     """
     facts = propagate(captured.graph)
     reasons: Mapping[str, Reason] = {}
@@ -124,13 +124,13 @@ def shard_graph(
         outside = {n: Reason("read by Python that is not captured") for n, x in settled.items() if x.whole}
         reasons = confirm_limits(decision.reasons, lambda ranks: _split_weights(captured, ranks)) | outside
     layouts = assign(captured.graph, facts, weight_layouts, tp, slots)
-    fewest = minimum(captured.graph, facts, layouts, weight_layouts)
+    least_collectives = minimum(captured.graph, facts, layouts, weight_layouts)
     sharded = shard(captured.graph, facts, layouts, dict(weight_layouts), tp, slots)
     sharded.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     enter(sharded.graph)
     return ShardedProgram(
-        captured, sharded.graph, weight_layouts, reasons, sharded.gathered, tp, fewest, sharded.slots, sharded.inputs,
-        sharded.results,
+        captured, sharded.graph, weight_layouts, reasons, sharded.gathered, tp, least_collectives, sharded.slots,
+        sharded.inputs, sharded.results,
     )  # fmt: skip
 
 

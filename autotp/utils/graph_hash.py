@@ -1,7 +1,7 @@
-"""meaning: a number for what a graph computes, in whatever order it is written.
+"""graph_hash: a hash of a graph's computation, which does not depend on the order of its nodes.
 
-Python that goes through a set takes another order in every process, so the ranks' graphs of one call may have the
-same nodes in other places. What must have one order on all ranks is what communicates, and what draws random numbers.
+Iteration over a set has another order in every process, so the ranks' graphs of one call may have the same nodes in
+another order. Only collectives and random draws must have the same order on all ranks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _ORDERED = {*(op for op, c in COLLECTIVES.items() if c.communicates), ops.random
 
 
 def graph_hash(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> int:
-    """The same number for two graphs that compute, exchange and draw the same, and that in the same order.
+    """A number that is equal for graphs with the same computation, and with collectives and draws in the same order.
 
     Args:
         graph: a rewritten graph.
-        constants: the tensors that it has of its own, which count by value, not by name.
+        constants: the graph's own tensors, which are hashed by value, not by name.
     """
-    meanings: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     steps = []
     inputs = 0
     for node in graph.nodes:
@@ -38,9 +38,9 @@ def graph_hash(graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> int:
         elif node.op == "get_attr" and node.target in constants:
             text = f"constant {checksum(constants[node.target]):x}"
         else:
-            called = f"{node.op} {node._pretty_print_target(node.target)}"
-            text = f"{called} {_format_arg(node.args)} {_format_arg(node.kwargs)}"
-        meanings[node.name] = f"{stable_hash(re.sub(r'%([A-Za-z_0-9]+)', lambda m: meanings[m[1]], text)):x}"
+            target = f"{node.op} {node._pretty_print_target(node.target)}"
+            text = f"{target} {_format_arg(node.args)} {_format_arg(node.kwargs)}"
+        hashes[node.name] = f"{stable_hash(re.sub(r'%([A-Za-z_0-9]+)', lambda m: hashes[m[1]], text)):x}"
         if node.op == "output" or node.target in _ORDERED:
-            steps.append(meanings[node.name])
+            steps.append(hashes[node.name])
     return stable_hash(" ".join(steps))

@@ -1,4 +1,4 @@
-"""digests: short numbers for texts and tensors, the same in every process."""
+"""hashing: hashes of texts, numbers and tensors, the same in every process."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 __all__ = ["checksum", "combined", "integer_checksum", "preview", "stable_hash"]
 
 _MASK = (1 << 62) - 1
-_WHOLE = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 def stable_hash(text: str) -> int:
-    """62 bits of a text, the same in every process (unlike ``hash``).
+    """A hash of a text, of 62 bits, the same in every process (unlike ``hash``).
 
-    >>> digest("a") == digest("a")
+    >>> stable_hash("a") == stable_hash("a")
     True
     """
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & _MASK
 
 
 def combined(*numbers: int | tuple[int, ...]) -> int:
-    """62 bits of numbers, the same in every process, and quicker than :func:`stable_hash`.
+    """A hash of numbers, of 62 bits, the same in every process, and quicker than :func:`stable_hash`.
 
     >>> combined(3, (1, 2)) == combined(3, (1, 2))
     True
     """
-    return hash(numbers) & _MASK  # of numbers, unlike texts, no process has a hash of its own
+    return hash(numbers) & _MASK  # Python salts hashes of texts in each process, but not those of numbers
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """A 64-bit sum over a tensor's bytes, weighted by position; equal for equal tensors."""
+    """A sum of 64 bits over a tensor's bytes, weighted by their positions; equal tensors have equal sums."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if flat.storage_offset() % 4:
         flat = flat.clone()
@@ -49,19 +49,19 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 def integer_checksum(tensor: torch.Tensor) -> int | None:
-    """A quick sum of a tensor of integers or truth values on the CPU; None for any other.
+    """A quick checksum of a tensor of integers or booleans on the CPU; None for any other.
 
-    Such are token ids and masks, small and cheap to compare at each call.
+    Token ids and masks are such tensors; they are small, and cheap to compare at each call.
     """
-    if tensor.dtype not in _WHOLE or tensor.device.type != "cpu":
+    if tensor.dtype not in _INTEGERS or tensor.device.type != "cpu":
         return None
     return zlib.crc32(tensor.contiguous().numpy().data)
 
 
 def preview(tensor: torch.Tensor) -> str:
-    """The beginning of a tensor, and its checksum, which differs where it does.
+    """The first elements of a tensor and its checksum, for messages.
 
-    >>> shown(torch.arange(9))
+    >>> preview(torch.arange(9))
     '0, 1, 2, 3, ... (checksum ...)'
     """
     first = ", ".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in tensor.detach().flatten()[:4].tolist())

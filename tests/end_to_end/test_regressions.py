@@ -161,13 +161,13 @@ def test_a_submodule_that_holds_shards_never_runs_its_own_forward() -> None:
     ours = model.wte.forward
     for forward in (lambda x: x, type(model.wte).forward.__get__(model.wte)):
         model.wte.forward = forward
-        with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's share"):
+        with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's shards"):
             model.wte(ids)
         with pytest.raises(autotp.AutoTPError, match="wte got or lost a forward of its own"):
             model(ids)
     model.wte.forward = ours
     del model.wte.forward
-    with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's share"):
+    with pytest.raises(autotp.AutoTPError, match="wte holds only this rank's shards"):
         model.wte(ids)
     with pytest.raises(autotp.AutoTPError, match="this rank holds"):  # the weights were not cut here
         model(ids)
