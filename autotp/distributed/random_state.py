@@ -17,7 +17,7 @@ K = TypeVar("K")
 
 
 class _Drawing(threading.local):
-    alike: bool = False
+    from_rank_0: bool = False
 
 
 _drawing = _Drawing()
@@ -53,17 +53,17 @@ def draw_from(streams: MutableMapping[K, torch.Tensor], key: K, device: torch.de
 @contextlib.contextmanager
 def rank_0_draws(agreement: Agreement, devices: Iterable[torch.device]) -> Iterator[None]:
     """Let all ranks draw the random numbers of rank 0; afterwards each other rank's own stream goes on."""
-    if _drawing.alike:  # nested: the outer one restores the ranks' own states
+    if _drawing.from_rank_0:  # nested: the outer one restores the ranks' own states
         yield
         return
     own = {device: get_state(device) for device in devices}
     for device, state in zip(own, agreement.of_rank_0(list(own.values())), strict=True):
         set_state(device, state)
-    _drawing.alike = True
+    _drawing.from_rank_0 = True
     try:
         yield
     finally:
-        _drawing.alike = False
+        _drawing.from_rank_0 = False
         if agreement.mesh.rank:
             for device, state in own.items():
                 set_state(device, state)
