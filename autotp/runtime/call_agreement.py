@@ -1,4 +1,4 @@
-"""comparison: what the ranks compare of each call of a module, before any of them begins it."""
+"""call_agreement: the ranks compare each call of a module before any of them begins it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["CallAgreement"]
 
 
 class CallAgreement:
-    """The comparison of the calls of one module: a model, a part of one, or one with parts.
+    """The agreement of the ranks on the calls of one module.
 
     Args:
-        agreement: through which the ranks compare.
-        guards: of the modules that a graph depends on, the outermost first; the last are the module's own.
-        split: whether the ranks hold different shares of a parameter, by its name in the module.
-        broadcasts: whether ranks may take rank 0's inputs in place of others.
+        agreement: the ranks' means of comparison.
+        guards: the guards of the modules that a graph depends on, the outermost first, the module's own last.
+        split: whether ranks hold different shards of a parameter, by its name in the module.
+        broadcasts: whether ranks whose inputs differ may take rank 0's.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class CallAgreement:
         """Raise on every rank unless all of them make the same call.
 
         Args:
-            call: the call, if there is a graph for it.
-            arguments: gives its arguments, flat.
-            key: its structure and what has changed of the module, for a call without a graph.
-            error: what this rank would raise instead.
+            call: the call bound to its graph; None if there is no graph for it.
+            arguments: gives the call's arguments, flat.
+            key: the call's structure, where there is no graph for it.
+            error: the error that this rank would raise instead.
             last: whether the inputs are rank 0's already.
 
         Returns:
             True; or False, on every rank, if they are to take rank 0's inputs (:mod:`autotp.runtime.broadcast_inputs`).
 
         Raises:
-            MismatchError: they do not.
+            MismatchError: the ranks call differently; it says in what.
         """
         if self.agreement.is_alone:
             if error is not None:
@@ -100,7 +100,7 @@ class CallAgreement:
         return tuple([integer_checksum(call.tensors[i]) or 0 for i in positions])
 
     def _grads(self) -> int:
-        """Which gradients will be wanted."""
+        """A hash of which parameters need gradients; 0 where gradients are disabled."""
         return self.guards.trainable_hash() if torch.is_grad_enabled() else 0
 
     def end(self, result: Any, error: Exception | None = None) -> None:
@@ -109,26 +109,26 @@ class CallAgreement:
         Raises:
             MismatchError: they have not.
         """
-        of = Arguments((result,), {})
-        named = zip(of.spec.paths(), of.leaves, strict=True) if self.agreement.debug else ()
+        flat = Arguments((result,), {})
+        named = zip(flat.spec.paths(), flat.leaves, strict=True) if self.agreement.debug else ()
         values = {
             f"values of {n.replace('args[0]', 'result', 1)}": f"{checksum(x):x}" for n, x in named if _is_tensor(x)
         }
         self.agreement.check("end of the call", stable_hash(str(values)), lambda: values, error)
 
-    def _hash(self, key: Any, of: Arguments) -> int:
-        whole = key, tuple(of.shapes), torch.is_grad_enabled(), self.guards.trainable()
-        found = self._hashes.get(whole)
-        if found is None:
+    def _hash(self, key: Any, arguments: Arguments) -> int:
+        structure = key, tuple(arguments.shapes), torch.is_grad_enabled(), self.guards.trainable()
+        if structure not in self._hashes:
             if len(self._hashes) > 4096:
                 self._hashes.clear()
-            found = self._hashes[whole] = stable_hash(repr(whole))
-        return found
+            self._hashes[structure] = stable_hash(repr(structure))
+        return self._hashes[structure]
 
-    def _inputs(self, of: Arguments) -> dict[str, str]:
+    def _inputs(self, arguments: Arguments) -> dict[str, str]:
         """The values of the inputs that the ranks compare."""
-        named = {n: x for n, x in zip(of.spec.paths(), of.leaves, strict=True) if _is_tensor(x) and not of.is_split(x)}
-        compared = {n: x for n, x in named.items() if self.agreement.debug or integer_checksum(x) is not None}
+        named = zip(arguments.spec.paths(), arguments.leaves, strict=True)
+        tensors = {n: x for n, x in named if _is_tensor(x) and not arguments.is_split(x)}
+        compared = {n: x for n, x in tensors.items() if self.agreement.debug or integer_checksum(x) is not None}
         return {f"values of {n}": preview(x) for n, x in compared.items()}
 
     def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -137,33 +137,34 @@ class CallAgreement:
     def _full(self, name: str) -> str:
         return dotted(self.path, name)
 
-    def _described_inputs(self, of: Arguments) -> dict[str, str]:
+    def _described_inputs(self, arguments: Arguments) -> dict[str, str]:
         """The inputs of a call in words, for ranks that differ."""
-        found = {"structure of the inputs": " ".join(str(of.spec).split())}
-        shapes, slots = iter(of.shapes), of.spec.slots
-        for i, (path, x) in enumerate(zip(of.spec.paths(), of.leaves, strict=True)):
+        spec = arguments.spec
+        texts = {"structure of the inputs": " ".join(str(spec).split())}
+        shapes, slots = iter(arguments.shapes), spec.slots
+        for i, (path, x) in enumerate(zip(spec.paths(), arguments.leaves, strict=True)):
             grad = ", requires_grad" if isinstance(x, torch.Tensor) and x.requires_grad else ""
             text = repr(x) if is_constant(x) else f"a {type(x).__module__}.{type(x).__qualname__}"
-            found[path] = f"{tuple(next(shapes))} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text
+            texts[path] = f"{tuple(next(shapes))} {x.dtype}{grad}" if isinstance(x, torch.Tensor) else text
             if i in slots and slots[i].count:
-                found[path] = str(x.shape[0])
-        return found | self._inputs(of)
+                texts[path] = str(x.shape[0])
+        return texts | self._inputs(arguments)
 
     def _described(self) -> dict[str, str]:
-        """All else about a call in words, for ranks that differ."""
-        found = {
+        """Everything else about a call in words, for ranks that differ."""
+        texts = {
             "gradients": "enabled" if torch.is_grad_enabled() else "disabled",
             "steps of optimizers": str(self.agreement.steps),
             "autocast": str(torch.is_autocast_enabled()),
         }
         for name, module in self.guards.model.named_modules():
-            found[f"mode of {self._full(name) or 'the model'}"] = "train" if module.training else "eval"
+            texts[f"mode of {self._full(name) or 'the model'}"] = "train" if module.training else "eval"
         for name, p in self._parameters():
-            found[f"parameter {self._full(name)}"] = f"{p.dtype}{', requires_grad' if p.requires_grad else ''}"
+            texts[f"parameter {self._full(name)}"] = f"{p.dtype}{', requires_grad' if p.requires_grad else ''}"
             if self.agreement.debug and not self._split(name):
-                found[f"values of parameter {self._full(name)}"] = f"{checksum(p):x}"
-        changes = [(w, place, value) for w in self._every for place, value in w.changes().items()]
-        return found | {dotted(w.path, *place): value for w, place, value in changes}
+                texts[f"values of parameter {self._full(name)}"] = f"{checksum(p):x}"
+        changes = [(g, attribute, value) for g in self._every for attribute, value in g.changes().items()]
+        return texts | {dotted(g.path, *attribute): value for g, attribute, value in changes}
 
 
 def _is_tensor(x: Any) -> bool:

@@ -34,36 +34,35 @@ _MOST = 16
 
 
 def dynamic_sizes(captured: CapturedGraph, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Those of the inputs' sizes that the graph does not take for constants."""
+    """The sizes of the inputs that the graph does not take for constants, in order."""
     static = {(i, d) for i, d, _ in captured.static}
     return tuple(n for i, shape in enumerate(shapes) for d, n in enumerate(shape) if (i, d) not in static)
 
 
-class _Apart:
-    """Looks whether what is written to shares no memory with anything else; not again at tensors that lie where the
-    last ones did.
+class _NoAliases:
+    """Checks that mutated inputs alias nothing; cached by address, shape and stride.
 
     Args:
-        written: the numbers of the tensors that are written to.
-        alone: whether tensors share no memory with what else a module holds.
+        mutated: the positions of the mutated tensors.
+        alone: whether tensors share no memory with what else the module holds.
     """
 
-    def __init__(self, written: frozenset[int], alone: Alone) -> None:
-        self._written, self._alone = written, alone
+    def __init__(self, mutated: frozenset[int], alone: Alone) -> None:
+        self._mutated, self._alone = mutated, alone
         self._last: list[Any] = []
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether that is so."""
+        """Whether no mutated tensor among a call's tensors shares memory with another one."""
         now = [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
         if now != self._last:
-            if overlapping(tensors, self._written) or not self._alone([tensors[i] for i in self._written]):
+            if overlapping(tensors, self._mutated) or not self._alone([tensors[i] for i in self._mutated]):
                 return False
             self._last = now
         return True
 
 
 class _UnknownError(Exception):
-    """There is something for which no code is written."""
+    """A part of the arguments is of a kind that no code can be written for."""
 
 
 class _Writer(FunctionWriter):
@@ -92,7 +91,7 @@ class _Writer(FunctionWriter):
         self._mutable = False
 
     def write(self) -> Guard:
-        """The function."""
+        """The guard."""
         self.refuse_unless(f"autocast() is {torch.is_autocast_enabled()}")
         args, kwargs = _children(self.arguments.spec.spec)
         self.container(args, "args")
@@ -102,7 +101,7 @@ class _Writer(FunctionWriter):
         for check, places in self.captured.guards:
             self.refuse_unless(f"{self.bind(check)}({', '.join(self._numbers[p] for p in places)})")
         if self._mutable and (mutated := self.captured.outputs.overwritten):
-            apart = self.bind(_Apart(mutated, self.alone))
+            apart = self.bind(_NoAliases(mutated, self.alone))
             self.refuse_unless(f"{apart}(({''.join(f'{t}, ' for t in self.tensors)}))")
         tensors, objects, sizes = (
             "".join(f"{n}, " for n in names) for names in (self.tensors, self.objects, self.sizes)
@@ -112,11 +111,11 @@ class _Writer(FunctionWriter):
         return function
 
     def refuse_unless(self, condition: str) -> None:
-        """Go on only if this holds."""
+        """Emit a check: the guard holds only if this condition does."""
         self.emit(f"if not ({condition}): return None")
 
     def container(self, spec: Any, at: str) -> None:
-        """A tuple, list or dict of arguments."""
+        """Check a tuple, list or dict of arguments."""
         if spec.is_leaf():
             self.leaf(at)
             return
@@ -137,14 +136,14 @@ class _Writer(FunctionWriter):
             self.container(child, self.variable(f"{at}[{key!r}]"))
 
     def _order(self, keys: tuple[str, ...]) -> tuple[str, ...]:
-        """The order that a dict had whose keys were sorted."""
-        found = {o for o in self.arguments.spec.orders if sorted(o) == list(keys)}
-        if len(found) > 1:  # and which of the dicts had which is not known
+        """The order in which a dict had these sorted keys."""
+        orders = {o for o in self.arguments.spec.orders if sorted(o) == list(keys)}
+        if len(orders) > 1:  # several dicts, of which it is not known which had which order
             raise _UnknownError
-        return next(iter(found), keys)
+        return next(iter(orders), keys)
 
     def leaf(self, at: str) -> None:
-        """A leaf of pytree's: a tensor, a constant, or an object."""
+        """Check a leaf of pytree's: a tensor, a constant, or an object."""
         state = next(self._states)
         if state is not None:
             self.state(state, at)
@@ -156,23 +155,23 @@ class _Writer(FunctionWriter):
             self.constant(at, x)
 
     def state(self, state: ObjectLeaf, at: str) -> None:
-        """An object that the call may change."""
-        held = [next(self._leaves) for _ in state.slots]
+        """Check an object that the call may mutate."""
+        leaves = [next(self._leaves) for _ in state.slots]
         names: dict[int, str] = {}
         cls = getattr(state.form, "cls", object)
         self._mutable |= issubclass(cls, (Boxed, ModuleState))
         if isinstance(state.form, ContainerSpec) and cls is Boxed:
             self.objects.append(f"{self.bind(Boxed)}({at})")
-            self.form(state.form.forms[0], at, held, names, {})
+            self.form(state.form.forms[0], at, leaves, names, {})
         else:
             self.objects.append(at)
-            self.form(state.form, at, held, names, {})
+            self.form(state.form, at, leaves, names, {})
         tensors = [n for i, n in names.items() if not state.slots[i].count]
         if len(tensors) > 1:  # if two were one now, it would be another form
             self.refuse_unless(f"len({{{', '.join(f'id({n})' for n in tensors)}}}) == {len(tensors)}")
 
-    def form(self, form: ObjectSpec, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
-        """What is in an object."""
+    def form(self, form: ObjectSpec, at: str, leaves: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
+        """Check the content of an object."""
         if isinstance(form, ConstantLeaf):
             self.constant(at, form.value)
         elif isinstance(form, TensorLeaf):
@@ -180,7 +179,7 @@ class _Writer(FunctionWriter):
                 self.refuse_unless(f"{at} is {names[form.index]}")
             else:
                 names[form.index] = at
-                self.tensor(at, held[form.index])
+                self.tensor(at, leaves[form.index])
         elif isinstance(form, IntLeaf):
             if form.index in names:
                 self.refuse_unless(f"type({at}) is int and {at} == {counts[form.index]}")
@@ -189,10 +188,12 @@ class _Writer(FunctionWriter):
                 names[form.index] = counts[form.index] = at
                 self.number(at)
         else:
-            self.box(form, at, held, names, counts)
+            self.box(form, at, leaves, names, counts)
 
-    def box(self, form: ContainerSpec, at: str, held: list[Any], names: dict[int, str], counts: dict[int, str]) -> None:
-        """An object, list, tuple or dict."""
+    def box(
+        self, form: ContainerSpec, at: str, leaves: list[Any], names: dict[int, str], counts: dict[int, str]
+    ) -> None:
+        """Check an object, list, tuple or dict."""
         if not issubclass(form.cls, (list, tuple, dict)):
             self.refuse_unless(f"type({at}) is {self.bind(form.cls)}")
             at = self.variable(f"{at}.__dict__")
@@ -202,10 +203,10 @@ class _Writer(FunctionWriter):
         for key, inner in zip(form.keys, form.forms, strict=True):
             if not isinstance(key, (str, int)):
                 raise _UnknownError
-            self.form(inner, self.variable(f"{at}[{key!r}]"), held, names, counts)
+            self.form(inner, self.variable(f"{at}[{key!r}]"), leaves, names, counts)
 
     def constant(self, at: str, value: Any) -> None:
-        """Something that is all that its text says."""
+        """Check a constant."""
         if isinstance(value, SINGLETONS):
             text = repr(value) if value is None or isinstance(value, bool) else self.bind(value)
             self.refuse_unless(f"{at} is {text}")
@@ -215,13 +216,13 @@ class _Writer(FunctionWriter):
             self.refuse_unless(f"type({at}) is {self.bind(type(value))} and repr({at}) == {repr(value)!r}")
 
     def number(self, at: str) -> None:
-        """A number that counts, which a graph has as a tensor's size."""
+        """Check an integer that varies, which a graph takes as a tensor's size."""
         place = (len(self.tensors), 0)
         self.tensors.append(f"counted({at})")
         self.size(place, at, at)
 
     def tensor(self, at: str, x: torch.Tensor) -> None:
-        """A tensor."""
+        """Check a tensor."""
         i = len(self.tensors)
         self.tensors.append(at)
         kind = "Tensor" if type(x) is torch.Tensor else self.bind(type(x))
@@ -240,7 +241,7 @@ class _Writer(FunctionWriter):
         layout = self.inputs.get(i)
         for d, name in enumerate(names):
             shards = layout.dims.get(d) if layout is not None else None
-            if shards is not None:  # this rank's part of it, or a call would be refused
+            if shards is not None:  # this rank's shard; other sizes would be refused
                 self.refuse_unless(f"{name} == {shards.counts[self.rank]}")
                 self._numbers[i, d] = str(shards.size)
                 if (i, d) not in self.static:
@@ -249,7 +250,7 @@ class _Writer(FunctionWriter):
                 self.size((i, d), name, name)
 
     def size(self, place: tuple[int, int], at: str, name: str) -> None:
-        """A size, which the graph takes for a constant or not."""
+        """Check a size, if the graph takes it for a constant; else it is one of the call's dynamic sizes."""
         self._numbers[place] = name
         if place in self.static:
             self.refuse_unless(f"{at} == {self.static[place]}")

@@ -1,9 +1,8 @@
-"""versions: whether anything has been set in any of many dicts, without looking into them.
+"""dict_versions: whether any of many dicts has been changed, without reading their content.
 
-torch's compiler asks the same before each run of its code, and has a number for each dict that is another one after
-each change (PEP 509, and a counter of torch's own where Python no longer has one). Asked from Python it takes some
-40 ns for each (60 in Python 3.12); torch's guards ask for all of them in one call, for 11 ns each (33), but take some
-10 us for each to be made.
+torch's compiler guards its code in the same way. Each dict has a version number that grows with each change (PEP 509,
+and a counter of torch's own where Python no longer has one). Reading a number from Python takes some 40 ns (60 in
+Python 3.12). torch's guards read all numbers in one call, for 11 ns each (33), but take some 10 us each to make.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ try:
 except ImportError:  # they are torch's own, for its compiler
     dict_version = None  # type: ignore[assignment]
 
-_SETTLED = 400
-"""How many looks in a row must show no change before guards are made: about as many as it takes to pay for them."""
+_UNCHANGED = 400
+"""The number of checks in a row without a change after which guards are made, so that they pay."""
 _MANY = 100
-"""Of fewer dicts the numbers are asked as quickly."""
+"""The number of dicts from which on guards are faster than reading the numbers from Python."""
 
 
 class DictVersions:
-    """The versions that some dicts have now.
+    """The present versions of some dicts.
 
     Args:
-        dicts: the dicts, which are kept.
+        dicts: the dicts; references to them are kept.
 
     Example:
         >>> d = {"a": 1}
-        >>> versions = Versions([d])
+        >>> versions = DictVersions([d])
         >>> versions.same()
         True
         >>> d["a"] = 2
@@ -43,20 +42,20 @@ class DictVersions:
     def __init__(self, dicts: Sequence[dict[str, Any]]) -> None:
         self._dicts = list(dicts)
         self._numbers = self._now()
-        self._looks = 0
+        self._checks = 0
         self._guards: Any = None
 
     def same(self) -> bool:
-        """Whether nothing has been set in the dicts since. In doubt, no."""
+        """Whether no dict has changed since. False in doubt."""
         if self._guards is not None:
-            found: bool = self._guards.check(self._dicts)
-            return found
+            unchanged: bool = self._guards.check(self._dicts)
+            return unchanged
         if self._numbers is None or self._now() != self._numbers:
             return False
-        self._looks += 1
-        if self._looks == _SETTLED and len(self._dicts) >= _MANY:
+        self._checks += 1
+        if self._checks == _UNCHANGED and len(self._dicts) >= _MANY:
             guards = _guards(self._dicts)
-            if self._now() != self._numbers:  # they stand for what another thread has set meanwhile
+            if self._now() != self._numbers:  # another thread has changed a dict meanwhile
                 return False
             self._guards = guards
         return True
@@ -66,14 +65,14 @@ class DictVersions:
 
 
 def _guards(dicts: list[dict[str, Any]]) -> Any:
-    """What checks that each of a list of dicts has the version that it has now; None if torch has changed it."""
+    """A guard that each of a list of dicts has its present version; None if torch's guards are not what they were."""
     try:
         from torch._dynamo.guards import GuardManagerType
 
         root = RootGuardManager()
-        for i, each in enumerate(dicts):
-            place = root.list_getitem_manager(i, f"[{i}]", each, GuardManagerType.GUARD_MANAGER)
-            place.add_dict_version_guard(each, ["versions"], None)
+        for i, entry in enumerate(dicts):
+            manager = root.list_getitem_manager(i, f"[{i}]", entry, GuardManagerType.GUARD_MANAGER)
+            manager.add_dict_version_guard(entry, ["versions"], None)
         return root if root.check(dicts) else None
     except (AttributeError, ImportError, TypeError):
         return None

@@ -1,7 +1,7 @@
-"""bookkeeping: what the ``generate`` of transformers keeps on a model, which no graph depends on.
+"""generate_attributes: attributes that only the ``generate`` of transformers reads, left out of the guards.
 
-A graph holds for the plain attributes that the model had at capture. Those that ``generate`` sets and looks at
-itself (its settings, the longest cache so far) would make a new graph with each prompt, though no forward reads them.
+A graph is guarded by the plain attributes of the model at capture. ``generate`` sets and reads some of its own (its
+settings, the longest cache so far). They would lead to a new graph for each prompt, though no forward reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KEPT = frozenset({"generation_config", "_previous_max_cache_length"})
 
 @functools.lru_cache(maxsize=4096)
 def generate_attributes(cls: Any) -> frozenset[str]:
-    """The attributes that only ``generate`` reads in a module of this class: no other code of the class names them."""
+    """The attributes of a module's class that only ``generate`` reads: no other code of the class names them."""
     if not callable(getattr(cls, "generate", None)):
         return frozenset()
     own = [c for c in cls.__mro__ if _is_of_a_model(c.__module__)]

@@ -94,7 +94,7 @@ class GraphCache:
             effects = Effects(ModuleStateTracker(model, path), self.scope.keeps_shards)
         else:
             effects = outer.captures.effects.inside(model, path)
-        self.guards = ModuleGuards(model, self.shape, path=path, kept=self._state_names)
+        self.guards = ModuleGuards(model, self.shape, path=path, state_names=self._state_names)
         every = [self.guards] if outer is None else [outer.guards, self.guards]
         self.captures: Captures = Captures(model, dense, effects, self.slots, every, self.scope.root)
         self._entries: list[CacheEntry] = []

@@ -1,9 +1,9 @@
-"""watch: what of a model's Python has changed since its graphs were made.
+"""module_guards: what has changed on a model's modules since its graphs were captured.
 
-A graph holds the tensors' names, and everything else as it was at capture. So each call looks whether the
-model still is what was captured: modes, dtypes and plain attributes that changed make another graph;
-parameters and buffers are read where they are; modules, hooks or forwards that changed are an error. A model
-with parts runs the Python around them, which may change as it likes, as long as the parts stay.
+A graph refers to tensors by name and holds everything else as it was at capture. So each call checks that the model is
+still what was captured. Modes, dtypes and plain attributes that changed lead to another graph. Parameters and buffers
+are read where they are. Modules, hooks or forwards that changed are an error. A model that is captured in parts runs
+its own Python around them: that may change freely, as long as the parts stay the same modules.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
 _FORWARD = operator.itemgetter("forward")
 
-Place = tuple[str, str]
+Attribute = tuple[str, str]
+"""A module's name and an attribute's; a buffer's name and ``""``."""
 
 
 class ModuleGuards:
-    """Looks at a model before each call: at the identities of things, and closer where one has changed.
+    """Guards on the modules of a model, checked before each call: identities first, values where one has changed.
 
     Args:
         model: the model.
         shape: the shape that a parameter should have here, by name.
-        parts: the parts that run as graphs, by path, each of which has a watch of its own; left out, the
-            model is one graph.
-        path: what to call the model in messages, if it is a part itself.
-        kept: the names of what a module keeps from call to call, which graphs take as arguments, by the module's name.
+        parts: the modules that run as graphs, by path, each with guards of its own; None: the model is one graph.
+        path: the name of the model in messages, if it is a part itself.
+        state_names: gives the names of the state on a module, by the module's name; graphs take state as arguments.
 
     Attributes:
-        text: what the last look gave.
-        seen: what it saw; the same object as long as nothing changes.
+        text: the result of the last check.
+        seen: a token of the last check; the same object as long as nothing changes.
     """
 
     def __init__(
@@ -60,22 +60,22 @@ class ModuleGuards:
         shape: Callable[[str], Sequence[int]],
         parts: Mapping[str, nn.Module] | None = None,
         path: str = "",
-        kept: Callable[[str], frozenset[str]] = lambda module: frozenset(),
+        state_names: Callable[[str], frozenset[str]] = lambda module: frozenset(),
     ) -> None:
-        self.model, self._shape, self._parts, self.path, self._kept_on = model, shape, parts, path, kept
-        self._attributes: dict[Place, Any] = {}
-        self._first: dict[Place, Any] = {}
+        self.model, self._shape, self._parts, self.path, self._state_names = model, shape, parts, path, state_names
+        self._attributes: dict[Attribute, Any] = {}
+        self._first: dict[Attribute, Any] = {}
         self._last: Any = None
-        self._base: dict[Place, Any] | None = None
+        self._base: dict[Attribute, Any] | None = None
         self._versions = DictVersions(())
         self.seen: Any = None
         self._trainable: tuple[Any, int] = None, 0
         self.text = ""
 
     def rebase(self) -> None:
-        """Take modules, hooks, forwards and ties as they are now for those that the graphs hold.
+        """Take the modules, hooks, forwards and tied parameters of now as those that the graphs were captured with.
 
-        Attributes that have changed since the last look (capture leaves some behind) count as the first ones.
+        Attributes that have changed since the last check (capture leaves some behind) count as captured, too.
         """
         before = self._attributes
         self._scan()
@@ -85,15 +85,15 @@ class ModuleGuards:
         self._changes, self.seen = self._differing(), None
 
     def rebase_if_changed(self) -> None:
-        """Take what has changed since the last look for how it was at first: a model's own forward did it."""
+        """Take changes since the last check as captured: the model's own forward has made them."""
         if self._snapshot() != self._last:
             self.rebase()
 
     def check(self) -> str:
-        """What is not as it was at first: where the text is the same, the graphs are.
+        """The differences from capture as a text: calls with equal texts share their graphs.
 
         Raises:
-            AutoTPError: something has changed that no graph can follow. The next call looks, and raises, again.
+            AutoTPError: something has changed that no graph can follow. The next check raises it again.
         """
         refuse_global_hooks()
         if self._base is None:
@@ -110,8 +110,8 @@ class ModuleGuards:
         return self.text
 
     def quick_check(self) -> bool:
-        """Whether nothing has changed since the last look, as far as a glance shows: what is set on modules and
-        configs, the tensors and where they lie, hooks that are registered. In doubt, no."""
+        """Whether nothing has changed since the last check, as version numbers and addresses show: attributes of
+        modules and configs, tensors and their addresses, registered hooks. False in doubt."""
         if self.seen is None or self._quick_state() != self.seen:
             return False
         if not self._versions.same():  # something was set, perhaps to what it was
@@ -122,7 +122,7 @@ class ModuleGuards:
         return True
 
     def _quick_state(self) -> tuple[Any, ...]:
-        """What is the same as long as no tensor moves, no hook is registered, and nothing empty gets something."""
+        """A value that stays equal until a tensor moves, a hook is registered, or an empty dict is filled."""
         return (
             any(self._none),
             RemovableHandle.next_id,  # one more for each hook
@@ -131,29 +131,29 @@ class ModuleGuards:
         )
 
     def trainable(self) -> tuple[bool, ...]:
-        """Which parameters need gradients: the graphs serve for all, but the ranks must agree."""
+        """Per parameter, whether it needs a gradient. Graphs serve both cases, but ranks must agree."""
         return tuple(map(_TRAINABLE, self._parameters))
 
     def trainable_hash(self) -> int:
-        """:meth:`trainable` as a number."""
-        found = self.trainable()
-        if found != self._trainable[0]:
-            self._trainable = found, stable_hash(str(found))
+        """A hash of :meth:`trainable`."""
+        trainable = self.trainable()
+        if trainable != self._trainable[0]:
+            self._trainable = trainable, stable_hash(str(trainable))
         return self._trainable[1]
 
-    def changes(self) -> dict[Place, str]:
-        """The plain attributes that are not as they were at first, by module and name, with their values."""
+    def changes(self) -> dict[Attribute, str]:
+        """The values of the plain attributes that differ from capture, by module and name."""
         return dict(self._changes)
 
     def _scan(self) -> None:
-        """List what to look at, and take a snapshot of it."""
+        """List everything that is guarded, and take a snapshot of it."""
         modules = list(self.model.named_modules())
         self._dicts = [m.__dict__ for _, m in modules]
         own = self._own()
-        held = own + [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
+        dicts = own + [d[kind] for d in self._dicts[1:] for kind in HOOKS]  # the model's own hooks run around the graph
         self._replaced = [d for d in self._dicts if "_autotp" in d]
         self._configs: list[tuple[dict[str, Any], str, Any]] = []  # the last is kept, so that no id comes twice
-        self._full, self._empty = [d for d in held if d], [d for d in held if not d]
+        self._full, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
         self._none = [d for d in own if not d]
         self._parameters = list(self.model.parameters())
         self._attributes = {}
@@ -161,7 +161,7 @@ class ModuleGuards:
         seen: set[int] = set()
         for name, module in modules:
             cls: Any = type(module)
-            skipped = generate_attributes(cls) | self._kept_on(name)
+            skipped = generate_attributes(cls) | self._state_names(name)
             self._add_attributes(name, module.__dict__, seen, skipped)
             for key, value in module.__dict__.items():
                 ours = key == "_autotp" or key in skipped
@@ -178,15 +178,18 @@ class ModuleGuards:
         self._last = self._snapshot()
 
     def _is_kept(self, name: str, key: str) -> bool:
-        """Whether an attribute of a module, or of an object on it, or a buffer, is kept from call to call."""
+        """Whether an attribute of a module, or of an object on it, or a buffer, is state that graphs take as
+        argument."""
         holders = itertools.accumulate(name.split("."), "{}.{}".format)
         names = [("", name), *((h, name[len(h) + 1 :]) for h in holders)]
         return any(
-            (rest.partition(".")[0] if rest else key) in self._kept_on(module) for module, rest in names if rest or key
+            (rest.partition(".")[0] if rest else key) in self._state_names(module)
+            for module, rest in names
+            if rest or key
         )
 
     def _own(self) -> list[dict[str, Any]]:
-        """Where modules keep submodules, parameters and buffers."""
+        """The dicts in which modules keep submodules, parameters and buffers."""
         return [d[k] for d in self._dicts for k in ("_modules", "_parameters", "_buffers")]
 
     def _add_attributes(
@@ -199,20 +202,20 @@ class ModuleGuards:
             self._getters.append((operator.itemgetter(*names), attributes))
 
     def _snapshot(self) -> Any:
-        """What is the same, in values and identities, as long as nothing changes. Runs at each call."""
+        """Values and identities that stay equal as long as nothing changes; None if an attribute is gone."""
         try:
             values = [get(d) for get, d in self._getters]
             forwards = list(map(_FORWARD, self._replaced))
             configs = [id(d[key].__dict__) for d, key, _ in self._configs]
         except (AttributeError, KeyError):
             return None
-        held = list(map(id, chain(self._own(), *map(dict.values, self._full))))
+        identities = list(map(id, chain(self._own(), *map(dict.values, self._full))))
         sizes = list(map(torch.Tensor.numel, self._parameters))
-        return list(map(len, self._dicts)), any(self._empty), held, values, sizes, forwards, configs
+        return list(map(len, self._dicts)), any(self._empty), identities, values, sizes, forwards, configs
 
-    def _facts(self) -> dict[Place, Any]:
-        """What must stay: submodules, their hooks and forwards; of a model with parts these modules."""
-        facts: dict[Place, Any] = {}
+    def _facts(self) -> dict[Attribute, Any]:
+        """Everything that must not change: submodules, their hooks and forwards; of a model with parts, the parts."""
+        facts: dict[Attribute, Any] = {}
         if self._parts is not None:
             modules = dict(self.model.named_modules(remove_duplicate=False))
             return {(path, "module"): modules.get(path) for path in self._parts}
@@ -225,12 +228,12 @@ class ModuleGuards:
 
     def _raise_if_changed(self) -> None:
         repatch_forward(self.model)
-        facts, settled = self._facts(), self._base or {}
-        for place in settled.keys() | facts.keys():
-            before, now = settled.get(place), facts.get(place)
+        facts, base = self._facts(), self._base or {}
+        for attribute in base.keys() | facts.keys():
+            before, now = base.get(attribute), facts.get(attribute)
             if before is now or (isinstance(before, list) and before == now):
                 continue
-            name, what = dotted(self.path, place[0]), place[1]
+            name, what = dotted(self.path, attribute[0]), attribute[1]
             happened = "was replaced, added or removed" if what == "module" else f"got or lost {what}"
             raise AutoTPError(
                 f"{name} {happened} since autotp.parallelize: the graph is of what was there, so this would change "
@@ -255,7 +258,7 @@ class ModuleGuards:
             if tuple(parameter.shape) != local:
                 raise AutoTPError(
                     f"{self._called(name)} has shape {tuple(parameter.shape)}, but this rank holds {local} of it: "
-                    "load_state_dict takes dense tensors and cuts them, an assignment does not"
+                    "load_state_dict takes dense tensors and shards them, an assignment does not"
                 )
 
     def _called(self, name: str) -> str:
@@ -265,7 +268,7 @@ class ModuleGuards:
         first: dict[int, str] = {}
         return {n: first.setdefault(id(p), n) for n, p in self.model.named_parameters(remove_duplicate=False)}
 
-    def _differing(self) -> dict[Place, str]:
+    def _differing(self) -> dict[Attribute, str]:
         first, now = self._first, self._attributes
-        places = now.keys() | first.keys() if now != first else ()
-        return {k: repr(now.get(k)) for k in places if now.get(k) != first.get(k)}
+        attributes = now.keys() | first.keys() if now != first else ()
+        return {k: repr(now.get(k)) for k in attributes if now.get(k) != first.get(k)}
