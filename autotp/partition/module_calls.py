@@ -1,4 +1,4 @@
-"""observe: one run of the dense model, to see what each module is called with and whose code reads which weight."""
+"""module_calls: one observed run of the dense model: the calls of each module, and the readers of each weight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Call", "Observed", "observe"]
 
 
 class _Dispatched(TorchDispatchMode):
-    """Reports parameters by their storage, as they reach ops without a torch function: from scripted code, say."""
+    """Reports parameters that reach ops without a torch function, as from scripted code, by their storage."""
 
     supports_higher_order_operators = True
 
@@ -40,8 +40,8 @@ class _Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _apart(value: Any) -> Any:
-    """A tensor without the graph that made it; anything else as it is."""
+def _detached(value: Any) -> Any:
+    """A tensor without its autograd graph; anything else as it is."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
@@ -50,9 +50,9 @@ class Call:
     """A call of a module.
 
     Attributes:
-        args: the positional arguments; tensors apart from the graphs that made them.
+        args: the positional arguments; tensors are detached.
         kwargs: the keyword arguments.
-        running: the modules (ids) whose forwards it was made in.
+        running: the ids of the modules whose forwards were running.
     """
 
     args: tuple[Any, ...]
@@ -62,11 +62,11 @@ class Call:
 
 @dataclass
 class Observed:
-    """What a run showed.
+    """The observations of one run.
 
     Attributes:
         calls: the calls of each module, by its id.
-        touched: for each parameter, by its id, the modules (ids) that were running when code read it.
+        touched: for each parameter, by its id, the ids of the modules that were running when code read it.
     """
 
     calls: dict[int, list[Call]] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Observed:
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed:
-    """Run a dense model once and watch it. Its weights, buffers, state and the random numbers stay as they were.
+    """Run a dense model once and observe it. Weights, buffers, state and random numbers stay as they were.
 
     Args:
         model: the model, with real weights.
@@ -92,8 +92,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            of = Arguments(args, kwargs)  # containers may be refilled later
-            own_args, own_kwargs = of.spec.close([_apart(x) for x in of.leaves])
+            flat = Arguments(args, kwargs)  # containers may be refilled later
+            own_args, own_kwargs = flat.spec.close([_detached(x) for x in flat.leaves])
             observed.calls.setdefault(id(module), []).append(Call(own_args, own_kwargs, frozenset(stack)))
             stack.append(id(module))
             try:
@@ -103,9 +103,9 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
         return forward
 
-    of = Arguments(args, kwargs)
-    own_args, own_kwargs = of.spec.close(
-        [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in of.leaves]
+    flat = Arguments(args, kwargs)
+    own_args, own_kwargs = flat.spec.close(
+        [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in flat.leaves]
     )
     device = device_of(model)
     parameters = list(model.parameters())

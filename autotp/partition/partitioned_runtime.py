@@ -1,4 +1,4 @@
-"""divided: a model that could not be captured whole runs its own Python, and its parts their programs."""
+"""partitioned_runtime: a model captured in parts runs its own Python, and its parts run their graphs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class PartitionedRuntime(Runtime):
 
     Args:
         partition: the model and its parts, whose parameters hold this rank's shards.
-        agreement: how the ranks compare what they do.
-        context: how the parts communicate.
+        agreement: compares the ranks before each step.
+        context: communicates between the ranks.
     """
 
     def __init__(self, partition: Partition, agreement: Agreement, context: ProcessContext) -> None:

@@ -1,4 +1,4 @@
-"""sharing: what rank 0 gives the others: the arguments of a call, and its random numbers."""
+"""broadcast_inputs: rank 0's arguments of a call on all ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor as it is sent."""
+    """A tensor in the form in which it is sent."""
 
     values: torch.Tensor
     device: str
@@ -28,48 +28,48 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class _Own:
-    """Stands for what each rank has itself at this place."""
+    """Stands for an argument that each rank keeps: its own one at this path."""
 
-    place: str
+    path: str
 
 
 def broadcast_inputs(
     agreement: Agreement, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
 ) -> Call:
-    """Rank 0's arguments, with this rank's own caches, and objects that cannot be sent, in their places.
+    """Rank 0's arguments, but this rank's own caches, and this rank's own objects where they cannot be sent.
 
     Args:
-        agreement: of the ranks.
+        agreement: the ranks' means of exchange.
         args: this rank's positional arguments.
-        kwargs: by keyword.
-        device: where this rank's tensors are to be, if not on the CPU.
+        kwargs: its arguments by keyword.
+        device: the device for tensors that are not on the CPU.
     """
-    places, leaves, spec = _opened((args, dict(kwargs)))
+    paths, leaves, spec = _flattened((args, dict(kwargs)))
     sent = agreement.of_rank_0(
-        pytree.tree_unflatten([_sendable(p, x) for p, x in zip(places, leaves, strict=True)], spec)
+        pytree.tree_unflatten([_sendable(p, x) for p, x in zip(paths, leaves, strict=True)], spec)
     )
     if agreement.mesh.rank == 0:
         return args, dict(kwargs)
-    own = dict(zip(places, leaves, strict=True))
-    _, given, spec = _opened(sent)
-    taken: Call = pytree.tree_unflatten([_received(x, own, device) for x in given], spec)
-    return taken
+    own = dict(zip(paths, leaves, strict=True))
+    _, leaves, spec = _flattened(sent)
+    call: Call = pytree.tree_unflatten([_received(x, own, device) for x in leaves], spec)
+    return call
 
 
-def _opened(tree: Any) -> tuple[list[str], list[Any], Any]:
+def _flattened(tree: Any) -> tuple[list[str], list[Any], Any]:
     leaves, spec = plain_leaves(tree)
     numbered = pytree.tree_unflatten(list(range(len(leaves))), spec)
     return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(numbered)[0]], leaves, spec
 
 
-def _sendable(place: str, x: Any) -> Any:
+def _sendable(path: str, x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return _Tensor(x.detach().cpu(), x.device.type)
-    return x if is_constant(x) or (is_object(x) and not is_sharded(type(x)) and _is_seen(x)) else _Own(place)
+    return x if is_constant(x) or (is_object(x) and not is_sharded(type(x)) and _is_visible(x)) else _Own(path)
 
 
-def _is_seen(x: Any) -> bool:
-    """Whether an object is no more than what autotp sees in it, such as a config of transformers."""
+def _is_visible(x: Any) -> bool:
+    """Whether autotp can see all of an object, such as a config of transformers."""
     try:
         ObjectFlattener().open(x)
     except UnseenError:
@@ -80,4 +80,4 @@ def _is_seen(x: Any) -> bool:
 def _received(x: Any, own: Mapping[str, Any], device: torch.device) -> Any:
     if isinstance(x, _Tensor):
         return x.values if x.device == "cpu" else x.values.to(device)
-    return own.get(x.place) if isinstance(x, _Own) else x
+    return own.get(x.path) if isinstance(x, _Own) else x

@@ -98,13 +98,13 @@ _QUESTIONS: list[Any] = [
     torch.Tensor.__hash__, torch.is_floating_point, torch.is_complex, torch.is_tensor,
 ]  # fmt: skip
 _HARMLESS = {*_QUESTIONS, *(getattr(torch.Tensor, name).__get__ for name in _GETTERS if hasattr(torch.Tensor, name))}
-"""What says the same of a weight and of each of its shards."""
+"""Functions whose result is the same for a weight and for each of its shards."""
 _SCALES = {torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.__imul__, torch.Tensor.__itruediv__}
-"""What does to each shard what it does to the weight, if it does that by a number."""
+"""Functions that, given a number, change each shard as they change the weight."""
 
 
 class ParameterReads(TorchFunctionMode):
-    """A mode that reports each torch function that is given one of some tensors, unless a shard would do as well.
+    """A mode that reports reads of some tensors by torch functions, unless the function treats shards alike.
 
     Args:
         tensors: the tensors to watch.
@@ -127,12 +127,12 @@ class ParameterReads(TorchFunctionMode):
             self.suspended = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the arguments, then call the function."""
+        """Report watched tensors among the arguments, then call the function."""
         if not self.suspended and func not in _HARMLESS and not (func in _SCALES and _by_a_number(args, kwargs)):
             for value in (*args, *(kwargs or {}).values()):
-                for each in value if isinstance(value, (tuple, list)) else (value,):
-                    if id(each) in self._watched:
-                        self._report(each, func)
+                for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                    if id(tensor) in self._watched:
+                        self._report(tensor, func)
         return func(*args, **(kwargs or {}))
 
 
@@ -141,7 +141,7 @@ def _by_a_number(args: Any, kwargs: Any) -> bool:
 
 
 def outside_of_parts(model: nn.Module, split: Callable[[str], Any]) -> ParameterReads:
-    """A mode for the Python between a model's parts: it raises where that reads a split weight.
+    """A mode for the Python between graphs, which raises where that reads a split weight.
 
     Args:
         model: the model.

@@ -1,8 +1,8 @@
-"""generation: a model's own ``generate`` runs on every rank, with the same arguments and the same random numbers.
+"""generate: a model's own ``generate`` runs on every rank, with the same arguments and the same random numbers.
 
-``generate`` is Python around calls of the model. It must do the same on all ranks, down to the tokens that it draws:
-so its arguments are compared before it begins, all ranks draw rank 0's random numbers, and at its end the ranks
-compare what they have made.
+``generate`` is Python around calls of the model. It must do the same on all ranks, down to the tokens that it samples.
+So the ranks compare its arguments before it begins, all draw rank 0's random numbers, and compare the results at its
+end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from autotp.utils.value_types import is_constant
 __all__ = ["Generate", "wrap_generate"]
 
 _OF_THIS_RANK = ("streamer", "synced_gpus")
-"""Arguments that change nothing about what is generated."""
+"""Arguments that do not change the generated tokens, and may differ between ranks."""
 
 
 def wrap_generate(runtime: Runtime) -> None:
@@ -40,14 +40,14 @@ def wrap_generate(runtime: Runtime) -> None:
     held["generate"] = Generate(own, runtime)
     for name in ("get_compiled_call", "_get_static_cache_init_shape"):  # of transformers
         if callable(getattr(runtime.model, name, None)):
-            held[name] = _Instead(runtime.model, name)
+            held[name] = _Replacement(runtime.model, name)
 
 
-class _Instead:
-    """What a parallelized model has in place of a method of transformers'.
+class _Replacement:
+    """Replaces a method of transformers on a parallelized model.
 
     ``generate`` compiles calls with a static cache, and may allocate such a cache before the first call. A graph is
-    compiled already, and makes this rank's share of the cache itself.
+    compiled already, and makes this rank's shard of the cache itself.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -58,11 +58,11 @@ class _Instead:
 
 
 class Generate:
-    """A model's ``generate``; its signature is the model's own.
+    """A model's ``generate`` on all ranks; its signature is the model's own.
 
     Args:
-        own: the model's own, a bound method.
-        runtime: the model's.
+        own: the model's own ``generate``, a bound method.
+        runtime: the model's runtime.
     """
 
     def __init__(self, own: Any, runtime: Runtime) -> None:
@@ -72,7 +72,7 @@ class Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``, on all ranks alike."""
         own: Any = self.__wrapped__  # type: ignore[attr-defined]
-        if self._running:  # it calls itself, with what all ranks have
+        if self._running:  # it calls itself, with arguments that all ranks have
             return own(*args, **kwargs)
         agreement = self.runtime.agreement
         facts = self._facts(args, kwargs)
@@ -80,30 +80,30 @@ class Generate:
             args, kwargs = broadcast_inputs(agreement, args, kwargs, device_of(self.runtime.model))
             facts = self._facts(args, kwargs)
             agreement.check("generate", stable_hash(str(facts)), lambda: facts)
-        result, held = None, DeferredError()
+        result, deferred = None, DeferredError()
         self._running = True
         try:
-            with held, rank_0_draws(agreement, {torch.device("cpu"), device_of(self.runtime.model)}):
+            with deferred, rank_0_draws(agreement, {torch.device("cpu"), device_of(self.runtime.model)}):
                 result = own(*args, **kwargs)
         finally:
             self._running = False
-        made = {
+        tokens = {
             f"values of result{pytree.keystr(p)}": preview(x) for p, x in _tensors(result) if not x.is_floating_point()
         }
-        agreement.check("end of generate", stable_hash(str(made)), lambda: made, held.error)
+        agreement.check("end of generate", stable_hash(str(tokens)), lambda: tokens, deferred.error)
         return result
 
     def _facts(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
-        """What ranks must agree in, by the names of the arguments."""
+        """A description of each argument, in which ranks must agree."""
         named = self._named(args, kwargs)
         config = getattr(self.runtime.model, "generation_config", None)
-        of = self.runtime.arguments((), named | ({"model.generation_config": config} if config is not None else {}))
-        return dict(_described(of))
+        configs = {"model.generation_config": config} if config is not None else {}
+        return dict(_described(self.runtime.arguments((), named | configs)))
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:
             bound = inspect.signature(self).bind(*args, **kwargs)
-        except TypeError:  # which the call itself will raise
+        except TypeError:  # the call itself will raise it
             return {f"args[{i}]": x for i, x in enumerate(args)} | dict(kwargs)
         named: dict[str, Any] = {}
         for name, x in bound.arguments.items():
@@ -116,43 +116,44 @@ def _tensors(result: Any) -> list[tuple[Any, torch.Tensor]]:
     return [(p, x) for p, x in pytree.tree_flatten_with_path(result)[0] if isinstance(x, torch.Tensor)]
 
 
-def _described(of: Arguments) -> Iterator[tuple[str, str]]:
-    """Arguments in words: those that are tensors by their values, the others as far as they can be seen."""
-    shapes, slots = iter(of.shapes), of.spec.slots
-    for i, (path, x) in enumerate(zip(of.spec.paths(), of.leaves, strict=True)):
-        name = _called(path)
+def _described(arguments: Arguments) -> Iterator[tuple[str, str]]:
+    """Arguments in words: tensors by their values, objects by the constants in them."""
+    spec, shapes = arguments.spec, iter(arguments.shapes)
+    for i, (path, x) in enumerate(zip(spec.paths(), arguments.leaves, strict=True)):
+        name = _argument_name(path)
         if not isinstance(x, torch.Tensor):
             yield name, _text(x)
             continue
         shape = tuple(next(shapes))
-        seen = (i in slots and slots[i].count) or of.is_split(x)
-        yield name, f"{shape} {x.dtype}" if seen else f"{shape} {x.dtype} {preview(x)}"
-    for place, state in zip(of.spec.places(), of.spec.states, strict=True):
-        yield from _constants(_called(place), state.form) if state is not None else ()
+        by_shape = (i in spec.slots and spec.slots[i].count) or arguments.is_split(x)
+        yield name, f"{shape} {x.dtype}" if by_shape else f"{shape} {x.dtype} {preview(x)}"
+    for path, state in zip(spec.places(), spec.states, strict=True):
+        yield from _constants(_argument_name(path), state.form) if state is not None else ()
 
 
-def _called(place: str) -> str:
-    """What ``generate`` calls an argument."""
-    return place.removeprefix("kwargs['").replace("']", "", 1)
+def _argument_name(path: str) -> str:
+    """The name by which ``generate`` knows an argument."""
+    return path.removeprefix("kwargs['").replace("']", "", 1)
 
 
 def _constants(name: str, form: ObjectSpec) -> Iterator[tuple[str, str]]:
-    """The constants that an object holds, by the way to them; private ones may be hashes, which processes differ in."""
+    """The constants in an object, by path. Private ones are left out: they may be hashes that differ between
+    processes."""
     if isinstance(form, ConstantLeaf):
         yield name, form.text
     elif isinstance(form, ContainerSpec):
-        for key, each in form.items.items():
+        for key, item in form.items.items():
             if not str(key).startswith("_"):
-                yield from _constants(f"{name}.{key}", each)
+                yield from _constants(f"{name}.{key}", item)
 
 
 def _text(x: Any) -> str:
-    """An argument in words: a constant is itself, of other things there is the class and what is plain in it."""
+    """An argument in words: a constant by its repr, anything else by its class and its plain attributes."""
     if is_constant(x):
         return repr(x)
     plain = {k: v if is_constant(v) else preview(v) for k, v in getattr(x, "__dict__", {}).items() if _is_plain(v)}
-    each = f" of {', '.join(map(_text, x))}" if isinstance(x, (list, tuple)) else ""
-    return f"a {type(x).__module__}.{type(x).__qualname__} {plain if plain else ''}{each}".strip()
+    items = f" of {', '.join(map(_text, x))}" if isinstance(x, (list, tuple)) else ""
+    return f"a {type(x).__module__}.{type(x).__qualname__} {plain if plain else ''}{items}".strip()
 
 
 def _is_plain(x: Any) -> bool:

@@ -1,8 +1,10 @@
 """graph_runtime: one call of a parallelized module, or of a submodule by itself: guards, agreement, graph, outputs.
 
-Users and libraries call a model's submodules (``model.get_encoder()(ids)``, as ``generate`` does). Such a
-submodule has its weights as the model has split them, and its calls are captured, rewritten and compared among
-the ranks as the model's are; what it returns is whole.
+A call is bound to its graph by guards, else by its structure, else by a new capture; the ranks agree on each step; the
+graph runs; outputs are built and mutations applied. Where the call cannot be captured, the module's own Python runs.
+
+Users and libraries call submodules, too (``model.get_encoder()(ids)``, as ``generate`` does). A submodule has its
+weights split as the model's are, its calls take the same way, and its results are replicated.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ __all__ = ["GraphRuntime", "SubmoduleRuntime"]
 
 
 class SubmoduleRuntime:
-    """What a submodule that holds shards carries: a runtime of its own, made when it is first needed.
+    """The runtime of a submodule that holds shards, made at its first call by itself.
 
     Args:
-        outer: the runtime of the module that it is in.
-        name: its name there.
+        outer: the runtime of the module around it.
+        name: the submodule's name in that module.
         module: the submodule.
 
     Attributes:
@@ -62,12 +64,12 @@ class SubmoduleRuntime:
         return self._runtime
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """This rank's part of a call of the submodule, and its own kind of output."""
+        """Call the submodule by itself."""
         with within_graph():
             return self.runtime(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubmoduleRuntime:
-        """What the submodule of a copy of the model carries."""
+        """The runtime of the same submodule of a copy of the model."""
         outer, module = copy.deepcopy(self.outer, memo), copy.deepcopy(self.module, memo)
         if id(self) not in memo:
             copied = memo[id(self)] = SubmoduleRuntime(outer, self.name, module)
@@ -135,7 +137,7 @@ class GraphRuntime(Runtime):
         return GraphRuntime(module, self.cache.inside(name), self.agreement, self.context, self.owner)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """This rank's part of a call of the module, and the module's own kind of output."""
+        """Call the module: this rank computes its part, and the result is what the module itself returns."""
         if self.owner is None:
             return self._called(args, kwargs)
         with within_graph():
@@ -209,8 +211,11 @@ class GraphRuntime(Runtime):
         return self.cache.add(compiled), None
 
     def _may_run_eagerly(self) -> bool:
-        """Whether the module's own Python may run a call that cannot be captured: without gradients, which what
-        recomputes a part of the forward in the backward would get wrong, and with submodules that hold all shards."""
+        """Whether the module's own Python may run a call that cannot be captured.
+
+        Gradients must be off: recomputation of a forward in the backward would draw other random numbers. Every shard
+        must be in a submodule that runs as a graph: the module's Python would read it as if it were dense.
+        """
         if torch.is_grad_enabled() or self.cache.options.strict or self.cache.state.splits(self.cache.slots):
             return False
         return any("_autotp" in m.__dict__ for m in self.model.modules() if m is not self.model)
@@ -221,7 +226,7 @@ class GraphRuntime(Runtime):
             name = self.cache.path or f"this {type(self.model).__name__}"
             warnings.warn(
                 f"a call of {name} cannot be captured{f' ({reason.place})' if reason.place else ''}: {reason.reason}. "
-                "Its own Python runs, on whole values, and its submodules as graphs of their own",
+                "Its own Python runs, on replicated values, and its submodules run as graphs of their own",
                 PartialCaptureWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""runtime: what a parallelized module carries, and what happens when it is called."""
+"""runtime: the object that a parallelized module carries: its ranks, its shards, its call."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["Runtime"]
 
 
 class Runtime:
-    """A module's place among the ranks, and how they hold its parameters.
+    """The ranks of a parallelized module, the shards that they hold of it, and its call.
 
     Args:
-        model: the module, whose parameters hold this rank's share.
-        agreement: how the ranks compare what they do.
-        context: how they communicate.
+        model: the module, whose parameters hold this rank's shards.
+        agreement: compares the ranks before each step.
+        context: communicates between the ranks.
     """
 
     def __init__(self, model: nn.Module, agreement: Agreement, context: ProcessContext) -> None:
@@ -42,7 +42,7 @@ class Runtime:
         raise NotImplementedError
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """This rank's part of a call of the module, and the module's own kind of output."""
+        """Call the module: this rank computes its part, and the result is what the module itself returns."""
         raise NotImplementedError
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
@@ -50,7 +50,7 @@ class Runtime:
         return Arguments(args, kwargs)
 
     def attach(self) -> None:
-        """Let the module run this in place of its forward."""
+        """Replace the module's forward by this runtime."""
         patch_forward(self.model, self, self)
 
     def is_running(self) -> bool:
@@ -65,7 +65,7 @@ class Runtime:
         return shards_of(self.weight_layouts, self.tied.get(name, name))
 
     def shards_of(self, name: str, tensor: torch.Tensor) -> dict[int, Shards]:
-        """The split dims of a parameter, or of a tensor that the module keeps, of which this rank holds ``tensor``."""
+        """The split dims of a parameter, or of state of the module, of which this rank holds ``tensor``."""
         return self.shards(name)
 
     def placed(self) -> Iterator[tuple[str, nn.Parameter, dict[int, Shards]]]:
@@ -74,11 +74,11 @@ class Runtime:
             yield name, parameter, self.shards(name)
 
     def stepped(self) -> None:
-        """Count an optimizer's step; ranks that have taken different numbers of steps are found at the next call."""
+        """Count an optimizer's step; the next call finds ranks that have taken different numbers of steps."""
         self.agreement.steps += 1
 
     def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
-        """The full tensor of which each rank holds ``local`` under this name. Collective."""
+        """The dense tensor of which each rank holds ``local`` under this name. Collective."""
         shards = self.shards_of(name, local)
         if not shards:
             return local.detach().clone()
@@ -89,7 +89,7 @@ class Runtime:
         return unshard(self.context.group("tp").all_gather(local.detach(), shapes), shards)
 
     def _copied(self, memo: dict[int, Any]) -> Any:
-        """The beginning of a copy for the copy of the module: the same ranks and random streams."""
+        """A new runtime for the copy of the module, with the same ranks and random streams."""
         model = memo.get(id(self.model))
         if model is None:
             raise AutoTPError("a part of a parallelized model cannot be copied: copy the model, or what holds it")
