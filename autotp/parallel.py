@@ -18,11 +18,11 @@ from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.mesh import Mesh, join
 from autotp.distributed.process_context import ProcessContext
-from autotp.errors import AutoTPError, CaptureError
+from autotp.errors import AutoTPError
 from autotp.modules.device import computing_on, device_of
 from autotp.modules.model_checks import check_model
 from autotp.options import TIMEOUT, Options
-from autotp.partition.partition import Partition, partition_into_modules, partition_model
+from autotp.partition.partition import Partition, cannot_run, partition_into_modules, partition_model
 from autotp.partition.partitioned_runtime import PartitionedRuntime
 from autotp.plans.make_plan import announce, plan_of
 from autotp.plans.plan import Plan
@@ -38,17 +38,17 @@ __all__ = ["parallelize"]
 
 
 def _structure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What ranks must agree in: the model's class, weights and mode, and the inputs' structure."""
-    of = Arguments(args, kwargs)
-    found: dict[str, Any] = {"model": f"{type(model).__module__}.{type(model).__qualname__}"}
-    found |= {f"training of {n or 'the model'}": m.training for n, m in model.named_modules()}
+    """Everything in which ranks must agree: the model's class, weights and mode, and the inputs' structure."""
+    arguments = Arguments(args, kwargs)
+    entries: dict[str, Any] = {"model": f"{type(model).__module__}.{type(model).__qualname__}"}
+    entries |= {f"training of {n or 'the model'}": m.training for n, m in model.named_modules()}
     named = [("parameter", model.named_parameters()), ("buffer", model.named_buffers())]
     for kind, tensors in named:
-        found |= {f"{kind} {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in tensors}
-    found["structure of the inputs"] = str(of.spec)
-    for i, leaf in enumerate(of.leaves):
-        found[f"input {i}"] = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, torch.Tensor) else repr(leaf)
-    return found
+        entries |= {f"{kind} {n}": f"{tuple(t.shape)} {t.dtype}" for n, t in tensors}
+    entries["structure of the inputs"] = str(arguments.spec)
+    for i, leaf in enumerate(arguments.leaves):
+        entries[f"input {i}"] = f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+    return entries
 
 
 def parallelize(
@@ -185,7 +185,7 @@ def _parallelize(
         for part in partition.parts:
             part.cache.options = options
             part.cache.prove()
-    with mesh.together("looking at what stays whole"):
+    with mesh.together("looking at what stays unsplit"):
         announce(plan_of(partition, mesh.tp), partition, options.strict, stacklevel=4)
     layouts = partition.weight_layouts
     mesh.agree({"parts": [p.path for p in partition.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
@@ -229,7 +229,7 @@ def _attach(partition: Partition, mesh: Mesh, options: Options) -> None:
 
 
 def _destination(model: nn.Module, mesh: Mesh, device: torch.device | str | None) -> torch.device | None:
-    """Where the shares go; None if they stay where the model is."""
+    """The device that the shards go to; None: the one that the model is on."""
     if device is not None:
         to = torch.device(device)
         indexed = to.type == "cuda" and to.index is None
@@ -253,7 +253,7 @@ def _on(device: torch.device | None, args: tuple[Any, ...], kwargs: dict[str, An
 def _partition(
     model: nn.Module, mesh: Mesh, args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: Plan | None, loads: bool
 ) -> Partition:
-    """The model's parts, the same on every rank; where it must run to find them, it runs with rank 0's weights."""
+    """The model's parts, the same on every rank. A model that must run for that runs with rank 0's weights."""
     layouts = plan.weight_layouts if plan is not None else None
 
     def whole() -> Partition:
@@ -269,19 +269,15 @@ def _partition(
     assert failed is not None
     with mesh.together("capturing the model in parts"):
         if loads:
-            raise CaptureError(
-                f"{failed}\nautotp would capture it in parts, but must run it once with its weights for that, and they "
-                "are yet to be read: load the dense model, and parallelize it without weights=",
-                place=failed.place,
-                reason=failed.reason,
-            ) from failed
+            obstacle = "its weights are yet to be read: load the dense model, and parallelize it without weights="
+            raise cannot_run(failed, obstacle) from failed
     broadcast_parameters(model, mesh)
     with mesh.together("capturing the model in parts"):
         return partition_into_modules(model, mesh.tp, args, kwargs, failed, layouts)
 
 
 def _refuse_constants(partition: Partition) -> None:
-    """Raise if a graph has a tensor without values."""
+    """Raise if a graph holds a tensor without values."""
     for program in (p.cache.last for p in partition.parts):
         for constant in program.captured.constants.values() if program is not None else ():
             if constant.is_meta:

@@ -58,8 +58,8 @@ def judge(recipe: Recipe, tp: int, seed: int = 0) -> int:
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             raise FuzzError(f"raises {type(error).__name__}", lines[0]) from error
-    if partition.seams:
-        raise FuzzError("in parts", str(partition.seams[0]))
+    if partition.graph_breaks:
+        raise FuzzError("in parts", str(partition.graph_breaks[0]))
     for verdict in verdicts:
         if not verdict.proved:
             raise FuzzError("unproved", str(verdict))

@@ -1,13 +1,12 @@
-"""parts: the largest parts of a model that can be captured; what is between them stays the Python it is.
+"""partition: the largest capturable parts of a model; the code between them stays ordinary Python.
 
-The ordinary model is one part. Where capture of the whole fails, because its Python depends on the
-values in a tensor, say, the model is run once and watched, and its modules are tried from the outside
-in: a module that can be captured with what it was called with is a part, one that cannot is descended
-into. A part's inputs and outputs are whole and the same on every rank, so the Python between parts
-runs on each rank as it runs in the dense model.
+Most models are captured whole, as one part. Where that fails, because the model's Python depends on the values in a
+tensor, say, the model is run once and observed, and its modules are tried from the outside in: a module that can be
+captured with the calls that it got is a part, and any other is descended into. A part's inputs and outputs are
+replicated, so the Python between parts runs on each rank as it runs in the dense model.
 
-That Python may read the weights of a part. A weight that it was seen to read stays whole everywhere;
-one that it reads only later, on a branch that was not taken, is an error at that moment.
+That Python may read the weights of a part. A weight that it was seen to read stays unsplit. If it reads another one
+later, on a branch that was not taken, that is an error at that moment.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from autotp.capture.captured_graph import DenseShapes
-from autotp.capture.graph_breaks import GraphBreak
+from autotp.capture.graph_breaks import GraphBreak, partition_text
 from autotp.errors import CaptureError, PlanError
 from autotp.modules.forward_patching import patch_forward, restore_forward
 from autotp.modules.names import tied_names
@@ -38,15 +37,15 @@ __all__ = ["CapturedModule", "Partition", "cannot_run", "partition_into_modules"
 
 @dataclass(eq=False)
 class CapturedModule:
-    """A module that runs as rewritten graphs.
+    """A module that runs as rewritten graphs: a part of a model, or all of it.
 
     Attributes:
-        path: its name in the model (``""``: the model itself).
+        path: the module's name in the model (``""``: the model itself).
         module: the module.
         cache: its graphs.
-        calls: what it was called with in the example.
-        aliases: for each name of a parameter in it the first name, in it, of the same parameter.
-        names: for each such first name the parameter's first name in the model.
+        calls: its calls in the example run.
+        aliases: each parameter name in the module, mapped to the first name there of the same parameter.
+        names: each such first name, mapped to the parameter's first name in the model.
     """
 
     path: str
@@ -59,33 +58,33 @@ class CapturedModule:
 
 @dataclass
 class Partition:
-    """A model as parts.
+    """A model divided into captured modules and the Python between them.
 
     Attributes:
         model: the model.
-        parts: its parts, in the order of its modules; the model itself if it could be captured whole.
-        seams: where capture ended; none for a model captured whole.
-        outside: the parameters, by name, that code outside of the parts was seen to read, or that no part has.
-        idle: modules that could be parts, but in which nothing is split: they run as the Python that they are.
+        parts: the captured modules, in the order of the model's modules; the model itself if it is captured whole.
+        graph_breaks: where capture ended, and why; none for a model captured whole.
+        outside: the names of parameters that code outside of the parts reads, or that are in no part.
+        idle: modules that can be captured, but in which nothing is split; they run as ordinary Python.
     """
 
     model: nn.Module
     parts: list[CapturedModule]
-    seams: list[GraphBreak] = field(default_factory=list)
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
     outside: frozenset[str] = frozenset()
     idle: list[CapturedModule] = field(default_factory=list)
 
     @staticmethod
     def whole(model: nn.Module, cache: GraphCache, calls: Sequence[Call] = ()) -> Partition:
-        """A model that is one part."""
+        """The partition of a model that is captured whole."""
         aliases = tied_names(model)
         names = {n: n for n in aliases.values()}
         return Partition(model, [CapturedModule("", model, cache, list(calls), aliases, names)])
 
     @property
     def is_whole(self) -> bool:
-        """Whether the model is one part."""
-        return not self.seams
+        """Whether the model is captured whole."""
+        return not self.graph_breaks
 
     @property
     def weight_layouts(self) -> dict[str, Layout]:
@@ -94,25 +93,24 @@ class Partition:
 
     @property
     def share_outside(self) -> float:
-        """The share of the model's parameters that stays whole because of the seams: no part that is split has them."""
+        """The fraction of the parameters that stay unsplit because of graph breaks: no part that is split has them."""
         sizes = {n: p.numel() for n, p in self.model.named_parameters()}
         idle = {n for part in self.idle for n in part.names.values()} - self.weight_layouts.keys()
         return sum(sizes[n] for n in self.outside | idle) / max(sum(sizes.values()), 1)
 
     def __str__(self) -> str:
-        from autotp.capture.graph_breaks import partition_text
-
-        return partition_text(type(self.model).__name__, [p.path for p in self.parts], self.seams, self.share_outside)
+        paths, outside = [p.path for p in self.parts], self.share_outside
+        return partition_text(type(self.model).__name__, paths, self.graph_breaks, outside)
 
     def outside_of_parts(self) -> ParameterReads:
-        """A mode for the Python between parts: it raises where that reads a split weight."""
+        """A mode for the Python between parts, which raises where that reads a split weight."""
         tied, weight_layouts = tied_names(self.model), {} if self.is_whole else self.weight_layouts
         return outside_of_parts(self.model, lambda name: tied.get(name, name) in weight_layouts)
 
     @contextlib.contextmanager
     def running(self, run: Callable[[CapturedModule, tuple[Any, ...], Mapping[str, Any]], Any]) -> Iterator[None]:
-        """The model with ``run(part, args, kwargs)`` as its parts' forwards."""
-        for part in self.parts:  # from here on they carry no more than the forwards of their own
+        """Replace the forwards of all parts by ``run(part, args, kwargs)`` in this context."""
+        for part in self.parts:
             patch_forward(part.module, functools.partial(run, part), _Installed(part.module.__dict__.get("forward")))
         try:
             yield
@@ -123,7 +121,7 @@ class Partition:
 
 @dataclass
 class _Installed:
-    """What a module whose forward was replaced carries: the forward of its own, if it had one."""
+    """Carried by a module whose forward is replaced: the forward that was set on the module itself, if any."""
 
     own_forward: Any
 
@@ -144,11 +142,11 @@ def partition_model(
         args: positional example inputs.
         kwargs: keyword example inputs.
         weight_layouts: the weights' layouts by their first names in the model, where a plan gives them.
-        in_parts: whether to go on with the parts of a model that cannot be captured whole.
+        in_parts: whether to look for parts of a model that cannot be captured whole.
 
     Raises:
         CaptureError: the model cannot be captured, and none of its parts either.
-        PlanError: the plan splits a weight that must stay whole here.
+        PlanError: the plan splits a weight that must stay unsplit here.
     """
     cache = GraphCache(model, tp, DenseShapes.of(model), weight_layouts)
     try:
@@ -168,18 +166,18 @@ def partition_into_modules(
     failed: CaptureError,
     weight_layouts: Mapping[str, Layout] | None = None,
 ) -> Partition:
-    """:func:`partition_model` for a model that cannot be captured whole, because it ``failed``. Runs it once."""
+    """The partition of a model whose capture as a whole has ``failed``; the model is run once to find its parts."""
     if any(p.is_meta for p in model.parameters()):
         raise cannot_run(failed, "it is on the meta device: give it weights") from failed
     try:
         observed = observe(model, args, kwargs)
     except Exception as error:
         raise failed from error
-    division = _Search(model, tp, observed).partition(failed)
-    if not division.parts:
+    partition = _Search(model, tp, observed).partition(failed)
+    if not partition.parts:
         raise failed
-    _decide(division, weight_layouts)
-    return division
+    _shard_parts(partition, weight_layouts)
+    return partition
 
 
 def cannot_run(failed: CaptureError, obstacle: str) -> CaptureError:
@@ -194,20 +192,20 @@ def cannot_run(failed: CaptureError, obstacle: str) -> CaptureError:
 
 
 class _Search:
-    """The way down the modules of a model that cannot be captured whole."""
+    """The search for parts, down the modules of a model that cannot be captured whole."""
 
     def __init__(self, model: nn.Module, tp: int, observed: Observed) -> None:
         self.model, self.tp, self.observed = model, tp, observed
         self.tied = tied_names(model)
         self.parts: list[CapturedModule] = []
-        self.seams: list[GraphBreak] = []
+        self.graph_breaks: list[GraphBreak] = []
         self._done: set[int] = set()
 
     def partition(self, failed: CaptureError) -> Partition:
-        """The parts, and the seams between them."""
-        self.seams.append(GraphBreak("", failed.place, failed.reason))
+        """The parts, and the graph breaks between them."""
+        self.graph_breaks.append(GraphBreak("", failed.place, failed.reason))
         self._descend("", self.model)
-        for part in list(self.parts):  # what runs only inside of other parts, under another name, is none
+        for part in list(self.parts):  # a module that runs only within other parts is no part of its own
             others = {id(p.module) for p in self.parts if p is not part}
             part.calls = [c for c in part.calls if not c.running & others]
             if not part.calls:
@@ -217,14 +215,14 @@ class _Search:
         touched = self.observed.touched
         outside = {n for i, n in names.items() if any(not running & inside for running in touched.get(i, ()))}
         outside |= set(names.values()) - {n for part in self.parts for n in part.names.values()}
-        return Partition(self.model, self.parts, self.seams, frozenset(outside))
+        return Partition(self.model, self.parts, self.graph_breaks, frozenset(outside))
 
-    def _seam(self, path: str, error: CaptureError) -> None:
-        """Note why a module is descended into; a module around it that failed for the same reason goes unnamed."""
-        seam = GraphBreak(path, error.place, error.reason)
+    def _note_break(self, path: str, error: CaptureError) -> None:
+        """Record why a module is descended into; it replaces the record of a module around it with the same reason."""
+        new = GraphBreak(path, error.place, error.reason)
         around = [m for m in ("", *itertools.accumulate(path.split("."), "{}.{}".format)) if m != path]
-        same = [GraphBreak(m, seam.place, seam.reason) for m in around]
-        self.seams = [s for s in self.seams if s not in same] + [seam]
+        same = [GraphBreak(m, new.place, new.reason) for m in around]
+        self.graph_breaks = [b for b in self.graph_breaks if b not in same] + [new]
 
     def _descend(self, path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
@@ -237,12 +235,12 @@ class _Search:
                     self._done |= {id(m) for m in child.modules()}
                     continue
                 except CaptureError as error:
-                    self._seam(inner, error)
+                    self._note_break(inner, error)
             self._done.add(id(child))
             self._descend(inner, child)
 
     def _part(self, path: str, module: nn.Module, calls: list[Call]) -> CapturedModule:
-        """A module as a part, captured for each structure that it was called with."""
+        """A module as a part, captured for each of its calls."""
         cache = GraphCache(module, self.tp, DenseShapes.of(module), path=path, scope=Scope(self.model, False, False))
         for call in calls:
             cache.captures.capture(call.args, call.kwargs)
@@ -251,29 +249,29 @@ class _Search:
         return CapturedModule(path, module, cache, calls, aliases, names)
 
 
-def _decide(division: Partition, weight_layouts: Mapping[str, Layout] | None) -> None:
-    """Rewrite all parts, with one layout for each weight, and set those aside in which nothing is split."""
-    refused = next((n for n in weight_layouts or {} if n in division.outside), None)
+def _shard_parts(partition: Partition, weight_layouts: Mapping[str, Layout] | None) -> None:
+    """Rewrite all parts, with one layout for each weight; parts in which nothing is split become idle."""
+    refused = next((n for n in weight_layouts or {} if n in partition.outside), None)
     if refused is not None:
         raise PlanError(f"the plan splits {refused}, which code outside of the captured parts reads: plan it again")
-    uses = Counter(full for part in division.parts for full in part.names.values())
-    chosen: dict[str, Layout] = dict.fromkeys(division.outside, WHOLE)
+    uses = Counter(full for part in partition.parts for full in part.names.values())
+    chosen: dict[str, Layout] = dict.fromkeys(partition.outside, WHOLE)
     if weight_layouts is not None:
         chosen |= dict.fromkeys(uses, WHOLE) | dict(weight_layouts)
-    for part in division.parts:
-        chosen |= _rewritten(part, chosen)
+    for part in partition.parts:
+        chosen |= _shard_part(part, chosen)
     chosen = {n: chosen.get(n, WHOLE) for n in uses if uses[n] > 1 or n in chosen}
-    for part in division.parts:  # again, where a later part has split what they left whole
+    for part in partition.parts:  # again, where a later part has split a weight that an earlier one left unsplit
         mine = part.cache.weight_layouts or {}
         if any(chosen.get(full, WHOLE) != mine.get(n, WHOLE) for n, full in part.names.items()):
-            _rewritten(part, chosen)
-    split = division.weight_layouts
-    idle = [p for p in division.parts if all(full not in split for full in p.names.values())]
-    division.parts, division.idle = [p for p in division.parts if p not in idle], idle
+            _shard_part(part, chosen)
+    split = partition.weight_layouts
+    idle = [p for p in partition.parts if all(full not in split for full in p.names.values())]
+    partition.parts, partition.idle = [p for p in partition.parts if p not in idle], idle
 
 
-def _rewritten(part: CapturedModule, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
-    """Make a part's programs with some layouts given; the layouts of what is split, by the names in the model."""
+def _shard_part(part: CapturedModule, chosen: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Rewrite a part, with the layouts of some weights given; returns the split weights' layouts by model name."""
     part.cache.reset({n: chosen[full] for n, full in part.names.items() if full in chosen})
     for call in part.calls:
         part.cache.bind(call.args, call.kwargs)

@@ -203,7 +203,7 @@ def plan_of(partition: Partition, tp: int) -> Plan:
         tuple(collectives),
         fewest,
         tuple(dict.fromkeys(gathered)),
-        tuple(partition.seams),
+        tuple(partition.graph_breaks),
     )
 
 
@@ -229,7 +229,7 @@ def announce(plan: Plan, partition: Partition, strict: bool = False, stacklevel:
         PartialCaptureWarning: the model runs in parts.
         WholeWeightWarning: weights stay unsplit.
     """
-    graph_breaks = str(partition) if partition.seams else ""
+    graph_breaks = str(partition) if partition.graph_breaks else ""
     share = sum(w.elements for w in plan.obstacles) / max(plan.parameters(), 1)
     obstacles = obstacles_text(plan) if share >= BEARABLE else ""
     if strict and (graph_breaks or obstacles):

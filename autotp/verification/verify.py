@@ -42,7 +42,7 @@ def compare(
     """
     partition = parallel.partition
     dense, simulated = (_measure_in_process(run, model, partition, args, kwargs) for run in (model, parallel))
-    graph_breaks = partition.seams
+    graph_breaks = partition.graph_breaks
     return judge(model, parallel.tp, dense, simulated, tolerance, parallel.divergence, parallel.diverging, graph_breaks)
 
 
@@ -146,4 +146,6 @@ def verify(
             return compare(dense, Simulation(dense, tp, partition, record=True), args, kwargs, limit)
         expected = _measure_in_process(dense, dense, partition, args, kwargs, detach_state=True)
         measured, diverging = measure_on_processes(dense, tp, args, kwargs)
-        return judge(dense, tp, expected, measured, limit, math.inf if diverging else 0.0, diverging, partition.seams)
+        return judge(
+            dense, tp, expected, measured, limit, math.inf if diverging else 0.0, diverging, partition.graph_breaks
+        )

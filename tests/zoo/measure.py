@@ -145,7 +145,7 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
                     division = Partition.whole(model, OneProgram(model, program), [Call((), inputs)])
                 else:
                     division = partition_into_modules(model, tp, (), inputs, failed)
-                    row.seams = [str(seam) for seam in division.seams]
+                    row.seams = [str(seam) for seam in division.graph_breaks]
                 plan = plan_of(division, tp)
                 report = compare(model, Simulation(model, tp, division, record=True), (), inputs, TOLERANCE)
                 row.at[str(tp)] = at = _of_plan(plan)
