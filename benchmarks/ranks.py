@@ -134,28 +134,29 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
     import torch
 
     from autotp.distributed.agreement import Agreement
-    from autotp.distributed.mesh import TIMEOUT, Mesh
+    from autotp.distributed.mesh import Mesh
+    from autotp.options import TIMEOUT, Options
     from autotp.partition.partition import partition_model
     from autotp.runtime.graph_runtime import GraphRuntime
     from autotp.weights.slicing import shards_of
 
     division = partition_model(model, tp, (), example)
     (part,) = division.parts
-    part.cache.compiled, part.cache.proof = options, True
+    part.cache.options = Options(compile=options, check=True)
+    layouts = division.weight_layouts
     part.calls.clear()
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     for rank in {"all": range(tp), "ends": sorted({0, tp - 1}), "first": [0]}[which]:
         for name, parameter in model.named_parameters():
             local = list(shapes[name])
-            for dim, shards in shards_of(division.weight_layouts, name).items():
+            for dim, shards in shards_of(layouts, name).items():
                 local[dim] = shards.counts[rank]
             parameter.data = torch.empty(local, dtype=parameter.dtype, device=parameter.device).normal_(0, 0.02)
         torch.compiler.reset()
         context = alone(rank, tp)
         GraphRuntime(model, part.cache, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), context).attach()
         yield rank, model
-        part.cache._graphs.clear()
-        part.cache._recognizers.clear()
+        part.cache.reset({})
 
 
 def median(step: Callable[[], Any], rounds: int, warmup: int = 3) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,9 @@ from autotp.errors import AutoTPError, MismatchError
 from autotp.utils.hashing import combined, stable_hash
 
 __all__ = ["Agreement"]
+
+Fingerprint = int | tuple[Any, ...]
+"""An integer, or integers in nested tuples."""
 
 
 class Agreement:
@@ -39,6 +42,7 @@ class Agreement:
         broadcast_inputs: whether ranks with other inputs than rank 0 take rank 0's.
 
     Attributes:
+        is_alone: whether there is no other rank.
         number: how many steps this rank has begun.
         doing: the name of the last step, for messages.
         steps: how many steps optimizers have taken on the model's parameters.
@@ -52,6 +56,7 @@ class Agreement:
         self.broadcast_inputs = broadcast_inputs
         self.number, self.doing, self.steps = 0, "parallelize", 0
         self._step_hashes: dict[str, int] = {}
+        self.is_alone = mesh.group is None
         self._group: dist.ProcessGroup | None = None
         self._board: Board | None = None
         if mesh.group is not None:
@@ -60,18 +65,14 @@ class Agreement:
             if shared_memory:
                 self._board = join_board(self._group, mesh.rank, mesh.tp, timeout, slot=LINE)
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is no other rank."""
-        return self._group is None
-
     def check(
         self,
         doing: str,
-        fingerprint: int,
+        fingerprint: Fingerprint,
         describe: Callable[[], Mapping[str, str]],
         error: Exception | None = None,
         inputs: Callable[[], Mapping[str, str]] | None = None,
+        tensors: Sequence[torch.Tensor] = (),
     ) -> bool:
         """Raise on every rank unless all ranks are about to run the same step.
 
@@ -81,6 +82,7 @@ class Agreement:
             describe: returns the details behind the fingerprint; called only where the ranks differ.
             error: an error of this rank. It is raised here, and the other ranks learn of it.
             inputs: returns the details that rank 0's may replace, where ``broadcast_inputs`` is set.
+            tensors: integer tensors on the CPU whose values are compared, too.
 
         Returns:
             True if the ranks agree. False, on every rank, if they differ in such inputs only, and must take rank 0's.
@@ -89,7 +91,7 @@ class Agreement:
             MismatchError: the ranks differ, and the message lists the differences; or some have not come within the
                 timeout.
         """
-        if not self.same(doing, fingerprint, error):
+        if not self.same(doing, fingerprint, error, tensors):
             head = {"what it does": doing, **({"error": _error_text(error)} if error else {})}
             ranks = self.gathered((head, dict(inputs()) if inputs is not None else {}, dict(describe())))
             inputs_only = all((h, details) == (head, ranks[0][2]) for h, _, details in ranks)
@@ -102,7 +104,9 @@ class Agreement:
             raise error
         return True
 
-    def same(self, doing: str, fingerprint: int, error: Exception | None = None) -> bool:
+    def same(
+        self, doing: str, fingerprint: Fingerprint, error: Exception | None = None, tensors: Sequence[torch.Tensor] = ()
+    ) -> bool:
         """Whether all ranks are about to run the same step: the first half of :meth:`check`.
 
         Raises:
@@ -114,7 +118,7 @@ class Agreement:
         if (step_hash := self._step_hashes.get(doing)) is None:
             step_hash = self._step_hashes[doing] = stable_hash(doing)
         error_hash = stable_hash(_error_text(error)) if error is not None else 0
-        word = combined(self.number, step_hash, fingerprint, error_hash)
+        word = combined(self.number, step_hash, fingerprint, error_hash, tensors=tensors)
         try:
             return self._board.same(word) if self._board is not None else self._same_in_group(word)
         except RuntimeError as failure:
@@ -122,7 +126,7 @@ class Agreement:
 
     def release(self) -> None:
         """Drop the group; from now on nothing is compared."""
-        self._group = self._board = None
+        self._group, self._board, self.is_alone = None, None, True
 
     def gathered(self, value: Any) -> list[Any]:
         """All ranks' values in rank order, through the CPU; for rare exchanges."""

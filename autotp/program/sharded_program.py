@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,12 +88,12 @@ class ShardedProgram:
             self.results,
         )
 
-    def unflatten(self, results: tuple[Any, ...], objects: Sequence[Any] = ()) -> Any:
-        """Apply the call's mutations to its objects, and return the graph's results in the model's own structure."""
-        return self._rebuild_outputs(results, objects)
-
     @functools.cached_property
-    def _rebuild_outputs(self) -> Any:
+    def rebuild_outputs(self) -> Callable[[Sequence[Any], Sequence[Any]], Any]:
+        """The function that applies a call's mutations to its objects and gives the model's own output structure.
+
+        It takes the graph's results, and the objects among the call's arguments.
+        """
         return output_function(self.captured.outputs)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from autotp.program.rank_graph import RankGraph
 from autotp.program.sharded_program import ShardedProgram
 from autotp.weights.slicing import own_part
 from passes import Layout
@@ -15,17 +16,19 @@ from passes import Layout
 __all__ = ["BoundCall", "CacheEntry"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CacheEntry:
     """A graph of a module.
 
     Attributes:
         number: its number in the module's graph cache.
         program: the graph, for all ranks.
+        graph: this rank's graph; None before the first call on this rank.
     """
 
     number: int
     program: ShardedProgram
+    graph: RankGraph | None = None
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ class BoundCall:
     tensors: Sequence[torch.Tensor]
     objects: Sequence[Any]
     sizes: tuple[int, ...]
-    unsharded: Mapping[int, Layout] = field(default_factory=dict)
+    unsharded: Mapping[int, Layout] | None = None
 
     def local(self, rank: int) -> Sequence[torch.Tensor]:
         """The tensors as a rank's graph takes them."""

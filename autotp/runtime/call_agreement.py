@@ -12,7 +12,7 @@ from autotp.distributed.agreement import Agreement
 from autotp.modules.names import dotted
 from autotp.runtime.bound_call import BoundCall
 from autotp.runtime.module_guards import ModuleGuards
-from autotp.utils.hashing import checksum, combined, integer_checksum, preview, stable_hash
+from autotp.utils.hashing import checksum, integer_checksum, preview, stable_hash
 from autotp.utils.value_types import is_constant
 
 __all__ = ["CallAgreement"]
@@ -68,36 +68,43 @@ class CallAgreement:
         else:
             what = (self._hash(key, arguments()),)
         tensors = call.tensors if call is not None else arguments().tensors
-        values = self._values(call, arguments)
+        values, compared = self._values(call, arguments)
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        fingerprint = combined(*what, self.agreement.steps, values)
+        fingerprint = (what, self.agreement.steps, values)
         doing = f"call of {self.path}" if self.path else "call"
 
         def inputs() -> dict[str, str]:
             return self._described_inputs(arguments())
 
         if last or not self._broadcasts or grad:
-            return self.agreement.check(doing, fingerprint, lambda: inputs() | self._described(), error)
-        return self.agreement.check(doing, fingerprint, self._described, error, inputs)
+            return self.agreement.check(
+                doing, fingerprint, lambda: inputs() | self._described(), error, tensors=compared
+            )
+        return self.agreement.check(doing, fingerprint, self._described, error, inputs, compared)
 
-    def _values(self, call: BoundCall | None, arguments: Callable[[], Arguments]) -> tuple[int, ...]:
-        """Checksums of the integer inputs; when debugging, of all inputs and of replicated parameters."""
+    def _values(
+        self, call: BoundCall | None, arguments: Callable[[], Arguments]
+    ) -> tuple[tuple[int, ...], Sequence[torch.Tensor]]:
+        """Checksums of values to compare, and integer tensors whose values are to be compared.
+
+        When debugging, these are all inputs and the replicated parameters; else the integer inputs on the CPU.
+        """
         if self.agreement.debug:
             every = self._inputs(arguments()) | {
                 f"values of parameter {self._full(n)}": f"{checksum(p):x}"
                 for n, p in self._parameters()
                 if not self._split(n)
             }
-            return (stable_hash(str(every)),)
+            return (stable_hash(str(every)),), ()
         if call is None:
             flat = arguments()
             checksums = (integer_checksum(x) for x in flat.tensors if not flat.is_split(x))
-            return tuple(n for n in checksums if n is not None)
+            return tuple(n for n in checksums if n is not None), ()
         number, inputs = call.entry.number, call.entry.program.inputs
         if (positions := self._integers.get(number)) is None:  # calls of one graph are alike in dtypes and devices
             compared = [i not in inputs and integer_checksum(x) is not None for i, x in enumerate(call.tensors)]
             positions = self._integers[number] = [i for i, is_compared in enumerate(compared) if is_compared]
-        return tuple([integer_checksum(call.tensors[i]) or 0 for i in positions])
+        return (), [call.tensors[i] for i in positions]
 
     def _grads(self) -> int:
         """A hash of which parameters need gradients; 0 where gradients are disabled."""

@@ -76,6 +76,7 @@ class GraphCache:
         slots: the layouts of what ranks keep shards of between calls, by slot.
         options: how graphs are proved, lowered and compiled.
         captures: the captured graphs.
+        call_guards: the guards generated for calls that came before.
         guards: of the module.
         last: the program that was used last.
     """
@@ -99,7 +100,7 @@ class GraphCache:
         self.captures: Captures = Captures(model, dense, effects, self.slots, every, self.scope.root)
         self._entries: list[CacheEntry] = []
         self._by_structure: dict[Any, list[CacheEntry]] = {}
-        self._call_guards = CallGuards(every)
+        self.call_guards = CallGuards(every)
         self._graphs: dict[tuple[int, int], RankGraph] = {}
 
     def copied(self, model: nn.Module, root: nn.Module) -> GraphCache:
@@ -143,7 +144,7 @@ class GraphCache:
         self.fixed, self.weight_layouts = fixed, None
         self._by_structure.clear()
         self._entries.clear()
-        self._call_guards.clear()
+        self.call_guards.clear()
         self._graphs.clear()
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall:
@@ -156,13 +157,6 @@ class GraphCache:
         arguments = self.captures.flatten(args, kwargs)
         call = self.lookup(arguments, self.captures.structure(arguments))
         return call if call is not None else self.add(self.compile(args, kwargs))
-
-    def match(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall | None:
-        """A call bound by the guards generated for calls like it; None if none of them holds."""
-        call = self._call_guards.match(args, self.captures.effects.with_state(kwargs))
-        if call is not None:
-            self.last = call.entry.program
-        return call
 
     def lookup(self, arguments: Arguments, key: Any) -> BoundCall | None:
         """A call bound by its structure; None if there is no graph for it.
@@ -204,7 +198,8 @@ class GraphCache:
         program, rank = entry.program, self.captures.rank
         self.last = program
         if rank is not None:
-            self._call_guards.add(entry, arguments, rank, self.captures.is_alone)
+            entry.graph = self.graph(program, rank)
+            self.call_guards.add(entry, arguments, rank, self.captures.is_alone)
         tensors, sizes = arguments.tensors, dynamic_sizes(program.captured, arguments.shapes)
         dense = (
             {i: x for i, x in program.inputs.items() if not arguments.is_part(tensors[i])} if rank is not None else {}

@@ -144,7 +144,9 @@ class GraphRuntime(Runtime):
             return self._called(args, kwargs)
 
     def _called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        call = None if self.agreement.debug else self.cache.match(args, kwargs)
+        call, effects = None, self.cache.captures.effects
+        if not self.agreement.debug:
+            call = self.cache.call_guards.match(args, effects.with_state(kwargs) if effects.state.places else kwargs)
         if call is None or not self.call_agreement.check(call, lambda: self.arguments(args, kwargs)):
             args, kwargs, call, key = self._looked_up(args, kwargs, call is not None)
             if call is None:
@@ -156,15 +158,17 @@ class GraphRuntime(Runtime):
 
     def _run(self, call: BoundCall) -> Any:
         """The graph's outputs; what the call mutates is mutated."""
-        program, rank = call.entry.program, self.mesh.rank
+        program, graph = call.entry.program, call.entry.graph
+        assert graph is not None
+        self.cache.last = program
         if program.random and self.owner is not None:
             self.owner.restart_random()
-        graph = self.cache.graph(program, rank)
         options, inference = self.cache.options, program.captured.outputs.inference
         compiled = options.compile if asked.options is None else asked.options
         with use_context(self.context), torch.no_grad() if inference else contextlib.nullcontext():
-            results = graph.execute(options.lowering, call.local(rank), self.cache.guards.seen, compiled)
-            return program.unflatten(results, call.objects)
+            tensors = call.local(self.mesh.rank) if call.unsharded else call.tensors
+            results = graph.execute(options.lowering, tensors, self.cache.guards.seen, compiled)
+            return program.rebuild_outputs(results, call.objects)
 
     def _looked_up(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], differed: bool

@@ -207,7 +207,7 @@ class Simulation(nn.Module):
             inference = program.captured.outputs.inference
             with torch.no_grad() if inference else contextlib.nullcontext():
                 results = _AllRanks.apply(self, part, program, torch.is_grad_enabled(), *flat, *given)
-                return program.unflatten(results, call.objects)
+                return program.rebuild_outputs(results, call.objects)
 
     def run(
         self,

@@ -63,7 +63,7 @@ def test_each_order_computes_what_the_model_does(masks: dict[str, torch.Tensor])
     call = programs.bind((X, masks), {})
     program = call.entry.program
     expected, names = model(X, masks)
-    found, said = program.unflatten(programs.graph(program, 0)(*call.local(0)))
+    found, said = program.rebuild_outputs(programs.graph(program, 0)(*call.local(0)), ())
     torch.testing.assert_close(found, expected)
     assert said == names == " ".join(masks)
 
