@@ -4,9 +4,10 @@ Kinds of containers, objects and state that a call may have are added here. It m
 """
 
 from autotp.arguments.arguments import Arguments
+from autotp.arguments.effects import Effects
 from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.mutations import Mutation
 from autotp.arguments.object_tree import sharded_state
 from autotp.arguments.snapshot import Snapshot
 
-__all__ = ["Arguments", "ModuleStateTracker", "Mutation", "Snapshot", "sharded_state"]
+__all__ = ["Arguments", "Effects", "ModuleStateTracker", "Mutation", "Snapshot", "sharded_state"]

@@ -6,5 +6,6 @@ modules, calls and errors.
 
 from autotp.partition.partition import CapturedModule, Partition, partition_model
 from autotp.partition.partitioned_runtime import PartitionedRuntime
+from autotp.partition.prepare import prepare
 
-__all__ = ["CapturedModule", "Partition", "PartitionedRuntime", "partition_model"]
+__all__ = ["CapturedModule", "Partition", "PartitionedRuntime", "partition_model", "prepare"]

@@ -4,8 +4,11 @@ What happens between a user's call and the graph is changed here. It must not de
 of graphs knows no ranks.
 """
 
+from autotp.runtime.bound_call import BoundCall
+from autotp.runtime.eager_region import EagerRegion
 from autotp.runtime.graph_cache import GraphCache
 from autotp.runtime.graph_runtime import GraphRuntime
+from autotp.runtime.integrations import integrate
 from autotp.runtime.runtime import Runtime
 
-__all__ = ["GraphCache", "GraphRuntime", "Runtime"]
+__all__ = ["BoundCall", "EagerRegion", "GraphCache", "GraphRuntime", "Runtime", "integrate"]
