@@ -1,6 +1,7 @@
-"""A call's arguments as flat tensors, the state of modules among them, and what a call mutates.
+"""A call's arguments as flat tensors, with the state of modules among them, and the mutations that a call makes.
 
-Kinds of containers, objects and state that a call may have are added here. It must not know what a graph computes.
+New kinds of containers, objects and state in a call's arguments are added here. This package must not know what a
+graph computes.
 """
 
 from autotp.arguments.arguments import Arguments

@@ -1,4 +1,4 @@
-"""aliasing: arguments that share memory or objects, refused where a call mutates one."""
+"""aliasing: refuse a call that mutates an argument which shares memory, or an object, with another argument."""
 
 from __future__ import annotations
 
@@ -19,103 +19,112 @@ __all__ = ["are_distinct", "overlapping", "refuse_overlap", "refuse_shared", "re
 
 
 def refuse_unseen(leaves: Sequence[Any]) -> None:
-    """Raise if the content of an argument could change unseen."""
-    for x in leaves:
-        if not isinstance(x, torch.Tensor) and not is_constant(x):
-            x = x.it if isinstance(x, Boxed) else x
-            what = f"a {type(x).__module__}.{type(x).__qualname__}"
+    """Raise if autotp cannot see into one of the leaves: its content could change between calls unnoticed."""
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) and not is_constant(leaf):
+            leaf = leaf.it if isinstance(leaf, Boxed) else leaf
+            description = f"a {type(leaf).__module__}.{type(leaf).__qualname__}"
             raise CaptureError(
-                f"an argument is, or holds, {what}, whose content autotp cannot see: pass tensors, numbers and "
+                f"an argument is, or holds, {description}, whose content autotp cannot see: pass tensors, numbers and "
                 "strings, in tuples, lists and dicts, or register the class with "
                 "torch.utils._pytree.register_pytree_node",
-                reason=f"called with {what}, into which pytree cannot see",
+                reason=f"called with {description}, whose content pytree cannot see",
             )
 
 
 def refuse_shared(objects: Sequence[Any]) -> None:
-    """Raise if of objects that a call may change two are, or hold, one and the same."""
+    """Raise if two of the objects that a call may mutate are, or hold, the same list or object."""
     if not are_distinct(objects):
         raise CaptureError(
-            "two arguments are, or hold, one list or object, and the call changes an argument: a graph would change "
-            "one of the two only (what the model keeps on its modules is an argument too). Pass copies",
-            reason="arguments that are one object, of which the call changes one",
+            "two arguments are, or hold, the same list or object, and the call mutates an argument: a graph would "
+            "change only one of the two (state that the model keeps on its modules is an argument too). Pass copies",
+            reason="two arguments are the same object, and the call mutates an argument",
         )
 
 
-def refuse_overlap(of: Arguments, written: Collection[int], is_alone: Callable[[Sequence[torch.Tensor]], bool]) -> None:
-    """Raise if a call would write into a tensor that shares memory with another that it, or the module, has.
+def refuse_overlap(
+    arguments: Arguments, written: Collection[int], is_alone: Callable[[Sequence[torch.Tensor]], bool]
+) -> None:
+    """Raise if a call would write into a tensor that shares memory with another argument, or with the module.
 
     Args:
-        of: its arguments.
-        written: the numbers of the tensors that it writes into.
-        is_alone: whether tensors share no memory with what else the module holds.
+        arguments: the call's arguments.
+        written: the positions of the tensors that the call writes into.
+        is_alone: whether tensors share no memory with anything else that the module holds.
     """
     if not written:
         return
-    named = zip(of.spec.paths(), of.leaves, strict=True)
+    named = zip(arguments.spec.paths(), arguments.leaves, strict=True)
     paths = [path for path, x in named if isinstance(x, torch.Tensor)]
-    if (pair := overlapping(of.tensors, written)) is not None:
-        said = f"{paths[pair[0]]} and {paths[pair[1]]} share memory"
-    elif not is_alone([of.tensors[i] for i in written]):
-        said = f"one of {', '.join(paths[i] for i in sorted(written))} shares memory with another tensor on the model"
+    if (pair := overlapping(arguments.tensors, written)) is not None:
+        overlap = f"{paths[pair[0]]} and {paths[pair[1]]} share memory"
+    elif not is_alone([arguments.tensors[i] for i in written]):
+        overlap = (
+            f"one of {', '.join(paths[i] for i in sorted(written))} shares memory with another tensor on the model"
+        )
     else:
         return
     raise CaptureError(
-        f"{said}, and the call writes into one of them: a graph would change that one only. Give each its own",
-        reason="tensors that share memory, of which the call changes one",
+        f"{overlap}, and the call writes into one of them: a graph would change only that one. Give each its own",
+        reason="tensors that share memory, and the call writes into one of them",
     )
 
 
 def are_distinct(objects: Sequence[Any]) -> bool:
-    """Whether nothing that may change in what is held, or kept, among some objects is in two places."""
-    seen: list[int] = []
+    """Whether no list, dict or object is reachable twice from boxed arguments and the state of modules.
 
-    def visit(x: Any) -> None:
-        inside = x if isinstance(x, (list, tuple, dict)) else getattr(x, "__dict__", ())
-        if isinstance(x, (torch.Tensor, enum.Enum)) or callable(x):
+    Tensors do not count: :func:`overlapping` compares their memory. Nor do tuples, which cannot change.
+    """
+    ids: list[int] = []
+
+    def visit(value: Any) -> None:
+        content = value if isinstance(value, (list, tuple, dict)) else getattr(value, "__dict__", ())
+        if isinstance(value, (torch.Tensor, enum.Enum)) or callable(value):
             return
-        seen.extend([] if isinstance(x, tuple) or inside == () else [id(x)])
-        for each in inside.values() if isinstance(inside, dict) else inside:
-            visit(each)
+        ids.extend([] if isinstance(value, tuple) or content == () else [id(value)])
+        for item in content.values() if isinstance(content, dict) else content:
+            visit(item)
 
-    for x in objects:
-        if isinstance(x, (Boxed, ModuleState)):
-            visit(x)
-    return len(set(seen)) == len(seen)
+    for argument in objects:
+        if isinstance(argument, (Boxed, ModuleState)):
+            visit(argument)
+    return len(set(ids)) == len(ids)
 
 
 def overlapping(tensors: Sequence[torch.Tensor], written: Collection[int]) -> tuple[int, int] | None:
-    """The numbers of two tensors that share an element in memory, one of which is written to; None if all are apart.
+    """The positions of two tensors that share an element in memory, if the call writes into one; None if none do.
 
-    A graph that changes one would not change the other.
+    A graph that changes one of the two would not change the other.
     """
-    found: dict[int, list[int]] = {}
+    by_storage: dict[int, list[int]] = {}
     for i, x in enumerate(tensors):
         if x.numel() and x.device.type != "meta" and 0 not in x.stride():
-            found.setdefault(x.untyped_storage().data_ptr(), []).append(i)
-    for several in found.values():
-        for i, j in itertools.combinations(several, 2):
+            by_storage.setdefault(x.untyped_storage().data_ptr(), []).append(i)
+    for positions in by_storage.values():
+        for i, j in itertools.combinations(positions, 2):
             if (i in written or j in written) and _overlap(_extent(tensors[i]), _extent(tensors[j])):
                 return i, j
     return None
 
 
 def _extent(x: torch.Tensor) -> Any:
+    """The memory of a tensor in its storage: first byte, bytes per element, shape and strides."""
     return x.storage_offset() * x.element_size(), x.element_size(), tuple(x.shape), tuple(x.stride())
 
 
 @functools.lru_cache(maxsize=1024)
 def _overlap(one: Any, other: Any) -> bool:
+    """Whether two extents in the same storage have an element in common."""
     (first, size, shape, strides), (second, width, _, _) = one, other
 
-    def end(place: Any) -> int:
-        offset, itemsize, shape, strides = place
+    def end(extent: Any) -> int:
+        offset, itemsize, shape, strides = extent
         return int(offset + itemsize * (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))))
 
     if end(one) <= second or end(other) <= first:
         return False
-    if size != width or (first - second) % size:
+    if size != width or (first - second) % size:  # elements do not line up: taken for an overlap
         return True
     start, elements = min(first, second), torch.zeros((max(end(one), end(other)) - min(first, second)) // size)
-    elements.as_strided(shape, strides, (first - start) // size).fill_(1)
+    elements.as_strided(shape, strides, (first - start) // size).fill_(1)  # marks the elements of one
     return bool(elements.as_strided(other[2], other[3], (second - start) // size).any())

@@ -1,4 +1,4 @@
-"""arguments: what a call is given, as flat tensors and constants, and which of it this rank holds in parts."""
+"""arguments: a call's arguments as flat tensors and constants, and which of the tensors are this rank's shards."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["Arguments"]
 class Arguments:
     """The arguments of one call.
 
-    What an object among them keeps in a slot (:mod:`passes.planning.persistent_state`) may be whole, if the caller made
-    it, or this rank's part, if a call left it there; which it is shows in its size.
+    A tensor in a slot that ranks keep shards of (:mod:`passes.planning.persistent_state`) has its full size if the
+    caller made it, and is this rank's shard if an earlier call left it there. Its size tells which of the two it is.
 
     Args:
-        args: the positional ones.
-        kwargs: those by keyword.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
         counts: the attributes of objects that calls are known to count in.
-        slots: the layouts of what ranks keep in parts.
-        rank: the rank that calls; None while all is whole.
+        slots: the layouts of the slots that ranks keep shards of, by path.
+        rank: the rank that calls; None while nothing is sharded.
 
     Attributes:
-        leaves: tensors, and constants.
-        spec: how they go together.
+        leaves: the tensors and constants of all arguments.
+        spec: the structure that the leaves were taken from.
         objects: the objects among the arguments, which the call may change.
         tensors: the tensors among the leaves.
-        shapes: their shapes in the dense model.
-        error: what is wrong with them.
+        shapes: the tensors' shapes in the dense model.
+        error: the error to raise where a tensor has a size that it should not have; None if all fit.
     """
 
     def __init__(
@@ -52,17 +52,21 @@ class Arguments:
         self.tensors = [x for x in self.leaves if isinstance(x, torch.Tensor)]
         self.shapes: list[Sequence[int]] = [x.shape for x in self.tensors]
         self.error: AutoTPError | None = None
-        self._parts: set[int] = set()
-        self._split: set[int] = set()
+        self._shards: set[int] = set()
+        self._sharded: set[int] = set()
         if rank is None or not slots or not self.objects:
             return
         for i, slot in self.slots().items():
             layout = slots.get(slot.path) if slot.sharded else None
             if layout is not None and not layout.whole:
-                self._widen(i, slot.path, layout, rank)
+                self._set_dense_shape(i, slot.path, layout, rank)
 
     def kinds(self) -> tuple[Any, ...]:
-        """Per leaf, what makes another graph: dtype, device type, need of a gradient, sizes of one; a constant."""
+        """The properties of each leaf for which a graph is made anew.
+
+        Of a tensor these are dtype, device type, whether it requires a gradient, and which sizes are one; of a
+        constant, its type and text.
+        """
         shapes = iter(self.shapes)
         return tuple(
             (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in next(shapes)))
@@ -72,57 +76,59 @@ class Arguments:
         )
 
     def slots(self) -> dict[int, Slot]:
-        """For each tensor that is in an object its place there."""
-        numbers = self._numbers()
-        return {numbers[i]: slot for i, slot in self.spec.slots.items()}
+        """The slot of each tensor that is in an object, by the tensor's position."""
+        positions = self._tensor_positions()
+        return {positions[i]: slot for i, slot in self.spec.slots.items()}
 
     def owners(self) -> dict[int, type]:
-        """For each tensor that is in an object the class of that."""
-        numbers = self._numbers()
-        return {numbers[i]: cls for i, cls in self.spec.owners.items()}
+        """The object's class for each tensor that is in an object, by the tensor's position."""
+        positions = self._tensor_positions()
+        return {positions[i]: cls for i, cls in self.spec.owners.items()}
 
-    def _numbers(self) -> dict[int, int]:
-        """The numbers of the tensors among the leaves."""
+    def _tensor_positions(self) -> dict[int, int]:
+        """The position among the tensors, by the position among the leaves."""
         return {i: n for n, i in enumerate(i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor))}
 
-    def _widen(self, i: int, path: str, layout: Layout, rank: int) -> None:
+    def _set_dense_shape(self, i: int, path: str, layout: Layout, rank: int) -> None:
+        """Record whether the tensor in a sharded slot is this rank's shard, and its dense shape if it is one."""
         ((dim, shards),) = layout.shards
         shape = self.shapes[i]
-        held, whole = shards.counts[rank], shards.size
-        fits = dim < len(shape) and shape[dim] in (held, whole)
-        if not fits and issubclass(self.owners().get(i, object), ModuleState):  # another than was there, and whole
+        shard_size, full_size = shards.counts[rank], shards.size
+        fits = dim < len(shape) and shape[dim] in (shard_size, full_size)
+        if not fits and issubclass(self.owners().get(i, object), ModuleState):  # the module put a new tensor there
             return
-        self._split.add(id(self.tensors[i]))
+        self._sharded.add(id(self.tensors[i]))
         if not fits:
             size = shape[dim] if dim < len(shape) else "nothing"
             self.error = AutoTPError(
-                f"{path} has {size} along dim {dim}: it should be {held}, which this rank holds of it, or all {whole}"
+                f"{path} has {size} along dim {dim}: it should have {shard_size}, as this rank's shard, or the full "
+                f"{full_size}"
             )
-        elif held != whole and shape[dim] == held:
-            self.shapes[i] = (*shape[:dim], whole, *shape[dim + 1 :])
-            self._parts.add(id(self.tensors[i]))
+        elif shard_size != full_size and shape[dim] == shard_size:
+            self.shapes[i] = (*shape[:dim], full_size, *shape[dim + 1 :])
+            self._shards.add(id(self.tensors[i]))
 
     def is_part(self, x: Any) -> bool:
-        """Whether a leaf is this rank's part of a value."""
-        return id(x) in self._parts
+        """Whether a leaf is this rank's shard of a tensor."""
+        return id(x) in self._shards
 
     def is_split(self, x: Any) -> bool:
-        """Whether ranks may hold different parts of a leaf."""
-        return id(x) in self._split
+        """Whether ranks may hold different shards of a leaf."""
+        return id(x) in self._sharded
 
     def dense(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with tensors of the dense shapes, without values, in place of parts; objects are new ones."""
+        """The args and kwargs of the dense model: new objects, and for shards tensors of the dense shape, no values."""
         shapes = iter(self.shapes)
         leaves = [_stand_in(x, next(shapes)) if isinstance(x, torch.Tensor) else x for x in self.leaves]
-        args, kwargs = self.spec.close(leaves)
+        args, kwargs = self.spec.unflatten(leaves)
         return args, kwargs
 
     def local(self, inputs: Mapping[int, Layout], rank: int) -> list[torch.Tensor]:
-        """The tensors as a program takes them.
+        """The tensors that a rank's program takes.
 
         Args:
-            inputs: the layouts of those that it takes in parts, by position.
-            rank: the rank whose parts.
+            inputs: the layouts of the inputs that the program takes shards of, by position.
+            rank: the rank.
         """
         tensors = list(self.tensors)
         for i, layout in inputs.items():
@@ -132,6 +138,7 @@ class Arguments:
 
 
 def _stand_in(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor like this one, of another shape, that takes no memory; the tensor itself if it has the shape."""
     if x.shape == torch.Size(shape):
         return x
     return x.new_empty((1,) * len(shape)).expand(shape).requires_grad_(x.requires_grad)

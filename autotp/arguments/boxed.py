@@ -1,8 +1,8 @@
-"""held: plain arguments that a call changes, as objects that can be opened (:mod:`autotp.arguments.object_tree`).
+"""boxed: plain arguments that a call mutates, wrapped in an object so that they are flattened like one.
 
-A model may write into a tensor that it is given (a cache of keys), or put others into a list (one that grows). A graph
-gives back what it makes, so such an argument is opened like an object, and gets what the call changes in it. Which
-arguments these are shows when a call is captured.
+A model may write into a tensor that it is passed (a cache of keys), or put other tensors into a list (one that grows).
+A graph only returns values. So such an argument is flattened as an object is (:mod:`autotp.arguments.object_tree`), and
+the call's mutations are applied to it afterwards. A capture shows which arguments these are.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ __all__ = ["NUMBER", "Boxed", "ModuleState", "box", "unbox"]
 
 
 class Boxed:
-    """A plain argument that a call changes: a tensor that is written to, or a container that gets other tensors; or a
-    number that calls take for a size (:mod:`autotp.arguments.dynamic_ints`).
+    """A plain argument as the only attribute of an object, so that it is flattened as objects are.
 
-    Such an argument is opened as an object is, as the one attribute of this.
+    The argument is a tensor that the call writes into, a container that the call puts other tensors into, or an integer
+    that varies and becomes a size (:mod:`autotp.arguments.dynamic_ints`).
     """
 
     def __init__(self, it: Any) -> None:
@@ -25,24 +25,24 @@ class Boxed:
 
 
 NUMBER = (Boxed, "it")
-"""The attribute that is a number, if it is one that counts (:data:`autotp.arguments.object_tree.Counts`)."""
+"""The attribute that holds a boxed integer, as an entry of :data:`autotp.arguments.object_tree.Counts`."""
 
 
 class ModuleState:
-    """What modules keep from one call to the next, by name (:mod:`autotp.arguments.module_state`)."""
+    """State that modules keep from one call to the next, by name (:mod:`autotp.arguments.module_state`)."""
 
 
 def box(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Collection[int | str]
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Collection[int | str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with those at some places, numbers and keywords, as :class:`Boxed`."""
-    return tuple(Boxed(x) if i in places else x for i, x in enumerate(args)), {
-        k: Boxed(x) if k in places else x for k, x in kwargs.items()
+    """Wrap the arguments with the given positions and keywords in :class:`Boxed`."""
+    return tuple(Boxed(x) if i in keys else x for i, x in enumerate(args)), {
+        k: Boxed(x) if k in keys else x for k, x in kwargs.items()
     }
 
 
 def unbox(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with what :func:`box` has put around some of them taken off."""
+    """Unwrap the arguments that :func:`box` has wrapped."""
     return tuple(x.it if type(x) is Boxed else x for x in args), {
         k: x.it if type(x) is Boxed else x for k, x in kwargs.items()
     }

@@ -1,8 +1,8 @@
-"""effects: what calls of a module were seen to mutate or to vary; learned once, and used by every capture.
+"""effects: the mutations and varying integers seen in a module's calls, learned once and used by every capture.
 
-A graph is a function of tensors. A call may do more: write into arguments, count in attributes of objects, be given
-other integers each time, keep state on modules. Each of these becomes an input and an output of the graph once a
-capture has shown it.
+A graph is a function of tensors. A call may do more: write into arguments, count in attributes of objects, take other
+integers each time, keep state on modules. Each of these becomes an input and an output of the graph once a capture has
+shown it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Effects:
         return copy
 
     def inside(self, module: nn.Module, path: str) -> Effects:
-        """The effects of a submodule that is called by itself: state and counters are shared with this module."""
+        """The effects of a submodule that is called by itself; it shares state and counters with this module."""
         inner = Effects(self.state.inside(module, path), self.keeps_shards)
         inner.counters = self.counters
         return inner
@@ -57,55 +57,59 @@ class Effects:
     @property
     def mutable(self) -> bool:
         """Whether calls mutate plain arguments, or state."""
-        return bool(self.mutated or self.state.places)
+        return bool(self.mutated or self.state.locations)
 
     def flatten(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], slots: Mapping[str, Layout], rank: int | None
     ) -> Arguments:
-        """A call's arguments, flat, with the state of modules among them.
+        """Flatten a call's arguments, with the state of modules among them.
 
         Args:
-            args: positional.
-            kwargs: by keyword.
-            slots: the layouts of what ranks keep shards of, by slot.
-            rank: the rank that calls; None while everything is dense.
+            args: the positional arguments.
+            kwargs: the keyword arguments.
+            slots: the layouts of the slots that ranks keep shards of, by path.
+            rank: the rank that calls; None while nothing is sharded.
         """
-        if boxed := self.mutated | self.ints.places:
+        if boxed := self.mutated | self.ints.keys:
             args, kwargs = box(args, kwargs, boxed)
         return Arguments(args, self.with_state(kwargs), self.counters, slots, rank)
 
     def with_state(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Keyword arguments, and the state of modules."""
-        return {**kwargs, **self.state.arguments()} if self.state.places else kwargs
+        """The keyword arguments, with the state of modules added to them."""
+        return {**kwargs, **self.state.arguments()} if self.state.locations else kwargs
 
     def learn(self, mutation: InputMutation | StateMutation) -> bool:
-        """Take a mutation into account from now on; False if it is known already or cannot be an argument."""
+        """Take a mutation into account from now on.
+
+        Returns:
+            False if the mutation is known already, or what it changes cannot be an argument.
+        """
         if isinstance(mutation, InputMutation):
             new = mutation.keys - self.mutated
             self.mutated |= new
             return bool(new)
         added = self.state.add(mutation.locations)
-        if added and self.state.opens() and is_alone(self.state):
+        if added and self.state.is_visible() and is_alone(self.state):
             return True
         self.state.forget(added)
         return False
 
     def learn_ints(self, key: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call that is about to be captured shows that an integer varies, which it was not known to do.
+        """Learn from a call that is about to be captured; returns whether an integer was newly found to vary.
 
         Args:
             key: the call's structure, which begins with the kinds of its leaves.
-            args: positional arguments.
-            kwargs: arguments by keyword.
+            args: the positional arguments.
+            kwargs: the keyword arguments.
         """
-        varies = self.ints.look(key, args, kwargs)
+        varies = self.ints.observe(key, args, kwargs)
         self.counters |= {NUMBER} if varies else set()
         return varies
 
     def learn_outputs(self, arguments: Arguments, captured: Any) -> bool:
-        """Whether a captured graph shows that an attribute counts, or that state is read, which was not known."""
+        """Learn from a captured graph; returns whether it shows a counter, or a read of state, that was not known."""
         new = captured.outputs.counts - self.counters
         self.counters |= new
         return bool(new) or bool(
-            self.keeps_shards and self.state.places and self.state.share(arguments, captured.graph)
+            self.keeps_shards and self.state.locations and self.state.learn_reads(arguments, captured.graph)
         )

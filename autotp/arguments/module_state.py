@@ -1,13 +1,14 @@
-"""remembered: what modules keep from one call to the next, as arguments more of each call.
+"""module_state: state that modules keep from one call to the next, as additional arguments of each call.
 
 A graph is a function of weights and inputs. A model may be more than that: it writes keys and values into a buffer of
-its own, or puts its last state on a module. What it keeps in this way becomes an object among the arguments, which a
-call reads and changes as it does a cache that it is passed (:mod:`autotp.arguments.object_tree`); what is put into the
-object is put where the modules have it. Which places these are shows when a call is captured
+its own, or puts its last state on a module. Such state becomes an object among the arguments. A call reads and mutates
+the object as it does a cache that it is passed (:mod:`autotp.arguments.object_tree`), and a value that is set in the
+object is set on the module too. A capture shows which attributes and buffers these are
 (:mod:`autotp.arguments.snapshot`).
 
-Of tensors that the model itself reads again each rank keeps its own share, as of a parameter: what is written in
-place, and what a captured call was seen to read. What a forward only puts on a module is whole: it is for others.
+Ranks keep shards, as of a parameter, of those tensors that the model itself reads again: buffers and attributes that
+are written in place, and those that a captured call was seen to read. A tensor that a forward only puts on a module is
+replicated, since it is for others to read.
 """
 
 from __future__ import annotations
@@ -33,217 +34,223 @@ __all__ = ["ModuleStateTracker"]
 
 @sharded_state
 class ShardedModuleState(ModuleState):
-    """What ranks keep their own shares of."""
+    """Module state that each rank keeps its own shards of."""
 
 
 class _LiveState(dict[str, Any]):
-    """What is in some places, by name: what is set here is set there."""
+    """Module state by name; a value that is set or deleted here is set or deleted on the module too."""
 
     def __init__(self, holders: Mapping[str, tuple[dict[str, Any], str]]) -> None:
-        super().__init__({name: held[key] for name, (held, key) in holders.items() if key in held})
+        super().__init__({name: holder[key] for name, (holder, key) in holders.items() if key in holder})
         self._holders = holders
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
-        held, key = self._holders[name]
-        held[key] = value
+        holder, key = self._holders[name]
+        holder[key] = value
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        held, key = self._holders[name]
-        del held[key]
+        holder, key = self._holders[name]
+        del holder[key]
 
 
 def _is_within(path: str, name: str) -> bool:
-    """Whether a slot is a place, or is in what is there."""
+    """Whether the path of a slot is a location's name, or leads into the value at that location."""
     return path == name or path.startswith((f"{name}.", f"{name}["))
 
 
-_SHARED, _WHOLE = "what ranks keep shares of", "what ranks keep whole"
-_KEYWORDS: dict[str, type[ModuleState]] = {_SHARED: ShardedModuleState, _WHOLE: ModuleState}
-"""What no argument of a model's is called."""
+_SHARDED, _REPLICATED = "module state that is sharded", "module state, replicated"
+_KEYWORDS: dict[str, type[ModuleState]] = {_SHARDED: ShardedModuleState, _REPLICATED: ModuleState}
+"""The keywords that state is passed by: no model has parameters of these names."""
 
 
-def _class_of(place: StateLocation) -> type[ModuleState]:
-    return ShardedModuleState if place.sharded else ModuleState
+def _state_class(location: StateLocation) -> type[ModuleState]:
+    return ShardedModuleState if location.sharded else ModuleState
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What follows from which places are known.
+    """Tables that are derived from the known locations.
 
     Attributes:
-        places: these.
-        own: those in the module, as they are called in it and as they are called in the model.
-        keys: the names of what is kept, by module.
-        holders: what has it under which key, by its name in the model, and by the keyword of the object.
+        locations: the known locations, by name in the model.
+        own: the locations in the tracker's module, relative to it, each with its location in the model.
+        keys: the names of the tracked attributes and buffers, by module.
+        holders: by the keyword of a state object and the name in the model, the dict that holds the value, and its key.
     """
 
-    places: dict[str, StateLocation]
+    locations: dict[str, StateLocation]
     own: dict[StateLocation, StateLocation]
     keys: dict[str, frozenset[str]]
     holders: dict[str, dict[str, tuple[dict[str, Any], str]]]
 
 
 class ModuleStateTracker:
-    """The places in which a model keeps something from one call to the next, as far as they are known.
+    """The attributes and buffers in which a model keeps state from one call to the next, as far as they are known.
 
     Args:
         model: the model, or a module in it.
         path: the module's name in the model.
-        places: the places in the model, by name, which those who share them may add to.
+        locations: the known locations in the model, by name; trackers of its modules share this dict and add to it.
     """
 
-    def __init__(self, model: nn.Module, path: str = "", places: dict[str, StateLocation] | None = None) -> None:
+    def __init__(self, model: nn.Module, path: str = "", locations: dict[str, StateLocation] | None = None) -> None:
         self.model, self.path = model, path
-        self.places: dict[str, StateLocation] = {} if places is None else places
-        self._known: _Index | None = None
+        self.locations: dict[str, StateLocation] = {} if locations is None else locations
+        self._index: _Index | None = None
 
     def inside(self, module: nn.Module, path: str) -> ModuleStateTracker:
-        """The memory of a module in the model, of which both know the same."""
-        return ModuleStateTracker(module, path, self.places)
+        """The tracker of a module in the model; both share the known locations."""
+        return ModuleStateTracker(module, path, self.locations)
 
     def copied(self, model: nn.Module) -> ModuleStateTracker:
-        """The memory of a copy of the model."""
-        return ModuleStateTracker(model, self.path, dict(self.places))
+        """The tracker of a copy of the model."""
+        return ModuleStateTracker(model, self.path, dict(self.locations))
 
-    def add(self, places: Iterable[StateLocation]) -> set[StateLocation]:
-        """Take some places of this module's into account; those that were not known."""
+    def add(self, locations: Iterable[StateLocation]) -> set[StateLocation]:
+        """Track locations in this module; returns those that were not known, as locations in the model."""
         prefix = f"{self.path}." if self.path else ""
-        full = (StateLocation((prefix + p.module).rstrip("."), p.key, p.buffer, p.sharded) for p in places)
-        added = {p for p in full if p.name not in self.places}
-        self.places.update({p.name: p for p in added})
+        full = (StateLocation((prefix + p.module).rstrip("."), p.key, p.buffer, p.sharded) for p in locations)
+        added = {p for p in full if p.name not in self.locations}
+        self.locations.update({p.name: p for p in added})
         return added
 
-    def forget(self, places: Iterable[StateLocation]) -> None:
-        """Take some places out again."""
-        for place in places:
-            del self.places[place.name]
+    def forget(self, locations: Iterable[StateLocation]) -> None:
+        """No longer track these locations in the model."""
+        for location in locations:
+            del self.locations[location.name]
 
-    def share(self, of: Arguments, graph: fx.Graph) -> bool:
-        """Let ranks keep their own shares of what a call reads; whether it reads something that was whole.
+    def learn_reads(self, arguments: Arguments, graph: fx.Graph) -> bool:
+        """Let ranks keep shards of the state that a call reads; returns whether any of it was replicated until now.
 
         Args:
-            of: the call's arguments.
-            graph: what was captured of it.
+            arguments: the call's arguments.
+            graph: the graph that was captured of the call.
         """
-        inputs, owners, read = graph.find_nodes(op="placeholder"), of.owners(), set[str]()
-        for i, slot in of.slots().items():
+        inputs, owners, read = graph.find_nodes(op="placeholder"), arguments.owners(), set[str]()
+        for i, slot in arguments.slots().items():
             if owners[i] is ModuleState and not slot.count and any(user.op != "output" for user in inputs[i].users):
-                read |= {name for name in self.places if _is_within(slot.path, name)}
-        self.places.update({name: replace(self.places[name], sharded=True) for name in read})
+                read |= {name for name in self.locations if _is_within(slot.path, name)}
+        self.locations.update({name: replace(self.locations[name], sharded=True) for name in read})
         return bool(read)
 
-    def opens(self) -> bool:
-        """Whether autotp can see into all that is kept."""
+    def is_visible(self) -> bool:
+        """Whether autotp can see into all tracked state."""
         try:
-            for each in self.arguments().values():
-                ObjectFlattener().open(each)
+            for state in self.arguments().values():
+                ObjectFlattener().flatten(state)
         except UnseenError:
             return False
         return True
 
     @property
-    def own(self) -> dict[StateLocation, StateLocation]:
-        """The places in this module, in order, as they are called in it and as they are called in the model."""
-        return self._look().own
+    def own_locations(self) -> dict[StateLocation, StateLocation]:
+        """The locations in this module, in order, relative to it; each with its location in the model."""
+        return self._updated_index().own
 
-    def _look(self) -> _Index:
-        """What follows from which places are known."""
-        if self._known is None or self._known.places != self.places:
+    def _updated_index(self) -> _Index:
+        """The tables for the locations that are known now."""
+        if self._index is None or self._index.locations != self.locations:
             own: dict[StateLocation, StateLocation] = {}
-            for _, place in sorted(self.places.items()):
-                if not self.path or place.module == self.path or place.module.startswith(f"{self.path}."):
-                    local = place.module.removeprefix(self.path).removeprefix(".") if self.path else place.module
-                    own[StateLocation(local, place.key, place.buffer, place.sharded)] = place
+            for _, location in sorted(self.locations.items()):
+                if not self.path or location.module == self.path or location.module.startswith(f"{self.path}."):
+                    module = location.module.removeprefix(self.path).removeprefix(".") if self.path else location.module
+                    own[StateLocation(module, location.key, location.buffer, location.sharded)] = location
             keys: dict[str, frozenset[str]] = {}
             holders: dict[str, dict[str, tuple[dict[str, Any], str]]] = {}
-            for place, full in own.items():
-                keys[place.module] = keys.get(place.module, frozenset()) | {place.key}
-                held = holders.setdefault(_SHARED if place.sharded else _WHOLE, {})
-                held[full.name] = place.holder(self.model), place.key
-            self._known = _Index(dict(self.places), own, keys, holders)
-        return self._known
+            for location, full in own.items():
+                keys[location.module] = keys.get(location.module, frozenset()) | {location.key}
+                by_name = holders.setdefault(_SHARDED if location.sharded else _REPLICATED, {})
+                by_name[full.name] = location.holder(self.model), location.key
+            self._index = _Index(dict(self.locations), own, keys, holders)
+        return self._index
 
     def keys(self, module: str) -> frozenset[str]:
-        """The names of what is kept on a module of these."""
-        return self._look().keys.get(module, frozenset())
+        """The names of the tracked attributes and buffers of a module."""
+        return self._updated_index().keys.get(module, frozenset())
 
     def knows(self, holder: Any, key: Any) -> bool:
-        """Whether what is under a key of this very dict is in a place that is known."""
-        return any(place.key == key and place.holder(self.model) is holder for place in self.own)
+        """Whether an entry of a dict is tracked state; the dict is compared by identity."""
+        return any(p.key == key and p.holder(self.model) is holder for p in self.own_locations)
 
     def arguments(self) -> dict[str, ModuleState]:
-        """The objects that a call is given, by the keywords that it is given them by."""
-        found: dict[str, ModuleState] = {}
-        for keyword, holders in self._look().holders.items():
-            made = found[keyword] = _KEYWORDS[keyword]()
-            made.__dict__ = _LiveState(holders)
-        return found
+        """The state objects that each call is passed, by keyword."""
+        states: dict[str, ModuleState] = {}
+        for keyword, holders in self._updated_index().holders.items():
+            state = states[keyword] = _KEYWORDS[keyword]()
+            state.__dict__ = _LiveState(holders)
+        return states
 
-    def put(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[ModuleState]]:
-        """Put what is in such objects on the modules; the other keyword arguments, and the objects."""
-        kept = [kwargs[k] for k in _KEYWORDS if k in kwargs]
-        values = {name: x for each in kept for name, x in each.__dict__.items()}
-        for place, full in self.own.items() if kept else ():
-            holder = place.holder(self.model)
+    def to_modules(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[ModuleState]]:
+        """Set the modules' state from the state objects among keyword arguments.
+
+        Returns:
+            The other keyword arguments, and the state objects.
+        """
+        states = [kwargs[k] for k in _KEYWORDS if k in kwargs]
+        values = {name: x for state in states for name, x in state.__dict__.items()}
+        for location, full in self.own_locations.items() if states else ():
+            holder = location.holder(self.model)
             if full.name in values:
-                holder[place.key] = values[full.name]
+                holder[location.key] = values[full.name]
             else:
-                holder.pop(place.key, None)
-        return {k: x for k, x in kwargs.items() if k not in _KEYWORDS}, kept
+                holder.pop(location.key, None)
+        return {k: x for k, x in kwargs.items() if k not in _KEYWORDS}, states
 
-    def take(self, kept: list[ModuleState]) -> None:
-        """Put what is on the modules into such objects."""
-        for each in kept:
-            each.__dict__.clear()
-            for place, full in self.own.items():
-                holder = place.holder(self.model)
-                if _class_of(place) is type(each) and place.key in holder:
-                    each.__dict__[full.name] = holder[place.key]
+    def from_modules(self, states: list[ModuleState]) -> None:
+        """Set the content of state objects from the modules' state."""
+        for state in states:
+            state.__dict__.clear()
+            for location, full in self.own_locations.items():
+                holder = location.holder(self.model)
+                if _state_class(location) is type(state) and location.key in holder:
+                    state.__dict__[full.name] = holder[location.key]
 
     def shards(self, name: str, layouts: Mapping[str, Layout], tensor: torch.Tensor, rank: int) -> dict[int, Shards]:
-        """The split dims of a tensor that is kept, of which a rank holds its share; none of one that it holds whole.
+        """The sharded dims of a state tensor, if it is a rank's shard; empty if it has its full size.
 
         Args:
-            name: its place in this module.
-            layouts: those of slots.
-            tensor: what is there.
+            name: the tensor's name in this module.
+            layouts: the layouts of slots, by path.
+            tensor: the tensor.
             rank: the rank.
         """
         layout = layouts.get(f"{self.path}.{name}" if self.path else name)
-        if layout is None or layout.whole or not any(_is_within(name, p.name) for p in self.own if p.sharded):
+        if layout is None or layout.whole or not any(_is_within(name, p.name) for p in self.own_locations if p.sharded):
             return {}
-        held = all(d < tensor.dim() and tensor.shape[d] == s.counts[rank] for d, s in layout.shards)
-        return layout.dims if held else {}
+        is_shard = all(d < tensor.dim() and tensor.shape[d] == s.counts[rank] for d, s in layout.shards)
+        return layout.dims if is_shard else {}
 
-    def cut(self, layouts: Mapping[str, Layout], rank: int) -> bool:
-        """Leave of whole tensors that ranks keep in parts this rank's share; whether there were any."""
-        found = False
-        for place, full in self.own.items():
-            holder, layout = place.holder(self.model), layouts.get(full.name) if place.sharded else None
-            tensor = holder.get(place.key)
+    def shard(self, layouts: Mapping[str, Layout], rank: int) -> bool:
+        """Replace state tensors of full size by this rank's shards; returns whether there were any."""
+        any_full = False
+        for location, full in self.own_locations.items():
+            holder, layout = location.holder(self.model), layouts.get(full.name) if location.sharded else None
+            tensor = holder.get(location.key)
             if layout is None or not isinstance(tensor, torch.Tensor) or tensor.requires_grad:
-                continue  # where gradients flow, calls take their shares of it
+                continue  # a tensor through which gradients flow is sharded inside each call
             if any(d < tensor.dim() and tensor.shape[d] == s.size != s.counts[rank] for d, s in layout.shards):
-                holder[place.key] = local_part(tensor.detach(), layout.dims, rank).clone()
-                found = True
-        return found
+                holder[location.key] = local_part(tensor.detach(), layout.dims, rank).clone()
+                any_full = True
+        return any_full
 
-    def splits(self, layouts: Mapping[str, Layout]) -> bool:
-        """Whether ranks keep their own shares of anything."""
-        names = [full.name for place, full in self.own.items() if place.sharded]
+    def has_shards(self, layouts: Mapping[str, Layout]) -> bool:
+        """Whether ranks keep shards of any state."""
+        names = [full.name for location, full in self.own_locations.items() if location.sharded]
         return any(not x.whole and any(_is_within(path, n) for n in names) for path, x in layouts.items())
 
-    def kept(self) -> dict[str, torch.Tensor]:
-        """The tensors that are kept, by place in the model.
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors in tracked state, by path in the model.
 
         Raises:
-            UnseenError: something was put beside them since, into which autotp cannot see.
+            UnseenError: the state has since come to hold something that autotp cannot see into.
         """
-        found: dict[str, torch.Tensor] = {}
-        for each in self.arguments().values():
-            opener = ObjectFlattener()
-            opener.open(each)
-            found |= {p: x for p, x in zip(opener.paths, opener.leaves, strict=True) if isinstance(x, torch.Tensor)}
-        return found
+        tensors: dict[str, torch.Tensor] = {}
+        for state in self.arguments().values():
+            flattener = ObjectFlattener()
+            flattener.flatten(state)
+            tensors |= {
+                p: x for p, x in zip(flattener.paths, flattener.leaves, strict=True) if isinstance(x, torch.Tensor)
+            }
+        return tensors

@@ -1,4 +1,4 @@
-"""changes: what a call changes in the objects that it is passed, found in their forms before and after."""
+"""mutations: the changes that a call makes to its arguments, found by comparing objects' specs before and after."""
 
 from __future__ import annotations
 
@@ -22,29 +22,35 @@ from autotp.errors import CaptureError
 __all__ = ["GONE", "InputMutation", "Mutation", "StateLocation", "StateMutation", "diff", "overwrite"]
 
 GONE = ConstantLeaf(type(None), "gone", None)
-"""What is in a place that is empty now."""
+"""Stands for the item that a mutation has removed."""
 
 
-def overwrite(held: Any, key: Any, new: torch.Tensor) -> None:
-    """Give a tensor that an object, list or dict holds other values, in place; gradients follow, as the model's do."""
-    if new.shape != (old := held[key]).shape:  # a whole one, of which this rank keeps its part from now on
-        held[key] = new
+def overwrite(container: Any, key: Any, new: torch.Tensor) -> None:
+    """Write new values into the tensor under a key of a container, in place; gradients flow as in the model's write.
+
+    Args:
+        container: a dict (such as an object's attributes) or list.
+        key: the key or position of the tensor.
+        new: the values. If their shape differs, the tensor had its full size, and this rank keeps a shard from now on.
+    """
+    if new.shape != (old := container[key]).shape:
+        container[key] = new
     elif new is not old:
         follows = torch.is_grad_enabled() and new.requires_grad
         with torch.set_grad_enabled(follows):
-            plain = old._is_view() and not (follows or old.requires_grad)
-            (old.detach() if plain else old).copy_(new)  # of some views, as of compiled code's results, torch says no
+            detached = old._is_view() and not (follows or old.requires_grad)
+            (old.detach() if detached else old).copy_(new)  # torch refuses some views, as of compiled code's results
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """What a call changes in an object.
+    """A change that a call makes to one item of an object.
 
     Attributes:
-        path: the way to what holds it: names, numbers and keys.
-        key: the name, number or key there.
-        new: the item after the call, made of the call's results; :data:`GONE` for none.
-        in_place: whether the item is the same tensor, with other values.
+        path: the path from the object to the container of the item: attribute names, positions and keys.
+        key: the item's name, position or key in the container.
+        new: the spec of the item after the call, whose leaves are the call's results; :data:`GONE` for a removed item.
+        in_place: whether the item is the same tensor as before, with other values.
     """
 
     path: tuple[Any, ...]
@@ -54,55 +60,57 @@ class Mutation:
 
 
 def _is_same_object(before: ObjectSpec | None, after: ObjectSpec, same: Collection[tuple[int, int]]) -> bool:
-    """Whether what is in a place stays what it is, whatever changes in it: a tuple only if all in it does."""
+    """Whether an item is still the same object; its content may differ, but a tuple's items must be the same."""
     if isinstance(before, TensorLeaf) and isinstance(after, TensorLeaf):
         return (before.index, after.index) in same
     if not isinstance(before, ContainerSpec) or not isinstance(after, ContainerSpec):
         return isinstance(before, ConstantLeaf) and before == after
     if before.cls is not after.cls or not issubclass(before.cls, tuple):
         return before.cls is after.cls
-    alike = len(before.forms) == len(after.forms)
-    return alike and all(_is_same_object(old, new, same) for old, new in zip(before.forms, after.forms, strict=True))
+    same_length = len(before.forms) == len(after.forms)
+    return same_length and all(
+        _is_same_object(old, new, same) for old, new in zip(before.forms, after.forms, strict=True)
+    )
 
 
 def diff(
     before: ObjectSpec, after: ObjectSpec, same: Collection[tuple[int, int]], path: tuple[Any, ...] = ()
 ) -> Iterator[Mutation]:
-    """What is different about an object after a call.
+    """The mutations of an object by a call.
 
     Args:
-        before: its form, whose leaves are the arguments.
-        after: its form, whose leaves are the results.
-        same: pairs of an argument and a result that are one and the same tensor, changed or not.
-        path: the way to it.
+        before: the object's spec before the call; its leaves are the call's arguments.
+        after: the object's spec after the call; its leaves are the call's results.
+        same: the pairs of an argument and a result that are the same tensor, with the same or other values.
+        path: the path to the object.
 
     Raises:
-        UnseenError: the object itself would have to be another one.
+        UnseenError: the object itself was replaced by one of another class.
     """
     if not isinstance(before, ContainerSpec) or not isinstance(after, ContainerSpec) or before.cls is not after.cls:
         raise UnseenError(f"{path} became another object")
-    had, has = before.items, after.items
-    for key in reversed([k for k in had if k not in has]):
+    old_items, new_items = before.items, after.items
+    for key in reversed([k for k in old_items if k not in new_items]):
         yield Mutation(path, key, GONE)
-    for key, form in has.items():
-        old = had.get(key)
-        if isinstance(old, TensorLeaf) and isinstance(form, TensorLeaf) and (old.index, form.index) in same:
-            yield Mutation(path, key, form, in_place=True)
-        elif isinstance(old, ContainerSpec) and isinstance(form, ContainerSpec) and _is_same_object(old, form, same):
-            yield from diff(old, form, same, (*path, key))
-        elif isinstance(form, (TensorLeaf, IntLeaf)) or old != form:
-            yield Mutation(path, key, form)
+    for key, new in new_items.items():
+        old = old_items.get(key)
+        if isinstance(old, TensorLeaf) and isinstance(new, TensorLeaf) and (old.index, new.index) in same:
+            yield Mutation(path, key, new, in_place=True)
+        elif isinstance(old, ContainerSpec) and isinstance(new, ContainerSpec) and _is_same_object(old, new, same):
+            yield from diff(old, new, same, (*path, key))
+        elif isinstance(new, (TensorLeaf, IntLeaf)) or old != new:
+            yield Mutation(path, key, new)
 
 
 @dataclass(frozen=True)
 class StateLocation:
-    """Where something is kept.
+    """The attribute or buffer of a module that holds state.
 
     Attributes:
-        module: the module's name in the model; ``""``: the model itself.
-        key: the name of the attribute, or buffer.
+        module: the module's name in the model; ``""`` is the model itself.
+        key: the name of the attribute or buffer.
         buffer: whether it is a buffer.
-        sharded: whether each rank keeps its own share of it.
+        sharded: whether each rank keeps its own shard of the state.
     """
 
     module: str
@@ -116,7 +124,7 @@ class StateLocation:
         return f"{self.module}.{self.key}" if self.module else self.key
 
     def holder(self, model: nn.Module) -> dict[str, Any]:
-        """What has it under its key."""
+        """The module's dict that holds the state under :attr:`key`."""
         module = model.get_submodule(self.module)
         return module._buffers if self.buffer else module.__dict__
 
@@ -134,18 +142,18 @@ class InputMutation:
     keys: frozenset[int | str]
 
     def error(self) -> CaptureError:
-        """The error for a call of which this cannot be captured."""
+        """The error to raise if a call with this mutation cannot be captured."""
         return CaptureError(self.message)
 
 
 @dataclass(frozen=True)
 class StateMutation:
-    """A forward keeps something on modules from one call to the next.
+    """A call changes state that modules keep from one call to the next.
 
     Attributes:
         message: what happened, for a person.
-        locations: where it is kept.
-        reason: the same in a few words, for a graph break.
+        locations: the attributes and buffers that hold the state.
+        reason: the message in a few words, for a graph break.
     """
 
     message: str
@@ -153,5 +161,5 @@ class StateMutation:
     reason: str = ""
 
     def error(self) -> CaptureError:
-        """The error for a call of which this cannot be captured."""
+        """The error to raise if a call with this mutation cannot be captured."""
         return CaptureError(self.message, reason=self.reason)

@@ -1,13 +1,13 @@
-"""keeping: what a forward leaves on the model's modules, which a graph would not.
+"""snapshot: the content of modules at one time, to find the changes that a forward makes on them, and to undo them.
 
 A graph is a function of weights and inputs. A forward may also keep something on a module: a counter, the last hidden
-state, a buffer that is another tensor from now on. Where that is so, a later call may be another function, and the
-model is not captured. What is allowed is a number, flag or size that comes out the same when the next call finds it,
-and changes nothing about that. Tensors that are kept are not, even if they only depend on sizes (a mask, a table of
-sines): whether a later call finds them, and what it then does, a graph of the first call does not show.
+state, another tensor in place of a buffer. Then a later call may compute another function, and the model is not
+captured as it is. Allowed are only a number, flag or size that comes out the same if the next call finds it, and that
+does not change what the call computes. Kept tensors are not allowed, even if they only depend on sizes (a mask, a table
+of sines): a graph of the first call does not show whether a later call reads them, and what it then does.
 
-What is kept then becomes an argument more (:mod:`autotp.arguments.module_state`), where it can be opened, and is not a
-list that gets longer, which would make another graph of each call. Else the model is captured in parts.
+State that is kept becomes an additional argument (:mod:`autotp.arguments.module_state`) if it can be flattened, and is
+no list that gets longer, for which each call would need another graph. Otherwise the model is captured in parts.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ _NO_OBJECTS = (torch.Tensor, nn.Module, type, types.FunctionType, types.MethodTy
                types.ModuleType, np.ndarray)  # fmt: skip
 _DEEPEST = 6
 _GONE = object()
-"""What is where something was removed."""
+"""Stands for an item that is missing."""
 
 
 @dataclass
 class ModuleMutation:
-    """Something that is not what it was.
+    """A change of one item that modules hold.
 
     Attributes:
-        name: what to call it: ``layers.0.last``.
-        container: what holds it: attributes, a list, a dict, a set.
-        key: under which name or key; None: the container as a whole.
-        old: what it was.
-        new: what it is.
-        place: the attribute or buffer that it is, or is in; None if it is in none.
+        name: the item's path, such as ``layers.0.last``.
+        container: the container of the item: the dict of attributes, a dict, a list, a set.
+        key: the item's name or key in the container; None if the item is the whole container.
+        old: the item before.
+        new: the item now.
+        location: the attribute or buffer that the item is, or is in; None if there is none.
     """
 
     name: str
@@ -71,28 +71,28 @@ class ModuleMutation:
 
     @property
     def has_tensors(self) -> bool:
-        """Whether there are tensors in what is new."""
+        """Whether the new item is a tensor, or holds one."""
         return any(True for _ in _tensors(self.new))
 
     @property
     def is_another(self) -> bool:
-        """Whether it is another value still where symbols of sizes are the numbers that they stand for."""
+        """Whether old and new item differ even with symbolic sizes replaced by the numbers that they stand for."""
         return not _is_same(self.old, _without_symbols(self.new))
 
     @property
     def can_be_argument(self) -> bool:
-        """Whether it can be an argument of each call."""
+        """Whether the item can be an argument of each call."""
         grows = self.key is None and not (isinstance(self.old, list) and len(self.old) == len(self.new))
         if self.location is None or grows:
             return False
         try:
-            ObjectFlattener(None).open(None if self.new is _GONE else self.new)
+            ObjectFlattener(None).flatten(None if self.new is _GONE else self.new)
         except UnseenError:
             return False
         return True
 
     def apply(self) -> None:
-        """Make the change; sizes that were symbols are numbers."""
+        """Make the change, with numbers in place of symbolic sizes."""
         value = _without_symbols(self.new)
         if value is _GONE:
             self.container.pop(self.key, None)
@@ -103,47 +103,52 @@ class ModuleMutation:
 
 
 def _tensors(x: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    """The tensors in a value, through containers and objects down to a certain depth."""
     if isinstance(x, torch.Tensor):
         yield x
     elif depth < _DEEPEST:
-        parts = x.values() if isinstance(x, dict) else x if isinstance(x, (*_CONTAINERS, tuple)) else ()
-        for each in (*parts, *(_attributes(x) or {}).values()):
-            yield from _tensors(each, depth + 1)
+        items = x.values() if isinstance(x, dict) else x if isinstance(x, (*_CONTAINERS, tuple)) else ()
+        for item in (*items, *(_attributes(x) or {}).values()):
+            yield from _tensors(item, depth + 1)
 
 
 def _without_symbols(x: Any) -> Any:
+    """A value with symbolic numbers replaced by the numbers that they stand for."""
     if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return x.node.hint
     if type(x) in (list, tuple, torch.Size):
-        return type(x)([_without_symbols(each) for each in x])
-    return {k: _without_symbols(each) for k, each in x.items()} if type(x) is dict else x
+        return type(x)([_without_symbols(item) for item in x])
+    return {k: _without_symbols(item) for k, item in x.items()} if type(x) is dict else x
 
 
 def _attributes(x: Any) -> dict[str, Any] | None:
-    """The attributes of an object; None of what is none, or is ours."""
+    """The attributes of an object; None if the value is no object, or one of autotp's own."""
     if isinstance(x, _NO_OBJECTS) or type(x).__module__.partition(".")[0] == "autotp":
         return None
-    found = getattr(x, "__dict__", None)
-    return found if isinstance(found, dict) else None
+    attributes = getattr(x, "__dict__", None)
+    return attributes if isinstance(attributes, dict) else None
 
 
 def _slots(x: Any) -> dict[str, Any]:
+    """The attributes of an object that are in ``__slots__``."""
     if isinstance(x, (*_NO_OBJECTS, *_PLAIN, *_CONTAINERS, tuple)):
         return {}
-    names = [n for cls in type(x).__mro__ for n in _listed(vars(cls).get("__slots__", ()))]
+    names = [n for cls in type(x).__mro__ for n in _as_tuple(vars(cls).get("__slots__", ()))]
     return {n: getattr(x, n) for n in names if n not in ("__dict__", "__weakref__") and hasattr(x, n)}
 
 
-def _listed(names: Any) -> tuple[str, ...]:
+def _as_tuple(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _refill(container: Any, content: Any) -> None:
+    """Replace the content of a container in place."""
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 
 
 def _is_same(old: Any, new: Any) -> bool:
+    """Whether two values are the same object, or equal values of types that are compared by value."""
     if old is new:
         return True
     if type(old) is not type(new):
@@ -156,123 +161,129 @@ def _is_same(old: Any, new: Any) -> bool:
 
 
 _Owner = tuple[str, str | None, bool] | None
-"""A module's name, its attribute (None: that is the key), and whether that is a buffer."""
+"""A module's name, the name of its attribute (None if the item's key is the name), and whether it is a buffer."""
 
 
-def _location(where: _Owner, key: Any) -> StateLocation | None:
-    if where is None:
+def _location(owner: _Owner, key: Any) -> StateLocation | None:
+    """The location of an item with a key, in a container that has this owner."""
+    if owner is None:
         return None
-    module, attribute, buffer = where
+    module, attribute, buffer = owner
     return StateLocation(module, key if attribute is None else attribute, buffer, False)
 
 
 class Snapshot:
-    """What a model's modules hold, and what is in the containers and objects that they hold.
+    """The content of a model's modules, and of the containers and objects that they hold, at one time.
 
     Args:
         model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._held: list[tuple[str, Any, Any, _Owner]] = []
-        self._slots: list[tuple[str, Any, dict[str, Any]]] = []
+        self._containers: list[tuple[str, Any, Any, _Owner]] = []
+        self._slotted: list[tuple[str, Any, dict[str, Any]]] = []
         self._arrays: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         seen: set[int] = set()
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             for kind in ("_buffers", "_parameters", "_modules"):
-                where = (name, None, True) if kind == "_buffers" else None
-                self._hold(name, module.__dict__[kind], seen, where, _DEEPEST)
-            self._held.append((name, module.__dict__, dict(module.__dict__), (name, None, False)))
+                owner = (name, None, True) if kind == "_buffers" else None
+                self._record(name, module.__dict__[kind], seen, owner, _DEEPEST)
+            self._containers.append((name, module.__dict__, dict(module.__dict__), (name, None, False)))
             for key, value in module.__dict__.items():
                 if key not in HOOKS and key not in ("_buffers", "_parameters", "_modules"):
-                    self._hold(f"{name}.{key}" if name else key, value, seen, (name, key, False))
+                    self._record(f"{name}.{key}" if name else key, value, seen, (name, key, False))
         self._without_grad = [t for t in self.tensors() if not t.requires_grad and not isinstance(t, nn.Parameter)]
 
-    def _hold(self, name: str, x: Any, seen: set[int], where: _Owner, depth: int = 0) -> None:
+    def _record(self, name: str, x: Any, seen: set[int], owner: _Owner, depth: int = 0) -> None:
+        """Record the content of a container, object or array, and of what it holds down to a certain depth."""
         if isinstance(x, _PLAIN) or id(x) in seen:
             return
         seen.add(id(x))
-        inside: list[tuple[str, Any]] = []
+        items: list[tuple[str, Any]] = []
         if isinstance(x, np.ndarray):
             self._arrays.append((name, x, x.copy()))
         elif isinstance(x, (*_CONTAINERS, tuple)):
             if not isinstance(x, tuple):
-                self._held.append((name, x, x.copy(), where))
-            inside += [(str(k), v) for k, v in (x.items() if isinstance(x, dict) else enumerate(x))]
+                self._containers.append((name, x, x.copy(), owner))
+            items += [(str(k), v) for k, v in (x.items() if isinstance(x, dict) else enumerate(x))]
         if attributes := _attributes(x):
-            self._held.append((name, attributes, dict(attributes), where))
-            inside += attributes.items()
+            self._containers.append((name, attributes, dict(attributes), owner))
+            items += attributes.items()
         if slots := _slots(x):
-            self._slots.append((name, x, slots))
-            inside += slots.items()
-        for key, value in inside if depth < _DEEPEST else ():
-            self._hold(f"{name}.{key}", value, seen, where, depth + 1)
+            self._slotted.append((name, x, slots))
+            items += slots.items()
+        for key, value in items if depth < _DEEPEST else ():
+            self._record(f"{name}.{key}", value, seen, owner, depth + 1)
 
     def diff(self) -> list[ModuleMutation]:
-        """What is not as it was."""
-        found = []
-        for name, now, before, where in self._held:
+        """The changes since the snapshot was taken."""
+        mutations = []
+        for name, now, before, owner in self._containers:
             if isinstance(now, dict):
                 for key in [*before, *(k for k in now if k not in before)]:
                     old, new = before.get(key, _GONE), now.get(key, _GONE)
                     if not _is_same(old, new):
-                        place = _location(where, key)
-                        found.append(ModuleMutation(f"{name}.{key}" if name else str(key), now, key, old, new, place))
+                        location = _location(owner, key)
+                        mutations.append(
+                            ModuleMutation(f"{name}.{key}" if name else str(key), now, key, old, new, location)
+                        )
             elif not (now == before if isinstance(now, set) else _is_same(list(before), list(now))):
-                found.append(ModuleMutation(name, now, None, before, now.copy(), _location(where, None)))
-        for name, x, before in self._slots:
-            if not _is_same(before, now := _slots(x)):
-                found.append(ModuleMutation(name, {}, "slots", before, [now, torch.empty(0)]))  # as good as a tensor
-        for name, array, was in self._arrays:
-            if array.shape != was.shape or not np.array_equal(array, was):
-                found.append(ModuleMutation(name, {}, "array", was, torch.empty(0)))
-        return found
+                mutations.append(ModuleMutation(name, now, None, before, now.copy(), _location(owner, None)))
+        for name, x, before in self._slotted:
+            if not _is_same(before, now := _slots(x)):  # the empty tensor: treated like a tensor that is kept
+                mutations.append(ModuleMutation(name, {}, "slots", before, [now, torch.empty(0)]))
+        for name, array, values in self._arrays:
+            if array.shape != values.shape or not np.array_equal(array, values):
+                mutations.append(ModuleMutation(name, {}, "array", values, torch.empty(0)))
+        return mutations
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors that are held, each once."""
-        values = (x for _, _, held, _ in self._held for x in (held.values() if isinstance(held, dict) else held))
+        """The tensors in the recorded containers, each once."""
+        values = (
+            x for _, _, items, _ in self._containers for x in (items.values() if isinstance(items, dict) else items)
+        )
         return list({id(x): x for x in values if isinstance(x, torch.Tensor)}.values())
 
     def locations(self, tensors: Sequence[torch.Tensor]) -> set[StateLocation]:
-        """The places that some tensors are in, if they are in any."""
-        wanted, found = set(map(id, tensors)), set()
-        for _, _, held, where in self._held:
-            for key, x in held.items() if isinstance(held, dict) else enumerate(held):
-                if id(x) in wanted and (place := _location(where, key)) is not None:
-                    found.add(place)
-        return found
+        """The attributes and buffers that hold some tensors, directly or in a container."""
+        ids, locations = set(map(id, tensors)), set()
+        for _, _, items, owner in self._containers:
+            for key, x in items.items() if isinstance(items, dict) else enumerate(items):
+                if id(x) in ids and (location := _location(owner, key)) is not None:
+                    locations.add(location)
+        return locations
 
-    def plain(self) -> list[torch.Tensor]:
+    def plain_tensors(self) -> list[torch.Tensor]:
         """The tensors that are neither parameters nor buffers."""
-        holders = [held for _, _, held, where in self._held if where is not None and not where[2]]
-        values = (x for held in holders for x in (held.values() if isinstance(held, dict) else held))
-        found = {id(x): x for x in values if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)}
-        return list(found.values())
+        contents = [items for _, _, items, owner in self._containers if owner is not None and not owner[2]]
+        values = (x for items in contents for x in (items.values() if isinstance(items, dict) else items))
+        tensors = {id(x): x for x in values if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)}
+        return list(tensors.values())
 
-    def memory(self) -> set[Any]:
-        """The containers and objects that are held, and the memory of tensors."""
-        of_tensors = {storage_of(t) for t in self.tensors() if t.numel() and not t.is_meta}
-        return {id(now) for _, now, _, _ in self._held} | {id(x) for _, x, _ in self._slots} | of_tensors
+    def identities(self) -> set[Any]:
+        """The identities of all containers and objects, and of the tensors' storages."""
+        storages = {storage_of(t) for t in self.tensors() if t.numel() and not t.is_meta}
+        return {id(now) for _, now, _, _ in self._containers} | {id(x) for _, x, _ in self._slotted} | storages
 
     def restore(self) -> None:
-        """Make it what it was."""
-        for _, now, before, _ in self._held:
+        """Undo all changes since the snapshot was taken, except those of tensors' values."""
+        for _, now, before, _ in self._containers:
             _refill(now, before)
-        for _, x, before in self._slots:
+        for _, x, before in self._slotted:
             for key, value in before.items():
                 object.__setattr__(x, key, value)
         for tensor in self._without_grad:
-            if tensor.requires_grad and not tensor._is_view():  # it was written with what needs a gradient
+            if tensor.requires_grad and not tensor._is_view():  # a value with a gradient was written into it
                 tensor.detach_()
-        for _, array, was in self._arrays:
-            if array.shape == was.shape:
-                array[...] = was
+        for _, array, values in self._arrays:
+            if array.shape == values.shape:
+                array[...] = values
 
 
 def storage_of(tensor: torch.Tensor) -> Any:
-    """What is the same for tensors that may share memory."""
+    """The identity of a tensor's storage; it is the same for tensors that may share memory."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and the like
@@ -280,30 +291,30 @@ def storage_of(tensor: torch.Tensor) -> Any:
 
 
 class Values:
-    """The values of some tensors.
+    """A copy of some tensors' values, to find writes and undo them.
 
     Args:
         tensors: the tensors.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._were = [(t, t.detach().clone(), t._version) for t in tensors]
+        self._copies = [(t, t.detach().clone(), t._version) for t in tensors]
 
     def written(self) -> list[torch.Tensor]:
-        """Those that were written into, as far as torch counts that."""
-        return [t for t, _, version in self._were if t._version != version]
+        """The tensors that were written into since, by torch's version counter."""
+        return [t for t, _, version in self._copies if t._version != version]
 
     def restore(self) -> None:
-        """Make them what they were."""
+        """Restore the values."""
         with torch.no_grad():
-            for tensor, was, version in self._were:
-                if tensor._version != version or not torch.equal(tensor, was):  # some kernels do not count
-                    tensor.copy_(was)
+            for tensor, values, version in self._copies:
+                if tensor._version != version or not torch.equal(tensor, values):  # some kernels do not count writes
+                    tensor.copy_(values)
 
 
 @contextlib.contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
-    """The model with its buffers, and what its modules hold, as they were."""
+    """Restore the content of a model's modules on exit, with the values of all tensors but parameters."""
     snapshot = Snapshot(model)
     values = Values([t for t in snapshot.tensors() if not isinstance(t, nn.Parameter)])
     try:
@@ -313,49 +324,49 @@ def restoring(model: nn.Module) -> Iterator[None]:
         values.restore()
 
 
-def _tracked_state(memory: ModuleStateTracker) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
-    """What is in known places, with what has it under which key; and a module that holds all of it, and no more."""
-    places = [(place.holder(memory.model), place.key) for place in memory.own]
-    values = [(holder, key, holder[key]) for holder, key in places if key in holder]
-    by_itself = nn.Module()
-    by_itself.__dict__["kept"] = [x for _, _, x in values]
-    return values, by_itself
+def _tracked_state(state: ModuleStateTracker) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:
+    """The tracked state of a model as (dict, key, value), and a module that holds only that."""
+    entries = [(location.holder(state.model), location.key) for location in state.own_locations]
+    values = [(holder, key, holder[key]) for holder, key in entries if key in holder]
+    state_module = nn.Module()
+    state_module.__dict__["state"] = [x for _, _, x in values]
+    return values, state_module
 
 
 @contextlib.contextmanager
-def restoring_state(memory: ModuleStateTracker) -> Iterator[None]:
-    """The model with what it keeps in known places as it was."""
-    values, by_itself = _tracked_state(memory)
-    with restoring(by_itself):
+def restoring_state(state: ModuleStateTracker) -> Iterator[None]:
+    """Restore the tracked state of a model on exit."""
+    values, state_module = _tracked_state(state)
+    with restoring(state_module):
         try:
             yield
         finally:
-            there = {(id(holder), key) for holder, key, _ in values}
-            for place in memory.own:
-                if (id(holder := place.holder(memory.model)), place.key) not in there:
-                    holder.pop(place.key, None)
+            entries = {(id(holder), key) for holder, key, _ in values}
+            for location in state.own_locations:
+                if (id(holder := location.holder(state.model)), location.key) not in entries:
+                    holder.pop(location.key, None)
             for holder, key, x in values:
                 holder[key] = x
 
 
-def _snapshot_without_state(memory: ModuleStateTracker) -> Snapshot:
-    """What a model holds elsewhere than in known places."""
-    values, _ = _tracked_state(memory)
+def _snapshot_without_state(state: ModuleStateTracker) -> Snapshot:
+    """A snapshot of a model without its tracked state."""
+    values, _ = _tracked_state(state)
     for holder, key, _ in values:
         holder[key] = None
     try:
-        return Snapshot(memory.model)
+        return Snapshot(state.model)
     finally:
         for holder, key, x in values:
             holder[key] = x
 
 
-def shares_memory(memory: ModuleStateTracker, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether some tensors share memory with something that a model holds elsewhere than in known places."""
-    return bool(tensors) and not _snapshot_without_state(memory).memory().isdisjoint(map(storage_of, tensors))
+def shares_memory(state: ModuleStateTracker, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether some tensors share memory with anything in a model that is not tracked state."""
+    return bool(tensors) and not _snapshot_without_state(state).identities().isdisjoint(map(storage_of, tensors))
 
 
-def is_alone(memory: ModuleStateTracker) -> bool:
-    """Whether what a model keeps in known places shares no memory, container or object with what else it holds."""
-    _, by_itself = _tracked_state(memory)
-    return _snapshot_without_state(memory).memory().isdisjoint(Snapshot(by_itself).memory())
+def is_alone(state: ModuleStateTracker) -> bool:
+    """Whether the tracked state of a model shares no memory, container or object with anything else in the model."""
+    _, state_module = _tracked_state(state)
+    return _snapshot_without_state(state).identities().isdisjoint(Snapshot(state_module).identities())

@@ -1,8 +1,8 @@
-"""spec: how a call's leaves go together: flatten and unflatten args and kwargs.
+"""spec: flatten a call's args and kwargs into leaves, and unflatten them.
 
-Python's sets of strings have an order of their own in each process, and models make dicts (of masks, by kind of
-layer) from them. So leaves are taken in the order of the sorted keys, the same on every rank, and the dict that is
-made of them again has the order that this rank's had.
+Python's sets of strings have a different order in each process, and models make dicts (of masks, by kind of layer) from
+them. So leaves are taken in the order of the sorted keys, which is the same on every rank. A dict that is unflattened
+has the order that it had on this rank.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from autotp.arguments.object_tree import (
 __all__ = ["CallSpec", "ObjectLeaf", "Orders", "flatten_call", "reordered", "sorted_by_key"]
 
 Orders = tuple[tuple[str, ...], ...]
-"""The keys of each dict that was sorted, as they were."""
+"""The keys of each sorted dict, in their original order."""
 
 _NESTING = (dict, list, tuple)
 
 
 def sorted_by_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Orders]:
-    """Arguments in which the dicts are sorted, but not the keyword arguments themselves; and how they were.
+    """Sort the dicts in arguments, but not the keywords; returns args, kwargs, and the original orders.
 
     >>> sorted_by_key((1,), {"masks": {"sliding": 2, "full": 3}})
     ((1,), {'masks': {'full': 3, 'sliding': 2}}, (('sliding', 'full'),))
     """
     orders: list[tuple[str, ...]] = []
-    if any(type(x) in _NESTING for x in (*args, *kwargs.values())):  # or all is in order
+    if any(type(x) in _NESTING for x in (*args, *kwargs.values())):  # otherwise there is no dict
         args = tuple(_sorted(x, orders) for x in args)
         kwargs = {k: _sorted(x, orders) for k, x in kwargs.items()}
     return args, dict(kwargs), tuple(orders)
 
 
 def reordered(args: tuple[Any, ...], kwargs: Mapping[str, Any], orders: Orders) -> tuple[Any, ...]:
-    """The arguments that :func:`sorted_by_key` sorted."""
-    each = iter(orders)
-    return tuple(_reordered(x, each) for x in args), {k: _reordered(x, each) for k, x in kwargs.items()}
+    """Give the dicts in arguments the order that they had before :func:`sorted_by_key`."""
+    remaining = iter(orders)
+    return tuple(_reordered(x, remaining) for x in args), {k: _reordered(x, remaining) for k, x in kwargs.items()}
 
 
 def _is_sortable(tree: Any) -> bool:
@@ -79,7 +79,13 @@ def _reordered(tree: Any, orders: Iterator[tuple[str, ...]]) -> Any:
 
 @dataclass(frozen=True)
 class ObjectLeaf:
-    """An object among a call's arguments: its form, and its leaves' slots."""
+    """An object among a call's arguments.
+
+    Attributes:
+        form: the object's spec.
+        slots: the slots of its leaves.
+        numbers: the integers in it, by path.
+    """
 
     form: ObjectSpec
     slots: tuple[Slot, ...]
@@ -88,97 +94,96 @@ class ObjectLeaf:
 
 @dataclass(frozen=True)
 class CallSpec:
-    """How the leaves of a call's arguments go together.
+    """The structure of a call's arguments, from which they are unflattened.
 
     Attributes:
-        spec: pytree's.
-        states: per leaf of pytree's, the object that it is, if it is one.
-        orders: how the dicts among them were ordered (:mod:`autotp.arguments.spec`); no part of the text that ranks
-            compare.
+        spec: pytree's spec.
+        states: for each of pytree's leaves the object that it is; None for a plain leaf.
+        orders: the orders of the dicts before they were sorted; ranks do not compare these.
     """
 
     spec: Any
     states: tuple[ObjectLeaf | None, ...]
     orders: Orders = field(default=(), repr=False)
 
-    def close(self, leaves: Sequence[Any]) -> Any:
-        """Arguments of these leaves, counts as numbers; the objects are new ones."""
-        given = iter(leaves)
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """The args and kwargs that have these leaves, with counters as integers; the objects are new ones."""
+        remaining = iter(leaves)
         plain = []
         for state in self.states:
             if state is None:
-                plain.append(next(given))
+                plain.append(next(remaining))
             else:
-                held = [next(given) for _ in state.slots]
-                numbers = [x.shape[0] if slot.count else x for x, slot in zip(held, state.slots, strict=True)]
-                plain.append(build(state.form, numbers))
+                own = [next(remaining) for _ in state.slots]
+                values = [x.shape[0] if slot.count else x for x, slot in zip(own, state.slots, strict=True)]
+                plain.append(build(state.form, values))
         args, kwargs = pytree.tree_unflatten(plain, self.spec)
         return reordered(args, kwargs, self.orders) if self.orders else (args, kwargs)
 
     @functools.cached_property
     def slots(self) -> dict[int, Slot]:
-        """The slots of the leaves that are in objects."""
-        found: dict[int, Slot] = {}
-        at = 0
+        """The slots of the leaves that are in objects, by the leaf's position."""
+        slots: dict[int, Slot] = {}
+        first = 0
         for state in self.states:
-            found |= {at + i: slot for i, slot in enumerate(state.slots)} if state is not None else {}
-            at += 1 if state is None else len(state.slots)
-        return found
+            slots |= {first + i: slot for i, slot in enumerate(state.slots)} if state is not None else {}
+            first += 1 if state is None else len(state.slots)
+        return slots
 
     @functools.cached_property
     def owners(self) -> dict[int, type]:
-        """The classes of the objects that leaves are in."""
-        found: dict[int, type] = {}
-        at = 0
+        """The object's class for each leaf that is in an object, by the leaf's position."""
+        owners: dict[int, type] = {}
+        first = 0
         for state in self.states:
             if state is not None and isinstance(state.form, ContainerSpec):
-                found |= dict.fromkeys(range(at, at + len(state.slots)), state.form.cls)
-            at += 1 if state is None else len(state.slots)
-        return found
+                owners |= dict.fromkeys(range(first, first + len(state.slots)), state.form.cls)
+            first += 1 if state is None else len(state.slots)
+        return owners
 
     def places(self) -> list[str]:
-        """``args[0]``, ``kwargs['cache']``: what the caller calls each leaf of pytree's."""
+        """The caller's name for each of pytree's leaves: ``args[0]``, ``kwargs['cache']``."""
         args, kwargs = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
         return [
             name + pytree.keystr(path)
-            for name, part in (("args", args), ("kwargs", kwargs))
-            for path, _ in pytree.tree_flatten_with_path(part)[0]
+            for name, tree in (("args", args), ("kwargs", kwargs))
+            for path, _ in pytree.tree_flatten_with_path(tree)[0]
         ]
 
     def paths(self) -> list[str]:
-        """``args[0]``, ``kwargs['cache'].layers[0].keys``: what the caller calls each leaf."""
-        found = []
+        """The caller's name for each leaf: ``args[0]``, ``kwargs['cache'].layers[0].keys``."""
+        paths = []
         for name, state in zip(self.places(), self.states, strict=True):
             if state is None:
-                found.append(name)
+                paths.append(name)
             elif isinstance(state.form, ContainerSpec) and state.form.cls is Boxed:
-                found += [name + slot.path.removeprefix("it") for slot in state.slots]
+                paths += [name + slot.path.removeprefix("it") for slot in state.slots]
             elif isinstance(state.form, ContainerSpec) and issubclass(state.form.cls, ModuleState):
-                found += [f"state.{slot.path}" for slot in state.slots]
+                paths += [f"state.{slot.path}" for slot in state.slots]
             else:
-                found += [f"{name}.{slot.path}" for slot in state.slots]
-        return found
+                paths += [f"{name}.{slot.path}" for slot in state.slots]
+        return paths
 
     def keys(self) -> list[int | str]:
-        """The argument that each leaf is, or is in: its number, or its keyword."""
+        """The position or keyword of the argument that each leaf is, or is in."""
         args, kwargs = pytree.tree_unflatten(list(range(len(self.states))), self.spec)
-        found: list[int | str] = []
+        keys: list[int | str] = []
         for key, argument in (*enumerate(args), *kwargs.items()):
             for i in pytree.tree_leaves(argument):
                 state = self.states[i]
-                found += [key] * (1 if state is None else len(state.slots))
-        return found
+                keys += [key] * (1 if state is None else len(state.slots))
+        return keys
 
 
 def flatten_call(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], counts: Counts = ()
 ) -> tuple[list[Any], CallSpec, list[Any]]:
-    """The leaves of arguments, how they go together, and the objects among them.
+    """Flatten a call's arguments; returns the leaves, their spec, and the objects among the arguments.
 
     Args:
-        args: tuples, lists, dicts and what pytree knows, of tensors, constants and objects.
-        kwargs: the same by keyword.
-        counts: the attributes of such objects that are counts.
+        args: tensors, constants and objects, in tuples, lists, dicts and other containers that pytree knows.
+        kwargs: the same, by keyword.
+        counts: the attributes of the objects that are counters.
     """
     args, kwargs, orders = sorted_by_key(args, kwargs)
     plain, spec = plain_leaves((args, kwargs))
@@ -188,15 +193,15 @@ def flatten_call(
     for x in plain:
         state = None
         if is_object(x):
-            opener = ObjectFlattener(counts)
-            with contextlib.suppress(UnseenError):  # a leaf then, which is refused where it matters
-                form = opener.open(x)
-                numbers = tuple((path, n) for path, (_, n) in opener.numbers.items())
-                state = ObjectLeaf(form, tuple(opener.slots(is_sharded(type(x)))), numbers)
+            flattener = ObjectFlattener(counts)
+            with contextlib.suppress(UnseenError):  # it stays a leaf, which is refused where it matters
+                form = flattener.flatten(x)
+                numbers = tuple((path, n) for path, (_, n) in flattener.numbers.items())
+                state = ObjectLeaf(form, tuple(flattener.slots(is_sharded(type(x)))), numbers)
         states.append(state)
         if state is None:
             leaves.append(x)
         else:
-            leaves += [x if isinstance(x, torch.Tensor) else counted(x) for x in opener.leaves]
+            leaves += [x if isinstance(x, torch.Tensor) else counted(x) for x in flattener.leaves]
             objects.append(x)
     return leaves, CallSpec(spec, tuple(states), orders), objects

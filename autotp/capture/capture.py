@@ -187,8 +187,10 @@ def _traced(
         # in reverse order: a module under two names is swapped twice
         with stateless._reparametrize_module(model, stand_ins, stack_weights=True):
             snapshot = Snapshot(model)
-            known = {id(x) for x in state.kept().values()}
-            values = Values([t for t in snapshot.plain() if id(t) not in known])  # what meets no input is not traced
+            known = {id(x) for x in state.tensors().values()}
+            values = Values(
+                [t for t in snapshot.plain_tensors() if id(t) not in known]
+            )  # what meets no input is not traced
             try:
                 exported, outputs = run()
                 snapshot.restore()  # torch leaves copies of lists and dicts

@@ -78,20 +78,20 @@ class _TensorOnly(nn.Module):
         for place, slot in self._spec.slots.items():  # what objects hold may be changed in place
             leaves[place] = leaves[place] if slot.count else leaves[place].clone()
         versions = {id(leaves[place]): leaves[place]._version for place in self._spec.slots}
-        args, kwargs = self._spec.close(leaves)
+        args, kwargs = self._spec.unflatten(leaves)
         before = _leaves_by_argument(args, kwargs)
         snapshot = Snapshot(self.model)
         with contextlib.ExitStack() as stack:
             for context in self._around:
                 stack.enter_context(context)
             own_args, own_kwargs = unbox(args, kwargs)
-            own_kwargs, remembered = self._memory.put(own_kwargs)
+            own_kwargs, remembered = self._memory.to_modules(own_kwargs)
             try:
                 result = self.model.forward(*own_args, **own_kwargs)  # no call: the model's own hooks run around ours
                 modes = [c.mode.modes for c in self._around if isinstance(c, _EagerFlags)]
                 self._outputs.inference = modes == [{True}]
             finally:
-                self._memory.take(remembered)
+                self._memory.from_modules(remembered)
                 self._outputs.module_mutations = [
                     k for k in snapshot.diff() if not self._memory.knows(k.container, k.key)
                 ]

@@ -132,7 +132,7 @@ class OutputSpec:
         """The form in which forward leaves an object, whose leaves are results."""
         opener = ObjectFlattener(None, len(results))
         try:
-            form = opener.open(x)
+            form = opener.flatten(x)
         except UnseenError as error:
             raise CaptureError(
                 f"the model leaves something in a {type(x).__name__} into which autotp cannot see: {error}"

@@ -93,7 +93,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             flat = Arguments(args, kwargs)  # containers may be refilled later
-            own_args, own_kwargs = flat.spec.close([_detached(x) for x in flat.leaves])
+            own_args, own_kwargs = flat.spec.unflatten([_detached(x) for x in flat.leaves])
             observed.calls.setdefault(id(module), []).append(Call(own_args, own_kwargs, frozenset(stack)))
             stack.append(id(module))
             try:
@@ -104,7 +104,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return forward
 
     flat = Arguments(args, kwargs)
-    own_args, own_kwargs = flat.spec.close(
+    own_args, own_kwargs = flat.spec.unflatten(
         [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in flat.leaves]
     )
     device = device_of(model)

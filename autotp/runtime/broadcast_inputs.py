@@ -71,7 +71,7 @@ def _sendable(path: str, x: Any) -> Any:
 def _is_visible(x: Any) -> bool:
     """Whether autotp can see all of an object, such as a config of transformers."""
     try:
-        ObjectFlattener().open(x)
+        ObjectFlattener().flatten(x)
     except UnseenError:
         return False
     return True

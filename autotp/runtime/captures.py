@@ -118,7 +118,7 @@ class Captures:
     def is_alone(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether tensors share no memory with what the module holds besides its known state."""
         state = self.effects.state
-        return not state.places or not shares_memory(state, tensors)
+        return not state.locations or not shares_memory(state, tensors)
 
     def _rebase(self) -> None:
         for guards in self.guards:
@@ -152,7 +152,7 @@ class Captures:
 
     def _warn_if_many(self) -> None:
         own = self.guards[-1]
-        changed = [*(dotted(*place) for place in own.changes()), *self.effects.state.places]
+        changed = [*(dotted(*place) for place in own.changes()), *self.effects.state.locations]
         if changed and self.count >= _MANY:
             names = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
             warnings.warn(

@@ -210,7 +210,7 @@ class GraphCache:
         """Replace dense state of which ranks keep shards by this rank's shard; whether there was any."""
         assert self.captures.rank is not None
         with torch.inference_mode(False):
-            return self.state.cut(self.slots, self.captures.rank)
+            return self.state.shard(self.slots, self.captures.rank)
 
     def prove(self) -> None:
         """Prove all graphs made so far, as the options ask for.

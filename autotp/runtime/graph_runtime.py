@@ -146,7 +146,7 @@ class GraphRuntime(Runtime):
     def _called(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         call, effects = None, self.cache.captures.effects
         if not self.agreement.debug:
-            call = self.cache.call_guards.match(args, effects.with_state(kwargs) if effects.state.places else kwargs)
+            call = self.cache.call_guards.match(args, effects.with_state(kwargs) if effects.state.locations else kwargs)
         if call is None or not self.call_agreement.check(call, lambda: self.arguments(args, kwargs)):
             args, kwargs, call, key = self._looked_up(args, kwargs, call is not None)
             if call is None:
@@ -220,7 +220,7 @@ class GraphRuntime(Runtime):
         Gradients must be off: recomputation of a forward in the backward would draw other random numbers. Every shard
         must be in a submodule that runs as a graph: the module's Python would read it as if it were dense.
         """
-        if torch.is_grad_enabled() or self.cache.options.strict or self.cache.state.splits(self.cache.slots):
+        if torch.is_grad_enabled() or self.cache.options.strict or self.cache.state.has_shards(self.cache.slots):
             return False
         return any("_autotp" in m.__dict__ for m in self.model.modules() if m is not self.model)
 

@@ -138,7 +138,7 @@ def measure(
     """
     arguments = Arguments(args, kwargs)
     inputs = [detached_copy(x) if isinstance(x, torch.Tensor) else x for x in arguments.leaves]
-    own_args, own_kwargs = arguments.spec.close(inputs)
+    own_args, own_kwargs = arguments.spec.unflatten(inputs)
     state_before = {n: (x, x._version) for n, x in module_state().items()}
     result = run(*own_args, **own_kwargs)
     outputs = _outputs(result) | _mutated_inputs(own_args, own_kwargs, inputs, arguments.leaves)

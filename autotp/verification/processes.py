@@ -50,7 +50,7 @@ def _full_module_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that a parallelized model keeps between calls, unsharded."""
     runtime = model.__dict__["_autotp"]
     runtimes = [runtime] if hasattr(runtime, "cache") else runtime.parts
-    return {n: r.whole(n, x) for r in runtimes for n, x in r.cache.state.kept().items()}
+    return {n: r.whole(n, x) for r in runtimes for n, x in r.cache.state.tensors().items()}
 
 
 def join_as_rank(rank: int, tp: int, port: int) -> None:

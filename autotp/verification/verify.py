@@ -65,7 +65,7 @@ def _measure_in_process(
         return {n: p.grad for n, p in model.named_parameters()}
 
     def module_state() -> dict[str, torch.Tensor]:
-        state = {n: x for part in partition.parts for n, x in part.cache.state.kept().items()}
+        state = {n: x for part in partition.parts for n, x in part.cache.state.tensors().items()}
         return {n: x.detach() for n, x in state.items()} if detach_state else state
 
     model.zero_grad(set_to_none=True)

@@ -41,7 +41,7 @@ def test_the_leaves_of_dicts_come_in_the_order_of_their_keys() -> None:
 def test_a_dict_has_its_own_order_when_the_arguments_are_put_together_again() -> None:
     given = {"b": B, "a": {"d": 1, "c": [A, {"z": 2, "y": X}]}}
     of = Arguments((X,), {"last": given, "first": 0})
-    args, kwargs = of.spec.close(of.leaves)
+    args, kwargs = of.spec.unflatten(of.leaves)
     assert args[0] is X
     assert list(kwargs) == ["last", "first"]
     assert list(kwargs["last"]) == ["b", "a"]

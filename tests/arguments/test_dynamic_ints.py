@@ -87,7 +87,7 @@ def test_a_position_that_moves_is_captured_once(by_keyword: bool) -> None:
     assert captures[0] <= 7
     for a, b in zip(dense.layers, model.layers, strict=True):
         assert relative_error(a.cache_k, b.cache_k) < 1e-12
-    assert {p.name for p in parallel.cache.state.places.values() if p.sharded} == {
+    assert {p.name for p in parallel.cache.state.locations.values() if p.sharded} == {
         f"layers.{i}.cache_{n}" for i in range(2) for n in "kv"
     }
     assert [op for _, op in parallel.cache.last.gathered] == ["output"], "the logits; no cache is gathered"
