@@ -232,7 +232,7 @@ class Snapshot:
             elif not (now == before if isinstance(now, set) else _is_same(list(before), list(now))):
                 mutations.append(ModuleMutation(name, now, None, before, now.copy(), _location(owner, None)))
         for name, x, before in self._slotted:
-            if not _is_same(before, now := _slots(x)):  # the empty tensor: treated like a tensor that is kept
+            if not _is_same(before, now := _slots(x)):  # the empty tensor makes it count as a kept tensor
                 mutations.append(ModuleMutation(name, {}, "slots", before, [now, torch.empty(0)]))
         for name, array, values in self._arrays:
             if array.shape != values.shape or not np.array_equal(array, values):
