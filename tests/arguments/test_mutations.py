@@ -117,7 +117,7 @@ def test_a_decode_of_growing_length_is_captured_once() -> None:
     before = programs.captures.count
     _decoded(model, "lists")
     assert programs.captures.count == before
-    assert programs.changed == {2}
+    assert programs.captures.effects.mutated == {2}
 
 
 class Beside(nn.Module):
