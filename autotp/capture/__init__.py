@@ -1,7 +1,7 @@
-"""One call of a module as one functional graph, or an error that says why there is none.
+"""capture: one call of a module as one functional graph, or an error that says why there is none.
 
-What capture reads of a module, undoes, lifts and refuses is changed here. It must know nothing of ranks or layouts: a
-captured graph is dense.
+This package decides how capture reads a module, undoes its side effects, lifts its state into inputs, and refuses what
+a graph cannot hold. It must know nothing of ranks or layouts: a captured graph is dense.
 """
 
 from autotp.capture.capture import capture

@@ -1,4 +1,4 @@
-"""captured_graph: the graph of one call, its weights' dense shapes, and the sizes that it holds for."""
+"""captured_graph: the graph of one call, its size guards, and the dense shapes of its weights."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ __all__ = ["CapturedGraph", "DenseShapes"]
 
 @dataclass(frozen=True)
 class DenseShapes:
-    """What capture must know of the dense model after its weights have been split: their shapes."""
+    """The shapes of a dense model's weights, which capture needs after the weights have been sharded."""
 
     shapes: Mapping[str, torch.Size]
 
     @staticmethod
     def of(model: nn.Module) -> DenseShapes:
-        """The shapes of a model's parameters as they are now, tied ones under each of their names."""
+        """The current shapes of a model's parameters, tied ones under each of their names."""
         return DenseShapes({n: p.shape for n, p in model.named_parameters(remove_duplicate=False)})
 
 
 @dataclass
 class CapturedGraph:
-    """A captured model.
+    """The graph of one captured call.
 
     Attributes:
         graph: the simplified graph; parameters and buffers are ``get_attr`` nodes on their fully
             qualified names, placeholders are the tensors among the flattened inputs.
-        constants: tensors that the model's code made, by ``get_attr`` target.
-        regions: submodules that the graph calls (regions under autocast), by ``get_attr`` target.
+        constants: the tensors that the model's code created, by ``get_attr`` target.
+        regions: the submodules that the graph calls (regions under autocast), by ``get_attr`` target.
         parameters: the ``get_attr`` targets that are parameters.
-        outputs: how to put the outputs back together from the graph's results.
-        slots: for each input tensor that is in an object its place there.
-        inputs: what the caller calls each input tensor.
-        guards: conditions on sizes that the model's Python branched on: a function, and the
+        outputs: how to rebuild the outputs from the graph's results.
+        slots: the slots of the input tensors that are in objects, by position.
+        inputs: the caller's name of each input tensor.
+        guards: the conditions on sizes that the model's Python branched on: for each a function, and the
             ``(input, dim)`` of each of its arguments.
-        static: ``(input, dim, size)`` for the input dims that the graph takes for constants.
-        equal: ``(input, dim, input, dim)`` for the input dims that must be equal.
-        steps: what was called, and the sizes of what it made in the call that was traced.
+        static: ``(input, dim, size)`` for each input dim that is a constant in the graph.
+        equal: ``(input, dim, input, dim)`` for each two input dims that must be equal.
+        steps: the ops of the traced call, and the sizes of their results.
     """
 
     graph: fx.Graph
@@ -60,8 +60,8 @@ class CapturedGraph:
     steps: tuple[Any, ...] = ()
 
     def fits(self, shapes: Sequence[Sequence[int]]) -> bool:
-        """Whether inputs have the sizes that the graph takes for constants, for equal, or branched on."""
-        if not all(check(*(shapes[i][d] for i, d in where)) for check, where in self.guards):
+        """Whether inputs of these shapes satisfy all size guards, static dims and equal dims."""
+        if not all(guard(*(shapes[i][d] for i, d in dims)) for guard, dims in self.guards):
             return False
         return all(shapes[i][d] == n for i, d, n in self.static) and all(
             shapes[i][d] == shapes[j][e] for i, d, j, e in self.equal

@@ -1,14 +1,14 @@
-"""custom_backward: what a model's own code says about its backward, which a captured graph would lose without a word.
+"""custom_backward: refuse code that defines its own backward, which a captured graph would silently lose.
 
-torch.export records what runs forward; gradients are then those of the recorded ops. An ``autograd.Function`` whose
-backward is another, a hook on a hidden tensor, or gradients taken inside forward would be gone. Each is refused by name
-here, so that what holds it stays the Python that it is (see :mod:`autotp.partition.partition`); so are the hooks of
-submodules (see :mod:`autotp.modules.hooks`).
+torch.export records the ops that forward runs, and gradients are then those of the recorded ops. Three things would be
+lost: an ``autograd.Function`` whose backward is not the derivative of its forward, a hook on an intermediate tensor,
+and gradients taken inside forward. Each is refused by name here, so that the module with it keeps running as its own
+Python (see :mod:`autotp.partition.partition`). Hooks of submodules are refused, too (see :mod:`autotp.modules.hooks`).
 
-Functions whose backward is the derivative of their forward are captured as the ops they run. Many are written for speed
-or memory and compute what autograd would (BLOOM's GELU in training); others mean something else (gradients scaled,
-reversed, or straight through a rounding). Numbers tell them apart: both derivatives are taken at random inputs of
-several magnitudes, in float64.
+A Function whose backward is the derivative of its forward is captured as the ops that it runs. Many Functions are
+written for speed or memory only, and compute what autograd would (BLOOM's GELU in training); others compute something
+else (gradients scaled, reversed, or straight through a rounding). Numbers tell them apart: both derivatives are
+computed in float64, at random inputs of several magnitudes, and compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from autotp.errors import CaptureError
 from autotp.utils.value_types import SCALARS
 
-__all__ = ["OwnBackward", "checked_functions", "refuse_function", "refuse_own_backward"]
+__all__ = ["RefuseOwnBackward", "checked_functions", "refuse_function", "refuse_own_backward"]
 
 _REFUSED = {
     torch.Tensor.register_hook: "registers a hook on a tensor's gradient",
@@ -37,8 +37,8 @@ _REFUSED = {
     torch.autograd.backward: "runs a backward of its own",
 }
 
-_KEPT = ("torch._library.", "torch._higher_order_ops.", "autotp.")
-"""Where the Functions are defined of ops that a graph holds as they are, derivative and all, and of tracing itself."""
+_ALLOWED = ("torch._library.", "torch._higher_order_ops.", "autotp.")
+"""Modules whose Functions are allowed: those of ops that a graph keeps with their derivative, and of tracing itself."""
 
 
 def _caller() -> str:
@@ -47,11 +47,11 @@ def _caller() -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
-class OwnBackward(TorchFunctionMode):
-    """A mode in which code that reaches into its own backward raises a CaptureError."""
+class RefuseOwnBackward(TorchFunctionMode):
+    """A mode that raises a CaptureError where code registers hooks on gradients or takes gradients."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse hooks and gradients; anything else as it is."""
+        """Refuse hooks and gradients; run any other function."""
         if func in _REFUSED:
             raise CaptureError(
                 f"the model's Python at {_caller()} {_REFUSED[func]}, which a captured graph would lose",
@@ -62,29 +62,29 @@ class OwnBackward(TorchFunctionMode):
 
 
 def refuse_function(function: type) -> None:
-    """Raise for an ``autograd.Function`` whose backward a captured graph would lose.
+    """Refuse an ``autograd.Function`` whose backward a captured graph would lose.
 
     Raises:
-        CaptureError: it names the Function and where it is defined.
+        CaptureError: always; it names the Function and the line of its definition.
     """
-    place = _defined(function)
+    place = _definition(function)
     reason = f"autograd.Function {function.__name__} has a backward of its own"
-    said = f"{reason}{f' ({place})' if place else ''}, which a captured graph would lose"
-    raise CaptureError(said, place=place, reason=reason)
+    message = f"{reason}{f' ({place})' if place else ''}, which a captured graph would lose"
+    raise CaptureError(message, place=place, reason=reason)
 
 
 def refuse_own_backward(
     results: Iterable[torch.Tensor], leaves: Iterable[torch.Tensor], agreeing: Container[Any] = ()
 ) -> None:
-    """Raise if results, traced with gradients on, depend on a derivative or a parameter that a graph cannot hold.
+    """Refuse results that depend on a derivative, or on a parameter, that a graph cannot hold.
 
     Args:
-        results: what the model returned.
+        results: the tensors that the model returned, traced with gradients enabled.
         leaves: the model's parameters and inputs.
         agreeing: the Functions whose backward is the derivative of their forward.
 
     Raises:
-        CaptureError: it names the ``autograd.Function``, or the shape of the tensor.
+        CaptureError: there is one; it names the ``autograd.Function``, or the shape of the tensor.
     """
     known = {id(x) for x in leaves}
     pending: list[Any] = [r.grad_fn for r in results if r.grad_fn is not None]
@@ -93,20 +93,20 @@ def refuse_own_backward(
         node = pending.pop()
         if isinstance(node, BackwardCFunction):
             function: Any = getattr(type(node), "_forward_cls", type(node))
-            if function not in agreeing and not str(function.__module__).startswith(_KEPT):
+            if function not in agreeing and not str(function.__module__).startswith(_ALLOWED):
                 refuse_function(function)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
             reason = f"uses a tensor {tuple(variable.shape)} that requires a gradient and is no parameter of it"
             raise CaptureError(f"the model {reason}: register it as one", reason=reason)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
+        for next_node, _ in node.next_functions:
+            if next_node is not None and next_node not in seen:
+                seen.add(next_node)
+                pending.append(next_node)
 
 
-def _defined(function: Any) -> str:
-    """``path:line`` where a class is defined, if that can be found and is not within torch."""
+def _definition(function: Any) -> str:
+    """``path:line`` of a class's definition; ``""`` if it cannot be found or is in torch."""
     try:
         path = inspect.getsourcefile(function) or ""
         return f"{path}:{inspect.getsourcelines(function)[1]}" if "/torch/" not in path else ""
@@ -120,28 +120,28 @@ _TOLERANCE = 1e-6
 
 
 class _Context:
-    """Stands for the context of a Function whose forward is run as ordinary code."""
+    """The context of a Function whose forward runs as ordinary code."""
 
     def __init__(self, count: int) -> None:
         self.needs_input_grad = (True,) * count
 
-    def _nothing(self, *_: Any) -> None:
-        """Accept what a forward notes for its backward."""
+    def _ignore(self, *_: Any) -> None:
+        """Accept the values that a forward saves for its backward, and drop them."""
 
-    save_for_backward = save_for_forward = mark_non_differentiable = set_materialize_grads = _nothing
+    save_for_backward = save_for_forward = mark_non_differentiable = set_materialize_grads = _ignore
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:
-    for each in cls.__subclasses__():
-        yield each
-        yield from _subclasses(each)
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _derivatives(run: Callable[..., Any], args: list[Any]) -> list[torch.Tensor]:
-    """The gradients of a run's outputs, weighted at random, by its tensor arguments; zeros where there is none."""
+    """The gradients of a function's tensor arguments, for randomly weighted outputs; zeros where there is none."""
     torch.manual_seed(0)
-    found = run(*args)
-    outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, torch.Tensor)]
+    result = run(*args)
+    outputs = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
     weights = [torch.randn(x.shape, dtype=x.dtype) for x in outputs]
     pairs = [(x, w) for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
@@ -151,44 +151,44 @@ def _derivatives(run: Callable[..., Any], args: list[Any]) -> list[torch.Tensor]
     return [torch.zeros_like(x) if g is None else g for x, g in zip(tensors, grads, strict=True)]
 
 
-def _agrees(cls: Any, forward: Callable[..., Any], shapes: list[Any]) -> bool:
-    """Whether a Function's backward gives the derivative of its forward, at random inputs.
+def _backward_matches(cls: Any, forward: Callable[..., Any], shapes: list[Any]) -> bool:
+    """Whether a Function's backward computes the derivative of its forward, at random inputs.
 
     Args:
         cls: the Function.
-        forward: its own forward.
-        shapes: its arguments; for a tensor its shape.
+        forward: its original forward.
+        shapes: its arguments, with a shape for each tensor.
     """
-    alone = cls.setup_context is not torch.autograd.Function.setup_context
+    without_context = cls.setup_context is not torch.autograd.Function.setup_context
     with torch.random.fork_rng([]):
         for seed, scale in enumerate(_SCALES):
             torch.manual_seed(seed)
-            drawn = [scale * torch.randn(x, dtype=torch.float64) if isinstance(x, torch.Size) else x for x in shapes]
-            args = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in drawn]
+            values = [scale * torch.randn(x, dtype=torch.float64) if isinstance(x, torch.Size) else x for x in shapes]
+            args = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in values]
             own = _derivatives(cls.apply, args)
-            traced = _derivatives(forward if alone else lambda *a: forward(_Context(len(a)), *a), args)
+            traced = _derivatives(forward if without_context else lambda *a: forward(_Context(len(a)), *a), args)
             for a, b in zip(own, traced, strict=True):
                 if not torch.isfinite(a).all() or float((a - b).abs().max()) > _TOLERANCE * float(a.abs().max()):
                     return False
     return True
 
 
-def _agrees_apart(cls: Any, forward: Callable[..., Any], shapes: list[Any]) -> bool:
-    """:func:`_agrees` in a thread of its own, where no tracing and no mode of the caller's is on."""
-    found: list[bool] = []
+def _backward_matches_in_thread(cls: Any, forward: Callable[..., Any], shapes: list[Any]) -> bool:
+    """:func:`_backward_matches` in a thread of its own, where neither tracing nor a mode of the caller is active."""
+    results: list[bool] = []
 
     def check() -> None:
-        with contextlib.suppress(Exception):  # a kernel that takes no float64, say
-            found.append(_agrees(cls, forward, shapes))
+        with contextlib.suppress(Exception):  # for example, a kernel that does not support float64
+            results.append(_backward_matches(cls, forward, shapes))
 
     thread = threading.Thread(target=check)
     thread.start()
     thread.join()
-    return found == [True]
+    return results == [True]
 
 
-def _shapes(args: tuple[Any, ...]) -> list[Any] | None:
-    """A Function's arguments with shapes for tensors; None where there are others than floats and constants."""
+def _argument_shapes(args: tuple[Any, ...]) -> list[Any] | None:
+    """A Function's arguments with a shape for each tensor; None if any is neither a float tensor nor a constant."""
     shapes: list[Any] = []
     for x in args:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
@@ -202,40 +202,40 @@ def _shapes(args: tuple[Any, ...]) -> list[Any] | None:
 
 @contextlib.contextmanager
 def checked_functions(active: Callable[[], bool], refuse: Callable[[type], None]) -> Iterator[set[type]]:
-    """Look at every Function of the user's that is applied while this context is open.
+    """Check the backward of every Function of the user's that is applied while this context is open.
 
     Args:
-        active: whether the calling thread's are to be looked at.
+        active: whether Functions that the calling thread applies are to be checked.
         refuse: called with a Function whose backward is not the derivative of its forward.
 
     Yields:
-        The Functions that were applied and whose backward is that derivative.
+        The Functions that were applied, and whose backward is the derivative of their forward.
     """
     agreeing: set[type] = set()
-    known: dict[Any, bool] = {}
+    verdicts: dict[Any, bool] = {}
     own = [c for c in _subclasses(torch.autograd.Function) if not f"{c.__module__}.".startswith(("torch.", "autotp."))]
-    replaced = [(cls, cls.__dict__["forward"]) for cls in own if "forward" in cls.__dict__]
+    originals = [(cls, cls.__dict__["forward"]) for cls in own if "forward" in cls.__dict__]
 
-    def watched(cls: Any, forward: Callable[..., Any]) -> Any:
-        alone = cls.setup_context is not torch.autograd.Function.setup_context
+    def checked_forward(cls: Any, forward: Callable[..., Any]) -> Any:
+        without_context = cls.setup_context is not torch.autograd.Function.setup_context
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             if active():
-                shapes = None if kwargs else _shapes(args if alone else args[1:])
+                shapes = None if kwargs else _argument_shapes(args if without_context else args[1:])
                 key = (cls, *(shapes or ()))
-                if shapes is not None and key not in known:
-                    known[key] = _agrees_apart(cls, forward, shapes)
-                if shapes is None or not known[key]:
+                if shapes is not None and key not in verdicts:
+                    verdicts[key] = _backward_matches_in_thread(cls, forward, shapes)
+                if shapes is None or not verdicts[key]:
                     refuse(cls)
                 agreeing.add(cls)
             return forward(*args, **kwargs)
 
         return staticmethod(checked)
 
-    for cls, _ in replaced:
-        cls.forward = watched(cls, cls.forward)
+    for cls, _ in originals:
+        cls.forward = checked_forward(cls, cls.forward)
     try:
         yield agreeing
     finally:
-        for cls, forward in replaced:
+        for cls, forward in originals:
             cls.forward = forward

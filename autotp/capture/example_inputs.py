@@ -1,4 +1,4 @@
-"""Example inputs: those given, a transformers model's own, or a guess from a module's first layers."""
+"""example_inputs: the caller's inputs, a transformers model's dummy inputs, or a guess from the first layers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | None
 
 
 def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The ``args`` and ``kwargs`` to capture a model with.
+    """The ``args`` and ``kwargs`` of the call that is captured.
 
     Args:
         model: the dense model.
         example_inputs: positional inputs as a tuple, keyword inputs as a mapping, a single tensor, or
-            None to find some: a transformers model's ``dummy_inputs``, else token ids for an embedding
-            and ``(batch, sequence, features)`` floats for a Linear, a norm or an attention, whichever
-            runs under fake tensors.
+            None to guess some: a transformers model's ``dummy_inputs``; for other models token ids for an
+            embedding, or ``(batch, sequence, features)`` floats for a Linear, a norm or an attention. The first
+            guess that runs on fake tensors is taken.
 
     Raises:
-        CaptureError: nothing was given and nothing that was tried runs.
+        CaptureError: ``example_inputs`` has the wrong type, or is None and no guess runs.
     """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
@@ -45,41 +45,44 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple
     device = device_of(model)
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping):
-        takes = inspect.signature(model.forward).parameters
-        dummy = {**dummy, **({"use_cache": False} if "use_cache" in takes else {})}
-        return (), {k: _on(_roomy(v), device) if isinstance(v, torch.Tensor) else v for k, v in dummy.items()}
-    tried = []
+        parameters = inspect.signature(model.forward).parameters
+        dummy = {**dummy, **({"use_cache": False} if "use_cache" in parameters else {})}
+        return (), {
+            k: _to_device(_without_unit_dims(v), device) if isinstance(v, torch.Tensor) else v for k, v in dummy.items()
+        }
+    failures = []
     for args in _guesses(model, device):
-        failure = _fails(model, args)
+        failure = _failure(model, args)
         if failure is None:
             return args, {}
-        tried.append(f"  {_describe(args)}: {failure}")
+        failures.append(f"  {_describe(args)}: {failure}")
     raise CaptureError(
         f"cannot guess inputs for {type(model).__name__}: pass example_inputs, a tuple of positional or a dict of "
-        f"keyword inputs such as its forward{inspect.signature(model.forward)} takes."
-        + ("\nTried:\n" + "\n".join(tried) if tried else "")
+        f"keyword inputs for its forward{inspect.signature(model.forward)}."
+        + ("\nTried:\n" + "\n".join(failures) if failures else "")
     )
 
 
-def _on(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; zeros for one on the meta device, where a model on it may put its dummy inputs."""
+def _to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; zeros for a meta tensor, which a model on the meta device may have as a dummy input."""
     return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
 
 
-def _roomy(ids: torch.Tensor) -> torch.Tensor:
-    """Dummy ids at a size no dim of which is 1 or equal to another by chance."""
+def _without_unit_dims(ids: torch.Tensor) -> torch.Tensor:
+    """Dummy ids; if a dim is 1, as ids of shape (2, 16): a dim of 1 would be a constant in the graph."""
     return ids if ids.dim() != 2 or min(ids.shape) > 1 else ids.reshape(-1)[:1].expand(2, 16).contiguous()
 
 
 def _guesses(model: nn.Module, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """Possible positional inputs of a model, in the order in which to try them."""
     forward = inspect.signature(model.forward)
-    needed = [
+    required = [
         p
         for p in forward.parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    count = max(len(needed), 1)
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    count = max(len(required), 1)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen: set[tuple[Any, ...]] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -102,19 +105,19 @@ def _guesses(model: nn.Module, device: torch.device) -> Iterator[tuple[Any, ...]
             if key[0] == "ids":
                 yield tuple(torch.randint(0, key[1], shape, device=device) for _ in range(count))
             else:
-                yield tuple(torch.randn(shape, device=device, dtype=floating) for _ in range(count))
+                yield tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(count))
 
 
-def _fails(model: nn.Module, args: tuple[Any, ...]) -> str | None:
-    """Run the model on fake tensors; the error in one line, or None."""
+def _failure(model: nn.Module, args: tuple[Any, ...]) -> str | None:
+    """The error of a run on fake tensors, in one line; None if there is none."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        fakes: dict[int, torch.Tensor] = {}
+        fake_tensors: dict[int, torch.Tensor] = {}
 
         def fake(t: torch.Tensor) -> torch.Tensor:
-            if id(t) not in fakes:
-                fakes[id(t)] = torch.empty(t.shape, dtype=t.dtype, device=args[0].device)
-            return fakes[id(t)]
+            if id(t) not in fake_tensors:
+                fake_tensors[id(t)] = torch.empty(t.shape, dtype=t.dtype, device=args[0].device)
+            return fake_tensors[id(t)]
 
         tensors = {n: fake(t) for n, t in model.named_parameters(remove_duplicate=False)}
         tensors |= {n: fake(t) for n, t in model.named_buffers(remove_duplicate=False)}

@@ -20,7 +20,7 @@ from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.object_tree import plain_leaves
 from autotp.arguments.snapshot import ModuleMutation, Snapshot
 from autotp.arguments.spec import CallSpec, sorted_by_key
-from autotp.capture.custom_backward import OwnBackward, checked_functions, refuse_function, refuse_own_backward
+from autotp.capture.custom_backward import RefuseOwnBackward, checked_functions, refuse_function, refuse_own_backward
 from autotp.capture.outputs import OutputSpec
 from autotp.capture.trace_cache import TraceCache
 from autotp.errors import CaptureError
@@ -199,7 +199,7 @@ def trace(
         ]
         try:
             with (
-                OwnBackward(),
+                RefuseOwnBackward(),
                 checked_functions(capturing, refuse_function) as outputs.agreeing,
                 _use_lazy_graph_module(True),  # torch's passes each make a graph's code anew, and none runs it
                 settings.patch(fake_tensor_cache_enabled=not repeating),  # what Repeats copies is never looked up there

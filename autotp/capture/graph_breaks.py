@@ -1,4 +1,4 @@
-"""graph_breaks: where capture ended, and why."""
+"""graph_breaks: the modules at which capture ended, and why."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["GraphBreak", "partition_text"]
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """Where capture ended.
+    """A module at which capture ended.
 
     Attributes:
         module: the innermost module that could not be captured (``""``: the model).
-        place: ``path:line`` of the code, where it is known.
+        place: ``path:line`` of the code that cannot be captured, if known.
         reason: why.
     """
 
@@ -29,35 +29,35 @@ class GraphBreak:
         return f"{self.module or 'the model'}{f' ({self.place})' if self.place else ''}: {self.reason}"
 
 
-def folded_breaks(seams: Sequence[GraphBreak]) -> list[GraphBreak]:
-    """Seams, with those of repeated blocks as one."""
-    found: dict[GraphBreak, list[GraphBreak]] = defaultdict(list)
-    for seam in seams:
-        found[replace(seam, module=block_of(seam.module))].append(seam)
-    return [folded if len(each) > 1 else each[0] for folded, each in found.items()]
+def folded_breaks(graph_breaks: Sequence[GraphBreak]) -> list[GraphBreak]:
+    """Graph breaks, with one for those that are the same in each repeated block."""
+    groups: dict[GraphBreak, list[GraphBreak]] = defaultdict(list)
+    for graph_break in graph_breaks:
+        groups[replace(graph_break, module=block_of(graph_break.module))].append(graph_break)
+    return [folded if len(group) > 1 else group[0] for folded, group in groups.items()]
 
 
-def partition_text(model: str, parts: Sequence[str], seams: Sequence[GraphBreak], outside: float) -> str:
-    """What a user is told of a model that could not be captured whole.
+def partition_text(model: str, parts: Sequence[str], graph_breaks: Sequence[GraphBreak], share_outside: float) -> str:
+    """The text that tells a user how a model with graph breaks was captured.
 
     Args:
-        model: its class.
-        parts: the paths of its parts.
-        seams: where capture ended.
-        outside: the share of its parameters that stays whole because of this.
+        model: the model's class.
+        parts: the paths of the captured modules.
+        graph_breaks: the modules at which capture ended.
+        share_outside: the fraction of the parameters that stay unsplit because of the graph breaks.
     """
-    found = (
+    summary = (
         f"but in {len(parts)} parts: {', '.join(_counted(parts))}" if parts else "and no part of it is worth splitting"
     )
-    lines = [f"{model} cannot be captured as one graph, {found}."]
-    lines += [f"  {seam}" for seam in folded_breaks(seams)]
+    lines = [f"{model} cannot be captured as one graph, {summary}."]
+    lines += [f"  {graph_break}" for graph_break in folded_breaks(graph_breaks)]
     lines.append(
-        "The rest runs as the Python that it is, on whole values; "
-        f"{100 * outside:.1f}% of the parameters stay whole because of this."
+        "The rest runs as its own Python, on replicated values; "
+        f"{100 * share_outside:.1f}% of the parameters stay unsplit because of this."
     )
     return "\n".join(lines)
 
 
 def _counted(paths: Sequence[str]) -> list[str]:
-    """Module paths, those of repeated blocks as one with their number."""
+    """Module paths, with one path and a count for repeated blocks."""
     return [f"{n} x {path}" if n > 1 else path for path, n in Counter(map(block_of, paths)).items()]
