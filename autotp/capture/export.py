@@ -1,4 +1,4 @@
-"""trace: torch.export of one call of a model, along the ways that its Python takes when it runs."""
+"""export: trace one call of a model with torch.export, on the branches that its Python takes in an eager run."""
 
 from __future__ import annotations
 
@@ -30,32 +30,38 @@ __all__ = ["trace"]
 
 
 def _leaves_by_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, list[Any]]:
-    """The leaves of arguments, in the order in which calls have them, by the number or keyword of each."""
+    """The leaves of each argument, by its position or keyword, in the order of the flattened call."""
     args, kwargs, _ = sorted_by_key(args, kwargs)
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return {key: plain_leaves(x)[0] for key, x in named}
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {key: plain_leaves(x)[0] for key, x in arguments}
 
 
-def _refuse_passed_on(
-    objects: Sequence[Any], remembered: Sequence[ModuleState], kept: Sequence[ModuleMutation]
+def _refuse_kept_arguments(
+    objects: Sequence[Any], module_states: Sequence[ModuleState], mutations: Sequence[ModuleMutation]
 ) -> None:
-    """Raise if forward puts an object that it is given where it keeps something: there would be two then."""
-    given, seen = set(map(id, objects)), set[int]()
-    pending = [*(x.__dict__ for x in remembered), *(k.new for k in kept)]
-    while given and pending:
+    """Refuse a forward that keeps an object among its arguments on the model: a graph would keep a copy.
+
+    Args:
+        objects: the objects among the arguments.
+        module_states: the tracked module state after the call.
+        mutations: the other changes of the modules.
+    """
+    argument_ids, seen = set(map(id, objects)), set[int]()
+    pending = [*(x.__dict__ for x in module_states), *(m.new for m in mutations)]
+    while argument_ids and pending:
         x = pending.pop()
-        if id(x) in given:
+        if id(x) in argument_ids:
             raise CaptureError(
-                f"forward keeps a {type(x).__name__} that it is given on the model: a graph would keep a copy",
+                f"forward keeps its argument, a {type(x).__name__}, on the model: a graph would keep a copy",
                 reason="forward keeps an argument on the model",
             )
-        inside = x if isinstance(x, (list, tuple, dict)) else getattr(x, "__dict__", None)
-        if id(x) not in seen and inside and not isinstance(x, torch.Tensor) and not callable(x):
+        content = x if isinstance(x, (list, tuple, dict)) else getattr(x, "__dict__", None)
+        if id(x) not in seen and content and not isinstance(x, torch.Tensor) and not callable(x):
             seen.add(id(x))
-            pending += inside.values() if isinstance(inside, dict) else inside
+            pending += content.values() if isinstance(content, dict) else content
 
 
-class _TensorOnly(nn.Module):
+class _TensorSignature(nn.Module):
     """A model behind a signature of tensors only, so that nothing else has to be exportable."""
 
     def __init__(
@@ -64,51 +70,52 @@ class _TensorOnly(nn.Module):
         leaves: list[Any],
         spec: CallSpec,
         outputs: OutputSpec,
-        around: Sequence[contextlib.AbstractContextManager[Any]],
-        memory: ModuleStateTracker,
+        contexts: Sequence[contextlib.AbstractContextManager[Any]],
+        state: ModuleStateTracker,
     ) -> None:
         super().__init__()
         self.model = model
-        self._leaves, self._spec, self._outputs, self._around = leaves, spec, outputs, around
-        self._memory = memory
+        self._leaves, self._spec, self._outputs, self._contexts = leaves, spec, outputs, contexts
+        self._state = state
 
     def forward(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(x, torch.Tensor) else x for x in self._leaves]
-        for place, slot in self._spec.slots.items():  # what objects hold may be changed in place
-            leaves[place] = leaves[place] if slot.count else leaves[place].clone()
-        versions = {id(leaves[place]): leaves[place]._version for place in self._spec.slots}
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(x, torch.Tensor) else x for x in self._leaves]
+        for i, slot in self._spec.slots.items():  # a tensor in an object may be changed in place
+            leaves[i] = leaves[i] if slot.count else leaves[i].clone()
+        versions = {id(leaves[i]): leaves[i]._version for i in self._spec.slots}
         args, kwargs = self._spec.unflatten(leaves)
         before = _leaves_by_argument(args, kwargs)
         snapshot = Snapshot(self.model)
         with contextlib.ExitStack() as stack:
-            for context in self._around:
+            for context in self._contexts:
                 stack.enter_context(context)
             own_args, own_kwargs = unbox(args, kwargs)
-            own_kwargs, remembered = self._memory.to_modules(own_kwargs)
+            own_kwargs, module_states = self._state.to_modules(own_kwargs)
             try:
                 result = self.model.forward(*own_args, **own_kwargs)  # no call: the model's own hooks run around ours
-                modes = [c.mode.modes for c in self._around if isinstance(c, _EagerFlags)]
+                modes = [c.mode.inference_modes for c in self._contexts if isinstance(c, _EagerFlags)]
                 self._outputs.inference = modes == [{True}]
             finally:
-                self._memory.from_modules(remembered)
+                self._state.from_modules(module_states)
                 self._outputs.module_mutations = [
-                    k for k in snapshot.diff() if not self._memory.knows(k.container, k.key)
+                    m for m in snapshot.diff() if not self._state.knows(m.container, m.key)
                 ]
                 snapshot.restore()
         after = _leaves_by_argument(args, kwargs)
-        refills = {key for key, was in before.items() if list(map(id, was)) != list(map(id, after[key]))}
-        every = [x for leaves in before.values() for x in leaves]
-        objects = [(s, x) for s, x in zip(self._spec.states, every, strict=True) if s is not None]
-        _refuse_passed_on(
-            [x for _, x in objects if not isinstance(x, ModuleState)], remembered, self._outputs.module_mutations
+        refills = {key for key, old in before.items() if list(map(id, old)) != list(map(id, after[key]))}
+        plain = [x for argument in before.values() for x in argument]
+        objects = [(s, x) for s, x in zip(self._spec.states, plain, strict=True) if s is not None]
+        _refuse_kept_arguments(
+            [x for _, x in objects if not isinstance(x, ModuleState)], module_states, self._outputs.module_mutations
         )
-        numbers = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
-        held = [(numbers[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
-        written = {id(t) for _, t in held if t._version != versions[id(t)]}
-        results = self._outputs.take(result, objects, held, refills, written)
-        made = [x for x in results if isinstance(x, torch.Tensor)]
-        refuse_own_backward(made, [*self.model.parameters(), *self.model.buffers(), *tensors], self._outputs.agreeing)
+        positions = {i: n for n, i in enumerate(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor))}
+        object_tensors = [(positions[i], t) for i, t in enumerate(leaves) if i in self._spec.slots]
+        written = {id(t) for _, t in object_tensors if t._version != versions[id(t)]}
+        results = self._outputs.record(result, objects, object_tensors, refills, written)
+        computed = [x for x in results if isinstance(x, torch.Tensor)]
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        refuse_own_backward(computed, [*weights, *tensors], self._outputs.agreeing)
         return tuple(results)
 
 
@@ -117,38 +124,38 @@ _CASTS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float, torch.Tenso
 
 
 class _NoOpCasts(TorchFunctionMode):
-    """A mode in which a cast to what a tensor is already gives that tensor; it notes what inference mode does.
+    """A mode in which a cast that changes nothing returns its operand; it also records the use of inference mode.
 
     Attributes:
-        modes: whether what was called was called in inference mode.
+        inference_modes: whether inference mode was enabled, at each function that was called.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.modes: set[bool] = set()
+        self.inference_modes: set[bool] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The function's result, or its operand."""
-        self.modes.add(torch.is_inference_mode_enabled())
-        found = func(*args, **(kwargs or {}))
+        self.inference_modes.add(torch.is_inference_mode_enabled())
+        result = func(*args, **(kwargs or {}))
         if (
             func in _CASTS
             and not (kwargs or {}).keys() & {"copy", "memory_format"}
             and all(x is not True for x in args)
         ):
-            of = args[0]
-            same = type(found) is type(of) and (found.dtype, found.device) == (of.dtype, of.device)
-            return of if same else found
-        return found
+            operand = args[0]
+            no_op = type(result) is type(operand) and (result.dtype, result.device) == (operand.dtype, operand.device)
+            return operand if no_op else result
+        return result
 
 
 class _EagerFlags(contextlib.AbstractContextManager[None]):
-    """Lets a model's Python take the ways that it takes when it just runs.
+    """A context in which a model's Python takes the branches that it takes in an eager run.
 
-    ``torch.compiler.is_compiling()`` and ``is_exporting()`` are true while torch.export traces, and models
-    then leave out what they think cannot be traced: a mask that is not needed is made all the same, so that
-    no flash kernel takes the attention; a triangular system is solved in a loop of as many steps as rows. And a cast
-    to what a tensor is already gives another tensor there, not itself, and so what is written into it is lost to it.
+    ``torch.compiler.is_compiling()`` and ``is_exporting()`` are true while torch.export traces. Models then avoid code
+    that they consider untraceable: they create a mask that is not needed, which rules out the flash kernel of an
+    attention, or they solve a triangular system in a loop over its rows. torch.export also returns a new tensor from a
+    cast that changes nothing, so that a mutation of the result would be lost to the operand.
     """
 
     def __enter__(self) -> None:
@@ -162,8 +169,8 @@ class _EagerFlags(contextlib.AbstractContextManager[None]):
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = self._flags
 
 
-def _causal_as_told(mask: Any = None, is_causal: bool | None = None, size: int | None = None) -> bool:
-    """In place of torch's look at the values of a mask, which finds out whether a causal kernel will do without it."""
+def _declared_causal(mask: Any = None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """The caller's ``is_causal``; torch's own function reads the values of the mask, which a trace does not have."""
     return bool(is_causal)
 
 
@@ -172,56 +179,71 @@ def trace(
     leaves: list[Any],
     spec: CallSpec,
     tensors: list[torch.Tensor],
-    memory: ModuleStateTracker,
-    fixed: Container[tuple[int, int]] = (),
+    state: ModuleStateTracker,
+    static_dims: Container[tuple[int, int]] = (),
 ) -> tuple[Any, OutputSpec]:
-    """torch's export of a call, and how its outputs go together; dims of tensors that are ``fixed`` are constants.
+    """Export a call with torch.export.
 
-    What the model is known to keep is in the call's objects, and where the modules have it while forward runs.
+    The model's Python takes the branches of an eager run; if those cannot be traced, it takes the branches of an
+    export. Nodes of repeated torch calls are copied; if that fails, or may mislead autograd, torch traces every call.
 
-    The model's Python goes as it does when the model runs; where that cannot be traced, as it does for an
-    export. What repeats is copied; where that fails, or may mislead, torch does all of it alone.
+    Args:
+        model: the model.
+        leaves: the leaves of the call's arguments, tracked module state included.
+        spec: how to unflatten the leaves.
+        tensors: the tensors among the leaves, which the exported program takes.
+        state: the tracked module state, which is put on the modules while forward runs.
+        static_dims: the dims, as ``(input, dim)``, that are constants in the graph.
+
+    Returns:
+        torch's exported program, and how to rebuild the outputs from its results.
+
+    Raises:
+        CaptureError: the call cannot be captured as one graph.
     """
-    from torch._dynamo import config as settings  # a second's import, which torch.export does anyway
+    from torch._dynamo import config as settings  # takes a second to import; torch.export imports it anyway
 
     auto = torch.export.Dim.AUTO
     shapes = (
-        [{d: auto for d, n in enumerate(t.shape) if n > 1 and (i, d) not in fixed} for i, t in enumerate(tensors)],
+        [
+            {d: auto for d, n in enumerate(t.shape) if n > 1 and (i, d) not in static_dims}
+            for i, t in enumerate(tensors)
+        ],
     )
-    first: Exception | None = None
-    for eagerly, repeating in itertools.product((True, False), (True, False)):
-        if eagerly and first:
+    first_error: Exception | None = None
+    for eager, cached in itertools.product((True, False), (True, False)):
+        if eager and first_error:
             continue
-        outputs, repeats = OutputSpec(), TraceCache()
-        around: list[contextlib.AbstractContextManager[Any]] = [
-            *([_EagerFlags()] if eagerly else []),
-            *([repeats] if repeating else []),
+        outputs, cache = OutputSpec(), TraceCache()
+        contexts: list[contextlib.AbstractContextManager[Any]] = [
+            *([_EagerFlags()] if eager else []),
+            *([cache] if cached else []),
         ]
         try:
             with (
                 RefuseOwnBackward(),
                 checked_functions(capturing, refuse_function) as outputs.agreeing,
-                _use_lazy_graph_module(True),  # torch's passes each make a graph's code anew, and none runs it
-                settings.patch(fake_tensor_cache_enabled=not repeating),  # what Repeats copies is never looked up there
-                mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _causal_as_told),
+                _use_lazy_graph_module(True),  # each of torch's passes would generate a graph's code, which never runs
+                settings.patch(fake_tensor_cache_enabled=not cached),  # calls that TraceCache copies never look there
+                mock.patch.object(nn.modules.transformer, "_detect_is_causal_mask", _declared_causal),
             ):
-                flat = _TensorOnly(model, leaves, spec, outputs, around, memory)
+                flat = _TensorSignature(model, leaves, spec, outputs, contexts, state)
                 exported = torch.export.export(flat, (tensors,), dynamic_shapes=shapes, strict=False)
         except CaptureError:
             raise
         except Exception as error:
-            first = first or error
-            if not eagerly and (not repeating or _is_data_dependent(error)):
-                said = error if _is_data_dependent(first) else first
-                raise _explained(model, said, error) from said
+            first_error = first_error or error
+            if not eager and (not cached or _is_data_dependent(error)):
+                cause = error if _is_data_dependent(first_error) else first_error
+                raise _capture_error(model, cause, error) from cause
         else:
-            if not (repeating and repeats.misled):
+            if not (cached and cache.misled):
                 break
     return exported, outputs
 
 
 def _is_data_dependent(error: Exception) -> bool:
-    """Whether the model's Python asked for the values in a tensor."""
+    """Whether the model's Python read the values of a tensor."""
     return "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
 
 
@@ -230,28 +252,36 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _explained(model: nn.Module, error: Exception, as_export: Exception) -> CaptureError:
-    """What a user is told of the error met on the way that the model takes, and of the one met on an export's."""
-    said = _first_line(error)
-    ours = os.path.dirname(os.path.dirname(__file__))  # the package of autotp
+def _capture_error(model: nn.Module, error: Exception, export_error: Exception) -> CaptureError:
+    """The error that a user sees of a failed trace.
+
+    Args:
+        model: the model.
+        error: the error that the user is to see.
+        export_error: the error on the branches of an export, which is told too if it differs.
+    """
+    message = _first_line(error)
+    package = os.path.dirname(os.path.dirname(__file__))  # that of autotp
     frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and ours not in f.filename
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and package not in f.filename
     ]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     at = f" at {place}" if place else ""
     if _is_data_dependent(error):
         return CaptureError(
             f"{type(model).__name__} cannot be captured as one graph: its Python{at} depends on the values in a "
-            f"tensor (an `if x.any():`, an `.item()`): {said}\n"
+            f"tensor (an `if x.any():`, an `.item()`): {message}\n"
             "Move that out of forward, or use torch.where or torch.cond.",
             place=place,
             reason="Python that depends on the values in a tensor",
         )
-    other = _first_line(as_export)
-    also = f"On the way that it takes for torch.export the error is {other}\n" if other != said else ""
+    export_message = _first_line(export_error)
+    also = f"On the branches for torch.export the error is {export_message}\n" if export_message != message else ""
     return CaptureError(
-        f"{type(model).__name__} cannot be captured as one graph: torch.export met an error{at}: {said}\n{also}"
-        "Check that the model runs on these inputs as it is; if it does, the error chained below says what to change.",
+        f"{type(model).__name__} cannot be captured as one graph: torch.export raised an error{at}: {message}\n{also}"
+        "Check that the unchanged model runs on these inputs; if it does, the error chained below says what to change.",
         place=place,
-        reason=said,
+        reason=message,
     )
