@@ -70,7 +70,7 @@ def both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], tuple[nn.Module, tu
     found = []
     for mode in (_Watched, _Alone):
         torch.manual_seed(0)
-        monkeypatch.setattr(export, "Repeats", mode)
+        monkeypatch.setattr(export, "TraceCache", mode)
         model, args, kwargs = make()
         found.append(_texts(capture(model, args, kwargs)))
     return found, _Watched.made[0]
@@ -303,8 +303,8 @@ def test_a_failure_of_the_copies_is_no_failure_of_the_capture(monkeypatch: pytes
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """With copies that do not look at numbers."""
-    described = trace_cache._described
-    monkeypatch.setattr(trace_cache, "_described", lambda x, t: float if isinstance(x, float) else described(x, t))
+    key = trace_cache._argument_key
+    monkeypatch.setattr(trace_cache, "_argument_key", lambda x, t: float if isinstance(x, float) else key(x, t))
 
 
 def test_the_comparison_sees_a_wrong_copy(blind: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_equal_to_dense() -> None:
 
 def test_every_function_of_a_further_layer_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch analyses none of it again, so that a further layer costs its own Python and little more."""
-    monkeypatch.setattr(export, "Repeats", _Watched)
+    monkeypatch.setattr(export, "TraceCache", _Watched)
 
     def copied(layers: int) -> tuple[int, int]:
         _Watched.made = []
