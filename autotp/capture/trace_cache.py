@@ -2,7 +2,7 @@
 
 torch.export takes milliseconds to trace one op, most of them for the symbolic sizes of its result, and a model of 80
 equal layers repeats each op 80 times. The model's own Python always runs, so that any difference between layers is
-captured. Only torch's share of a call is cached: the nodes that the call added to the graph, and the metadata of its
+captured. Only torch's work for a call is cached: the nodes that the call added to the graph, and the metadata of its
 result. The next call of the same function gets copies of those nodes, if its tensors have the same metadata and its
 other arguments are equal.
 """
