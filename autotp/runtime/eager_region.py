@@ -61,7 +61,6 @@ class EagerRegion:
     def __init__(self, model: nn.Module, own_forward: Any, split: Callable[[str], Any], stream: ProcessContext) -> None:
         self.model, self.stream, self._split = model, stream, split
         self._forward = own_forward or types.MethodType(type(model).forward, model)
-        self._devices = {torch.device("cpu"), device_of(model)}
         self.running = False
         self.reads = ParameterReads((), lambda *_: None)
 
@@ -80,7 +79,7 @@ class EagerRegion:
         result, deferred = None, DeferredError()
         try:
             with deferred, contextlib.ExitStack() as around:
-                for device in self._devices:
+                for device in {torch.device("cpu"), device_of(self.model)}:
                     around.enter_context(self.stream.random(True, device))
                 around.enter_context(self.reads)
                 _current.region = self

@@ -11,6 +11,12 @@ from autotp.weights.shard_parameters import broadcast_parameters, shard_paramete
 from autotp.weights.slicing import local_part, unshard
 
 __all__ = [
-    "Source", "broadcast_parameters", "empty_weights", "local_part", "open_checkpoint", "read_shards", "shard_parameters",
+    "Source",
+    "broadcast_parameters",
+    "empty_weights",
+    "local_part",
+    "open_checkpoint",
+    "read_shards",
+    "shard_parameters",
     "unshard",
-]  # fmt: skip
+]

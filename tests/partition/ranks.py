@@ -75,11 +75,11 @@ def divided(rank: int, world: int) -> dict[str, Any]:
     model.train()
     torch.manual_seed(100 + rank)  # ranks must not depend on equal seeds
     runtime = model.__dict__["_autotp"]
-    start = (runtime.between._streams.copy(), runtime.context._streams.copy())
+    start = (runtime.region.stream._streams.copy(), runtime.context._streams.copy())
     steps = {}
     for model.reentrant in (None, False, True):
-        runtime.between._streams.clear()
-        runtime.between._streams.update(start[0])
+        runtime.region.stream._streams.clear()
+        runtime.region.stream._streams.update(start[0])
         model.zero_grad()
         outputs = model(ids)
         outputs.square().sum().backward()

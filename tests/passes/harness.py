@@ -71,7 +71,10 @@ _CAPTURED: WeakKeyDictionary[nn.Module, CapturedGraph] = WeakKeyDictionary()
 def captured_of(model: nn.Module, *inputs: torch.Tensor) -> CapturedGraph:
     """A model's capture, as :mod:`autotp` makes it; made once, for tests call a model in one way only."""
     if model not in _CAPTURED:
-        _CAPTURED[model] = capture(model, inputs, {})
+        captured = capture(model, inputs, {})
+        if not isinstance(captured, CapturedGraph):
+            raise captured.error()
+        _CAPTURED[model] = captured
     return _CAPTURED[model]
 
 

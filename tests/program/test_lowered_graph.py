@@ -178,7 +178,7 @@ def test_sums_run_beside_what_does_not_need_them() -> None:
     model, kwargs, programs = programs_of("llama", 2)
     for name, parameter in model.named_parameters():
         parameter.data = local_part(parameter.data, shards_of(programs.weight_layouts, name), 0).clone()
-    given, layers = programs.arguments((), kwargs).tensors, model.config.num_hidden_layers
+    given, layers = programs.captures.flatten((), kwargs).tensors, model.config.num_hidden_layers
 
     def logged(lowering: Lowering) -> tuple[_Log, _Log]:
         graph = RankGraph(programs.last, 0, model)

@@ -346,7 +346,7 @@ def branches(rank: int, world: int) -> Result:
     """A call that cannot be captured, of a model that was captured whole for another."""
     ids, found = prompt(), Result()
     dense, model = pair(Branches, world, example_inputs=(ids,))
-    found["whole"] = hasattr(model.__dict__["_autotp"], "programs")
+    found["whole"] = hasattr(model.__dict__["_autotp"], "cache")
     with torch.no_grad():
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
