@@ -9,7 +9,7 @@
 ``steps``        one step, and the state of a proof
 ``rules``        the rule of each op
 ``products``     rules: matrix products, convolutions, attention
-``movement``     rules: views, permutations, expansions, slices, concatenations
+``movement``     rules: views, permutations, expansions, slices, windows, concatenations
 ``elementwise``  rules: ops that work index by index, and ops that need replicated operands
 ``reductions``   rules: reductions, scans, norms
 ``lookups``      rules: embeddings and indexing

@@ -1,4 +1,4 @@
-"""movement: proof rules for views, permutations, expansions, slices and concatenations, which only move elements."""
+"""movement: proof rules for views, permutations, expansions, slices, windows, concatenations, which move elements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from passes.proof.results import require_reduced, result_from_one, result_gradie
 from passes.proof.steps import Proof, Step, normalize_dim
 from passes.proof.terms import static_int
 
-__all__ = ["cat", "expand", "narrow", "permute", "slice_or_select", "take", "view"]
+__all__ = ["cat", "expand", "narrow", "permute", "slice_or_select", "take", "unfold", "view"]
 
 
 def view(proof: Proof, step: Step) -> list[Claim]:
@@ -330,6 +330,18 @@ def _indices_at(local: np.ndarray, positions: np.ndarray) -> np.ndarray:
     if positions.size and not 0 <= positions.min() <= positions.max() < len(local):
         raise Unproved("positions that the rank has", f"others than 0 to {len(local) - 1}", "the program would fail")
     return local[positions]
+
+
+def unfold(proof: Proof, step: Step) -> Claim:
+    """Windows of one dim, which must be unsplit; the elements of a window are a new last dim."""
+    claim, term = require_reduced(proof.claim(step.args["self"])), proof.call_term(step)
+    if not claim.dims:
+        return replicated_op(proof, step)
+    dim = normalize_dim(step.args["dimension"], len(claim.dims))
+    if not is_unsplit(claim.dims[dim]):
+        raise Unproved("the dim of the windows to be unsplit", str(claim), "windows over two shards would be lost")
+    new = unsplit_dims(proof.terms.shapes[term])
+    return result_from_one(proof.terms, term, (*claim.dims[:dim], new[dim], *claim.dims[dim + 1 :], new[-1]), claim)
 
 
 def cat(proof: Proof, step: Step) -> Claim:

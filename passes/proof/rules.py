@@ -72,6 +72,7 @@ _RULES: Mapping[str, Rule] = (
     | dict.fromkeys(("aten.index_copy", "aten.index_put", "aten.slice_scatter"), lookups.write)
     | {
         "aten.cat": movement.cat,
+        "aten.unfold": movement.unfold,
         "aten.embedding": lookups.embedding,
         "aten.scaled_dot_product_attention": products.attention,
         "flex_attention_outputs": products.flex_attention,

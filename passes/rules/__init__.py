@@ -3,7 +3,7 @@
 ========================  =======================================================
 ``pointwise``             ops that compute index by index: add, mul, gelu, where, casts
 ``random``                dropout and other random numbers
-``movement``              views, transposes, slices, expands
+``movement``              views, transposes, slices, windows, expands
 ``joins``                 cat, stack, pad
 ``contraction``           products: linear, matmul, addmm, einsum
 ``convolution``           products that vary along a dim: convolutions, grouped matrices

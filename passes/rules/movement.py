@@ -18,7 +18,7 @@ from passes.layouts.units import Factor, Value
 from passes.rules.base import Rule, register
 from passes.rules.builder import Builder
 
-__all__ = ["Expand", "Move", "Permute", "Regroup", "Slice", "shifted"]
+__all__ = ["Expand", "Move", "Permute", "Regroup", "Slice", "Unfold", "shifted"]
 
 aten = torch.ops.aten
 
@@ -297,3 +297,17 @@ class Slice(Move):
             builder.emit(node, aten.slice.Tensor, (local, dim, start, stop), layout=layout, varying=layout.whole)
         else:
             builder.emit_take(node, local, dim, positions, layout)
+
+
+@register("aten.unfold")
+class Unfold(Move):
+    """Windows of one dim, which stays unsplit; the elements of a window are a new last dim."""
+
+    def moved(self, node: fx.Node, facts: Facts) -> Value | None:
+        value, axes = facts.values[node.args[0]], trivial_axes(shape(node))
+        if not value.axes:  # a window of a scalar
+            return None
+        dim = node.args[1] % len(value.axes)
+        factors = without(node, value, [dim], facts).factors
+        factors = shifted(factors, value.virtual(dim).stop, len(axes[dim]) - len(value.axes[dim]))
+        return Value((*value.axes[:dim], axes[dim], *value.axes[dim + 1 :], axes[-1]), factors)

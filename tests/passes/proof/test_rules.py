@@ -332,6 +332,13 @@ def own_parts(tp: int) -> list[Case]:
     ]
 
 
+def windows(tp: int) -> list[Case]:
+    return [
+        plain(aten.unfold.default, HERE, 0, 2, 1)(tp, leaf(5, 2, tp=tp)),
+        plain(aten.unfold.default, HERE, -1, 3, 2)(tp, leaf(2, 5, tp=tp)),
+    ]
+
+
 def joins(tp: int) -> list[Case]:
     short: dict[str, Any] = {"tp": tp, "short": True}
     return [
@@ -449,8 +456,8 @@ RULES: dict[str, Cases] = {
     each.__name__: each
     for each in (
         pointwise, sums, matrices, parallel_products, attentions, flexible_attentions, grouped_products,
-        convolutions, triangular, permutations, views, expands, parts, own_parts, joins, totals, mixings, norms,
-        look_ups, writings, complex_numbers,
+        convolutions, triangular, permutations, views, expands, parts, own_parts, windows, joins, totals, mixings,
+        norms, look_ups, writings, complex_numbers,
     )
 }  # fmt: skip
 

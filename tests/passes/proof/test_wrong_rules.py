@@ -29,6 +29,7 @@ WRONG: dict[str, tuple[Callable[[int], list[Case]], Any, str, Any]] = {
         test_rules.writings, lookups, "combine", lambda *args, **_: combine(*args)
     ),
     "a softmax may mix parts": (test_rules.mixings, reductions, "is_unsplit", lambda dim: True),
+    "windows may reach over two shards": (test_rules.windows, movement, "is_unsplit", lambda dim: True),
     "a function may ask which head it is at": (
         test_rules.flexible_attentions, products, "_reads_argument", lambda *_: False
     ),

@@ -93,6 +93,9 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "split": lambda y: y.split(15, -1)[3] + y.split(15, -1)[0],
     "split with sizes": lambda y: parted(y, [20, 20, 20]),
     "unbind": lambda y: torch.mul(*heads(y, 2).unbind(-2)),
+    "windows": lambda y: y.unfold(1, 2, 1).amax(-1),
+    "windows inside heads": lambda y: heads(y).unfold(-1, 3, 2).flatten(2),
+    "one window outside heads": lambda y: heads(y, 5).unfold(2, 5, 1).flatten(2),
     "cat": lambda y: torch.cat([y, y.tanh(), y * 2], -1),
     "cat over the sequence": lambda y: torch.cat([y, y[:, :1]], 1),
     "cat inside heads": lambda y: torch.cat([-heads(y, 6)[..., 5:], heads(y, 6)[..., :5]], -1).flatten(-2),
@@ -203,6 +206,7 @@ OPAQUE: dict[str, Callable[[Tensor], Tensor]] = {
     "slice of batch and features": lambda y: y.flatten(1)[:, 60:].unflatten(-1, (-1, 60)),
     "repeat of a long dim": lambda y: y.repeat(1, 1, 2),
     "tril": lambda y: y.tril(),
+    "window of a scalar": lambda y: y * y.sum().unfold(0, 1, 1),
     "pixel shuffle": lambda y: F.pixel_shuffle(heads(y), 2).sum((-1, -2)) if y.shape[-1] == -1 else y.tril(1),
 }
 

@@ -84,6 +84,13 @@ def shard_one_reduction() -> str:
     return shard_text(Small(lambda s, x: x + s.down(s.up(x).relu()) + s.out(s.side(x).tanh()), **layers), 2)
 
 
+@case("shard/windows")
+def shard_windows() -> str:
+    """Windows of the sequence are cut out of each rank's features, without a gather."""
+    layers = {"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}
+    return shard_text(Small(lambda s, x: s.down(s.up(x).unfold(1, 2, 1).sum(-1)), **layers), 2)
+
+
 @case("enter/norms")
 def enter_norms() -> str:
     """Whole values enter where their gradients would be partial: the residual once, and in the same reduction the
