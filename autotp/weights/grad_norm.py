@@ -119,7 +119,7 @@ def _total_norm(
         unsplit = [tensors[i] for i, _, shards in entries if not shards] + [tensors[i] for i in sorted(rest)]
         rest = set()
         pair = torch.stack([norm(split), norm(unsplit)])
-        pairs = model.fabric.group("tp").all_gather(pair, [[2]] * model.mesh.tp)
+        pairs = model.context.group("tp").all_gather(pair, [[2]] * model.mesh.tp)
         norms += [p[0] for p in pairs] + [pairs[0][1]]
     return original(norms, power, error_if_nonfinite, foreach)
 

@@ -102,7 +102,7 @@ def replicas(rank: int, world: int) -> Result:
         backward(outputs(dense(IDS)))
         backward(outputs(model(IDS)))
         result[f"{number}: gradients"] = gradients_apart(dense, model)
-        result[f"{number}: groups"] = sorted(g.size for g in model.__dict__["_autotp"].fabric._groups.values())
+        result[f"{number}: groups"] = sorted(g.size for g in model.__dict__["_autotp"].context._groups.values())
     return result
 
 

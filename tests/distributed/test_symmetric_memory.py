@@ -86,7 +86,7 @@ def test_where_it_stands_among_the_ways(
     far: Any = SimpleNamespace(group=None, rank=0, size=2)
     where = torch.device(device)
     mesh: Any = None
-    fabric = ProcessContext(mesh, 0, lambda e: e, symmetric_memory=asked, device=where)
-    found: Any = fabric._nearest(far)
+    context = ProcessContext(mesh, 0, lambda e: e, symmetric_memory=asked, device=where)
+    found: Any = context._nearest(far)
     expected: Any = ("symmetric", far, where) if asked and device == "cuda" else far
     assert found == (("board", expected) if "gloo" in backends else expected)

@@ -147,8 +147,8 @@ def _parallelized_alone(model: nn.Module, *args: torch.Tensor) -> nn.Module:
     programs = GraphCache(model, 2, DenseShapes.of(model))
     programs.bind(args, {})
     agreement = Agreement(Mesh(0, 2, None), type(model).__name__, TIMEOUT)
-    fabric = ProcessContext(agreement.mesh, 0, agreement.missing)
-    GraphRuntime(model, programs, agreement, fabric).attach()
+    context = ProcessContext(agreement.mesh, 0, agreement.missing)
+    GraphRuntime(model, programs, agreement, context).attach()
     return model
 
 
