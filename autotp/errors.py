@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 __all__ = [
     "AutoTPError",
     "CaptureError",
@@ -13,7 +10,6 @@ __all__ = [
     "PartialCaptureWarning",
     "PlanError",
     "ProofError",
-    "UncapturedError",
     "UnprovedWarning",
     "WeightsError",
     "WholeWeightWarning",
@@ -42,18 +38,6 @@ class CaptureError(AutoTPError):
     def __init__(self, message: str, *, place: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.place, self.reason = place, reason or message.splitlines()[0]
-
-
-class UncapturedError(CaptureError):
-    """A call cannot be captured, and all ranks know; the module's own Python may run instead.
-
-    Attributes:
-        call: the positional and the keyword arguments, the same on all ranks.
-    """
-
-    def __init__(self, why: CaptureError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__(str(why), place=why.place, reason=why.reason)
-        self.call = args, kwargs
 
 
 class PartialCaptureWarning(UserWarning):

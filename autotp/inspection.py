@@ -52,18 +52,18 @@ def graph(model: nn.Module) -> RankGraph:
             f"this {type(model).__name__} ({runtime.cache.path}) has not been called by itself, and has no graph of "
             "its own: pass the model that was parallelized"
         )
-    found = runtime.cache.graph(runtime.cache.last, runtime.mesh.rank)
-    found.note = f"; {runtime.cache.describe(runtime.cache.last)}"
-    return found
+    rank_graph = runtime.cache.graph(runtime.cache.last, runtime.mesh.rank)
+    rank_graph.note = f"; {runtime.cache.describe(runtime.cache.last)}"
+    return rank_graph
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The dense model's state dict, full tensors, on every rank. Collective: all ranks must call it."""
     runtime = _runtime(model)
-    held = model.state_dict()
-    split = {f"shares of {name}": str(bool(runtime.shards_of(name, t))) for name, t in held.items()}
+    local = model.state_dict()
+    split = {f"shares of {name}": str(bool(runtime.shards_of(name, t))) for name, t in local.items()}
     runtime.agreement.check("full_state_dict", stable_hash(str(split)), lambda: split)
-    return {name: runtime.whole(name, t) for name, t in held.items()}
+    return {name: runtime.whole(name, t) for name, t in local.items()}
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -15,19 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from autotp.arguments.arguments import Arguments
 from autotp.arguments.boxed import ModuleState
 from autotp.arguments.mutations import StateLocation
 from autotp.arguments.object_tree import ObjectFlattener, UnseenError, sharded_state
 from autotp.weights.slicing import local_part
 from passes import Layout, Shards
-
-if TYPE_CHECKING:
-    from autotp.arguments.arguments import Arguments
 
 __all__ = ["ModuleStateTracker"]
 

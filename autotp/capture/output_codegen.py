@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from autotp.arguments.mutations import GONE, Mutation, overwrite
 from autotp.arguments.object_tree import ContainerSpec, IntLeaf, TensorLeaf, build
+from autotp.capture.outputs import OutputSpec
 from autotp.utils.codegen import FunctionWriter
 from autotp.utils.value_types import SCALARS
-
-if TYPE_CHECKING:
-    from autotp.capture.outputs import OutputSpec
 
 __all__ = ["OutputFactory", "output_function"]
 

@@ -37,7 +37,7 @@ class _UnknownError(Exception):
 
 @dataclass(frozen=True)
 class _CachedCall:
-    """What torch added to the graph for one call.
+    """The nodes that torch added to the graph for one call.
 
     Attributes:
         nodes: the nodes that it added, except for those of sizes.

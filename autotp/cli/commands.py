@@ -189,4 +189,4 @@ def _fuzz(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {"inspect": _inspect, "check": _check, "verify": _verify, "fuzz": _fuzz}
-"""What each command does with its options; it returns the exit code."""
+"""The function of each command; it takes the options and returns the exit code."""

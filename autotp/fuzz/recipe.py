@@ -51,7 +51,7 @@ class AttentionRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecipe:
-    """What a block is made of beside its attention.
+    """The parts of a block beside its attention.
 
     Attributes:
         hidden: features of the residual stream; 0 for as many as all heads together have.
@@ -64,7 +64,7 @@ class BlockRecipe:
         place: where norms stand.
         parallel: whether attention and MLP read the same input, and their results are added.
         cross: whether blocks also attend to a memory.
-        residual: the factor of what is added to the residual stream.
+        residual: the factor of each addition to the residual stream.
     """
 
     hidden: int = 0
@@ -82,7 +82,7 @@ class BlockRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """What stands around the blocks, and the sizes of the inputs.
+    """The model around the blocks, and the sizes of the inputs.
 
     Attributes:
         layers: the number of blocks.

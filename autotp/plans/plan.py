@@ -102,7 +102,7 @@ class _OldNames:
 
 @dataclass(frozen=True)
 class Plan(_OldNames):
-    """What autotp will do to a model: each weight's layout with its reason, and each collective.
+    """The plan for a model: each weight's layout with its reason, and each collective.
 
     ``print`` it for a table; :meth:`save` and :meth:`load` it as JSON; pass it to
     ``autotp.parallelize(model, tp, plan=plan)``.

@@ -305,8 +305,8 @@ class CallGuards:
 
 
 def _children(spec: Any) -> list[Any]:
-    found: list[Any] = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    return found
+    children: list[Any] = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    return children
 
 
 def call_guard(entry: CacheEntry, arguments: Arguments, rank: int, alone: Alone = lambda tensors: True) -> Guard | None:

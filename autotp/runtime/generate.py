@@ -36,11 +36,11 @@ def wrap_generate(runtime: Runtime) -> None:
     own = getattr(runtime.model, "generate", None)
     if not inspect.ismethod(own) or inspect.isgeneratorfunction(own):
         return
-    held = runtime.model.__dict__
-    held["generate"] = Generate(own, runtime)
+    attributes = runtime.model.__dict__
+    attributes["generate"] = Generate(own, runtime)
     for name in ("get_compiled_call", "_get_static_cache_init_shape"):  # of transformers
         if callable(getattr(runtime.model, name, None)):
-            held[name] = _Replacement(runtime.model, name)
+            attributes[name] = _Replacement(runtime.model, name)
 
 
 class _Replacement:

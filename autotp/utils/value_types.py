@@ -19,8 +19,8 @@ def is_a(value: Any, path: str) -> bool:
     >>> is_a(model, "torch.distributed.fsdp.FullyShardedDataParallel")
     """
     module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found is not None and isinstance(value, found)
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(value, cls)
 
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None))

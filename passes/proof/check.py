@@ -90,7 +90,7 @@ class _Walk:
         self.collectives = 0
 
     def value(self, node: fx.Node) -> Any:
-        """What is known of a node's value."""
+        """The claim of a node's value."""
         if node.op == "placeholder":
             position = next(self.inputs)
             term = self.terms.find(("input", position))

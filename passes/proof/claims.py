@@ -303,7 +303,7 @@ def is_partition(splits: tuple[Split, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is known of a value (see the module's docstring).
+    """The knowledge of one value on all ranks (see the module's docstring).
 
     Attributes:
         term: the expression of the dense model that the value stands for.

@@ -90,7 +90,7 @@ _POINTWISE = {"aten.to", "aten._to_copy", "aten.__and__", "aten.__or__", "aten._
 
 
 def follow(proof: Proof, node: fx.Node) -> Any:
-    """What is known of a call's result: a claim, a list of claims that are all true, or a size.
+    """The knowledge of a call's result: a claim, a list of claims that are all true, or a size.
 
     A local view may be a shard of several views of the dense model; only a later use shows which one matters. So each
     combination of the operands' claims is tried.
@@ -118,7 +118,7 @@ def follow(proof: Proof, node: fx.Node) -> Any:
 
 
 def _apply_rule(proof: Proof, node: fx.Node) -> Any:
-    """What is known of a call's result, with the current choice among its operands' claims."""
+    """The knowledge of a call's result, given the current choice among its operands' claims."""
     target, args, kwargs = node.target, node.args, dict(node.kwargs)
     if target in _PARALLEL:
         arguments = dict(enumerate(args)) | kwargs

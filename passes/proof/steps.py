@@ -74,7 +74,7 @@ class Proof:
         self.draws: list[tuple[Hashable, int]] = []
 
     def value(self, node: fx.Node) -> Any:
-        """What is known of a node; of several true claims the one under consideration."""
+        """The claim of a node; of several true claims the one under consideration."""
         return self.choice.get(node, self.values.get(node))
 
     def claim(self, node: Any) -> Claim:
