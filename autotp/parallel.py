@@ -205,18 +205,8 @@ def _attach(partition: Partition, mesh: Mesh, options: Options) -> None:
     """Let the model, whose parameters are this rank's shards, run its graphs."""
     model = partition.model
     seed = mesh.gathered(torch.initial_seed() % (1 << 62))[0]
-    agreement = Agreement(
-        mesh, type(model).__name__, options.timeout, options.debug, options.shared_memory, options.broadcast_inputs
-    )
-    context = ProcessContext(
-        mesh,
-        seed,
-        agreement.missing,
-        options.timeout,
-        options.shared_memory,
-        options.symmetric_memory,
-        device_of(model),
-    )
+    agreement = Agreement(mesh, type(model).__name__, options)
+    context = ProcessContext(mesh, seed, agreement.missing, options, device_of(model))
     runtime: Runtime
     if partition.is_whole:
         runtime = GraphRuntime(model, partition.parts[0].cache, agreement, context)

@@ -135,7 +135,7 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
 
     from autotp.distributed.agreement import Agreement
     from autotp.distributed.mesh import Mesh
-    from autotp.options import TIMEOUT, Options
+    from autotp.options import Options
     from autotp.partition.partition import partition_model
     from autotp.runtime.graph_runtime import GraphRuntime
     from autotp.weights.slicing import shards_of
@@ -154,7 +154,7 @@ def ranks(model: Any, tp: int, which: str, example: dict[str, Any], options: Any
             parameter.data = torch.empty(local, dtype=parameter.dtype, device=parameter.device).normal_(0, 0.02)
         torch.compiler.reset()
         context = alone(rank, tp)
-        GraphRuntime(model, part.cache, Agreement(Mesh(rank, tp, None), "Llama", TIMEOUT), context).attach()
+        GraphRuntime(model, part.cache, Agreement(Mesh(rank, tp, None), "Llama"), context).attach()
         yield rank, model
         part.cache.reset({})
 

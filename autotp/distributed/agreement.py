@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from autotp.distributed.process_groups import new_group
 from autotp.distributed.shared_memory import join_board
 from autotp.distributed.shared_memory_board import LINE, Board
 from autotp.errors import AutoTPError, MismatchError
+from autotp.options import Options
 from autotp.utils.hashing import combined, stable_hash
 
 __all__ = ["Agreement"]
@@ -36,10 +36,7 @@ class Agreement:
     Args:
         mesh: this process's rank and group.
         model: the model's name in messages.
-        timeout: how long a rank waits for the others.
-        debug: whether calls also compare the values of inputs and of unsplit parameters.
-        shared_memory: whether ranks on one host compare through memory.
-        broadcast_inputs: whether ranks with other inputs than rank 0 take rank 0's.
+        options: the user's: timeout, debug, shared memory, broadcast of inputs.
 
     Attributes:
         is_alone: whether there is no other rank.
@@ -48,12 +45,10 @@ class Agreement:
         steps: how many steps optimizers have taken on the model's parameters.
     """
 
-    def __init__(
-        self, mesh: Mesh, model: str, timeout: timedelta, debug: bool = False, shared_memory: bool = True,
-        broadcast_inputs: bool = False,
-    ) -> None:  # fmt: skip
-        self.mesh, self.model, self.timeout, self.debug = mesh, model, timeout, debug
-        self.broadcast_inputs = broadcast_inputs
+    def __init__(self, mesh: Mesh, model: str, options: Options | None = None) -> None:
+        options = options or Options()
+        self.mesh, self.model, self.timeout, self.debug = mesh, model, options.timeout, options.debug
+        self.broadcast_inputs = options.broadcast_inputs
         self.number, self.doing, self.steps = 0, "parallelize", 0
         self._step_hashes: dict[str, int] = {}
         self.is_alone = mesh.group is None
@@ -61,9 +56,9 @@ class Agreement:
         self._board: Board | None = None
         if mesh.group is not None:
             ranks = dist.get_process_group_ranks(mesh.group)
-            self._group = new_group(ranks, timeout, "gloo")
-            if shared_memory:
-                self._board = join_board(self._group, mesh.rank, mesh.tp, timeout, slot=LINE)
+            self._group = new_group(ranks, self.timeout, "gloo")
+            if options.shared_memory:
+                self._board = join_board(self._group, mesh.rank, mesh.tp, self.timeout, slot=LINE)
 
     def check(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from autotp.distributed.process_groups import new_group
 from autotp.distributed.random_state import draw_from
 from autotp.distributed.shared_memory import SharedMemory, join_board
 from autotp.distributed.symmetric_memory import join_symmetric_memory
-from autotp.options import TIMEOUT
+from autotp.options import Options
 from passes.ops import context
 
 __all__ = ["ProcessContext"]
@@ -31,18 +30,14 @@ class ProcessContext:
         mesh: this process's rank and group.
         seed: the seed of the random numbers.
         missing: returns the error to raise where a collective fails.
-        timeout: how long a collective waits.
-        shared_memory: whether CPU ranks on one host communicate through memory.
-        symmetric_memory: whether GPUs of one host add up small values in each other's memory, where torch offers it.
+        options: the user's: timeout, shared and symmetric memory.
         device: the model's device.
     """
 
     mesh: Mesh
     seed: int
     missing: Callable[[Exception], Exception]
-    timeout: timedelta = TIMEOUT
-    shared_memory: bool = True
-    symmetric_memory: bool = False
+    options: Options = field(default_factory=Options)
     device: torch.device = _CPU
     _groups: dict[str, context.Communicator] = field(default_factory=dict)
     _streams: dict[tuple[bool, str], torch.Tensor] = field(default_factory=dict)
@@ -62,17 +57,17 @@ class ProcessContext:
         group = mesh.group
         if len(members) < mesh.tp:
             ranks = [dist.get_global_rank(mesh.group, m) for m in members]
-            group = new_group(ranks, self.timeout)
+            group = new_group(ranks, self.options.timeout)
         return self._nearest(ProcessCommunicator(group, members.index(mesh.rank), len(members), self.missing))
 
     def _nearest(self, fallback: ProcessCommunicator) -> context.Communicator:
         """The fastest communicator of a group: through memory where the ranks can share it, else the group itself."""
         communicator: context.Communicator = fallback
         backends = dist.get_backend_config(fallback.group)
-        if self.symmetric_memory and "nccl" in backends and self.device.type == "cuda":
+        if self.options.symmetric_memory and "nccl" in backends and self.device.type == "cuda":
             communicator = join_symmetric_memory(fallback, self.device) or fallback
-        if self.shared_memory and "gloo" in backends:
-            board = join_board(fallback.group, fallback.rank, fallback.size, self.timeout)
+        if self.options.shared_memory and "gloo" in backends:
+            board = join_board(fallback.group, fallback.rank, fallback.size, self.options.timeout)
             communicator = communicator if board is None else SharedMemory(board, communicator, self.missing)
         return communicator
 

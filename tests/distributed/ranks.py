@@ -15,6 +15,7 @@ from autotp.distributed.communicators import ProcessCommunicator
 from autotp.distributed.mesh import Mesh
 from autotp.distributed.process_context import ProcessContext
 from autotp.distributed.shared_memory import SharedMemory
+from autotp.options import Options
 from autotp.verification.measure import relative_error
 from passes import ops
 from passes.ops.context import use_context
@@ -31,7 +32,7 @@ def exchanges(rank: int, world: int) -> dict[str, Any]:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     mesh = Mesh(rank, world, dist.group.WORLD)
     near = ProcessContext(mesh, 0, lambda e: e).group("tp")
-    far = ProcessContext(mesh, 0, lambda e: e, shared_memory=False).group("tp")
+    far = ProcessContext(mesh, 0, lambda e: e, Options(shared_memory=False)).group("tp")
     assert isinstance(near, SharedMemory)
     assert isinstance(far, ProcessCommunicator)
     worst, same, count = 0.0, True, 0
@@ -54,7 +55,7 @@ def exchanges(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {"through memory": count, "worst": worst, "same bits": same}
     found["different"] = _said(lambda: near.all_reduce(torch.ones(2 + (rank == 0))))
     dist.barrier()
-    slow = ProcessContext(mesh, 0, lambda e: e, timeout=timedelta(seconds=1)).group("tp")
+    slow = ProcessContext(mesh, 0, lambda e: e, Options(timeout=timedelta(seconds=1))).group("tp")
     if rank < world - 1:
         found["late"] = _said(lambda: slow.all_reduce(torch.ones(3)))
     dist.barrier()

@@ -14,6 +14,7 @@ import torch
 
 from autotp.distributed.process_context import ProcessContext
 from autotp.distributed.symmetric_memory import largest
+from autotp.options import Options
 from tests import processes
 from tests.distributed import ranks_symmetric_memory
 
@@ -86,7 +87,7 @@ def test_where_it_stands_among_the_ways(
     far: Any = SimpleNamespace(group=None, rank=0, size=2)
     where = torch.device(device)
     mesh: Any = None
-    context = ProcessContext(mesh, 0, lambda e: e, symmetric_memory=asked, device=where)
+    context = ProcessContext(mesh, 0, lambda e: e, Options(symmetric_memory=asked), where)
     found: Any = context._nearest(far)
     expected: Any = ("symmetric", far, where) if asked and device == "cuda" else far
     assert found == (("board", expected) if "gloo" in backends else expected)

@@ -139,14 +139,14 @@ def _parallelized_alone(model: nn.Module, *args: torch.Tensor) -> nn.Module:
     """Rank 0 of two, without the other."""
     from autotp.capture.captured_graph import DenseShapes
     from autotp.distributed.agreement import Agreement
-    from autotp.distributed.mesh import TIMEOUT, Mesh
+    from autotp.distributed.mesh import Mesh
     from autotp.distributed.process_context import ProcessContext
     from autotp.runtime.graph_cache import GraphCache
     from autotp.runtime.graph_runtime import GraphRuntime
 
     programs = GraphCache(model, 2, DenseShapes.of(model))
     programs.bind(args, {})
-    agreement = Agreement(Mesh(0, 2, None), type(model).__name__, TIMEOUT)
+    agreement = Agreement(Mesh(0, 2, None), type(model).__name__)
     context = ProcessContext(agreement.mesh, 0, agreement.missing)
     GraphRuntime(model, programs, agreement, context).attach()
     return model
