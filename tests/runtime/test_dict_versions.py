@@ -14,7 +14,7 @@ MANY = 40
 
 @pytest.fixture(autouse=True)
 def settled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dict_versions, "_SETTLED", 16)
+    monkeypatch.setattr(dict_versions, "_UNCHANGED", 16)
     monkeypatch.setattr(dict_versions, "_MANY", 3)
 
 
