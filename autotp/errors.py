@@ -41,11 +41,11 @@ class CaptureError(AutoTPError):
 
 
 class PartialCaptureWarning(UserWarning):
-    """The model was captured in parts; what is between them runs as its own Python, on whole weights."""
+    """The model was captured in parts; the code between them runs as ordinary Python, on unsplit weights."""
 
 
 class WholeWeightWarning(UserWarning):
-    """Weights stay whole on every rank because they have too few pieces for so many ranks, or cannot be split."""
+    """Weights stay unsplit on every rank because they have too few pieces for so many ranks, or cannot be split."""
 
 
 class PlanError(AutoTPError):

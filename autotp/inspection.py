@@ -30,7 +30,7 @@ def graph(model: nn.Module) -> RankGraph:
     """The rewritten ``fx.GraphModule`` of this rank that the model ran, or was prepared for, last.
 
     Its text begins with how many graphs the model has by now, how often it was captured, and the inputs that this graph
-    is for. What differs only in the sizes of batch and sequence has one graph.
+    is for. Calls that differ only in the sizes of batch and sequence share one graph.
 
     Args:
         model: a parallelized model; of one that was captured in parts, the module that is a part; or a submodule
@@ -61,7 +61,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The dense model's state dict, full tensors, on every rank. Collective: all ranks must call it."""
     runtime = _runtime(model)
     local = model.state_dict()
-    split = {f"shares of {name}": str(bool(runtime.shards_of(name, t))) for name, t in local.items()}
+    split = {f"shards of {name}": str(bool(runtime.shards_of(name, t))) for name, t in local.items()}
     runtime.agreement.check("full_state_dict", stable_hash(str(split)), lambda: split)
     return {name: runtime.whole(name, t) for name, t in local.items()}
 

@@ -84,14 +84,14 @@ def parallelize(
         model: the dense model, the same on every rank. Where weights differ, rank 0's are taken.
         tp: the number of ranks to split over. With more processes than that, consecutive ranks form
             groups.
-        weights: a checkpoint, of which each rank reads its share and no more; what the parameters and persistent
-            buffers were before counts no longer, and they may be on the meta device (:func:`autotp.empty_weights`). A
+        weights: a checkpoint, of which each rank reads its shards only. It replaces the present values of parameters
+            and persistent buffers, which may be on the meta device (:func:`autotp.empty_weights`). It is a
             ``.safetensors`` file, a state dict that ``torch.save`` wrote, a folder in which transformers saves a
-            model (files and index), or a mapping from names to tensors, or to what has a shape and a dtype and gives
-            parts when sliced. As strict as ``load_state_dict``; of tied weights one name suffices; the dtype is
+            model (files and index), or a mapping from names to tensors or to objects with a shape, a dtype and
+            slicing. Loading is as strict as ``load_state_dict``, but of tied weights one name suffices. The dtype is
             the model's.
-        device: where the shares go. Left out, they stay where the model is; from the meta device they go to this
-            process's GPU if the group's backend has one, to the CPU else.
+        device: the device of the shards. By default they stay on the model's device; from the meta device they go to
+            this process's GPU if the group's backend has one, else to the CPU.
         example_inputs: a tuple of positional or a dict of keyword inputs to capture the model with;
             batch and sequence stay dynamic. Left out, a transformers model's ``dummy_inputs`` are
             taken, or inputs that the first layers suggest.
@@ -100,25 +100,25 @@ def parallelize(
             ``gloo`` else.
         plan: a plan from :func:`autotp.plan` to follow.
         timeout: how long a rank waits for the others, at the start of each call and in groups of processes
-            that are started here; then it raises, and says who did not come.
-        debug: let the ranks compare the values of each call's inputs, and of the parameters that all hold
-            whole, not only the call's structure. Every rank reads all of them at each call.
-        strict: refuse what is otherwise a warning: weights, 1% of the parameters or more, that have too few pieces
-            for so many ranks and so stay whole on all of them, and a model, or a later call, that is captured in parts.
+            that are started here; then it raises, and names the ranks that did not come.
+        debug: let the ranks compare the values of each call's inputs, and of unsplit parameters, beside the call's
+            structure. Every rank reads all of them at each call.
+        strict: make warnings errors. These are weights, 1% of the parameters or more, that have too few pieces for so
+            many ranks and stay unsplit; and a model, or a later call, that is captured in parts.
         check: run a rewritten graph only if it is proved to compute, on every rank, what the dense model does,
-            values and every gradient (:func:`passes.check`); that takes a few percent of the time to make it.
+            values and every gradient (:func:`passes.check`). The proof takes a few percent of the time of rewriting.
             ``"warn"`` runs an unproved one with an UnprovedWarning, False proves nothing.
         shared_memory: on CPUs, let ranks that share a host exchange values through memory that they map, which takes
             microseconds where gloo takes half a millisecond; False leaves all to the process group.
-        symmetric_memory: on GPUs of one host that NVLink joins, add up what is small (half a MiB, a quarter for more
-            than 4 ranks) by the one-shot kernel of torch's symmetric memory, where a trial shows that it works. The
-            kernel knows no ``timeout``: a rank that dies within a call leaves the others to whoever started them.
-        broadcast_inputs: where the inputs of a call, or of ``generate``, differ between ranks, take rank 0's on all of
-            them; left out, that is an error on all of them. Calls compare the values of integers on the CPU (token
-            ids, masks), and with ``debug`` of all inputs; ``generate`` compares those of all.
+        symmetric_memory: on GPUs of one host that NVLink joins, sum small tensors (half a MiB; a quarter for more than
+            4 ranks) by the one-shot kernel of torch's symmetric memory, where a trial shows that it works. The kernel
+            has no ``timeout``: if a rank dies within a call, only the launcher can end the others.
+        broadcast_inputs: take rank 0's inputs on all ranks where the inputs of a call, or of ``generate``, differ; by
+            default that is an error on all ranks. Calls compare the values of integer inputs on the CPU (token ids,
+            masks), and with ``debug`` of all inputs; ``generate`` always compares all.
         lowering: which passes make the rewritten graphs faster before they run (:class:`autotp.Lowering`); True: all;
             False: none, the graphs run as ``autotp.graph`` prints them.
-        exact: leave out those of them that call other kernels than the model does, and so round differently.
+        exact: leave out the lowering passes that call other kernels than the model does, and so round differently.
         compile: let ``torch.compile`` make one program of each graph, collectives included, without a graph break; a
             mode, or a dict of its options. Layers that repeat are compiled once. A graph that draws random numbers runs
             as it is. Without a backward, sizes are dynamic; with one, each size is compiled by itself, and a graph that
