@@ -97,9 +97,14 @@ def repatch_forward(model: nn.Module) -> None:
             patch_forward(module, carried, carried)
 
 
-def in_call(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, was raised inside a replaced forward."""
-    while error is not None:
+def in_call(error: BaseException | None, handled: BaseException | None = None) -> bool:
+    """Whether an error, or one of its causes, was raised inside a replaced forward.
+
+    Args:
+        error: the error.
+        handled: an earlier error, which was being handled when the code that raised this one began; it is no cause.
+    """
+    while error is not None and error is not handled:
         if any(frame.f_code is _Forward.__call__.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             return True
         error = error.__cause__ or error.__context__

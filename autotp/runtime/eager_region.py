@@ -9,6 +9,7 @@ compare whether all have come to its end.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError
 from autotp.modules.device import device_of
-from autotp.modules.forward_patching import DeferredError
+from autotp.modules.forward_patching import DeferredError, in_call
 
 __all__ = ["EagerRegion", "ParameterReads", "outside_of_parts", "within_graph"]
 
@@ -60,7 +61,7 @@ class EagerRegion:
 
     def __init__(self, model: nn.Module, own_forward: Any, split: Callable[[str], Any], stream: ProcessContext) -> None:
         self.model, self.stream, self._split = model, stream, split
-        self._forward = own_forward or types.MethodType(type(model).forward, model)
+        self._own_forward = own_forward
         self.running = False
         self.reads = ParameterReads((), lambda *_: None)
 
@@ -76,14 +77,16 @@ class EagerRegion:
         """
         outer, before = _current.region, (self.running, self.reads)
         self.running, self.reads = True, outside_of_parts(self.model, self._split)
-        result, deferred = None, DeferredError()
+        forward = self._own_forward or types.MethodType(type(self.model).forward, self.model)
+        handled = sys.exc_info()[1]  # an earlier error, which the caller handles at present: its context is no news
+        result, deferred = None, DeferredError(lambda error: in_call(error, handled))
         try:
             with deferred, contextlib.ExitStack() as around:
                 for device in {torch.device("cpu"), device_of(self.model)}:
                     around.enter_context(self.stream.random(True, device))
                 around.enter_context(self.reads)
                 _current.region = self
-                result = self._forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
         finally:
             (self.running, self.reads), _current.region = before, outer
         end(result, deferred.error)

@@ -128,10 +128,6 @@ class GraphRuntime(Runtime):
                 module.register_forward_pre_hook(Guard(dotted(self.cache.path, name), self.is_running))
         self.cache.guards.rebase()
 
-    def is_running(self) -> bool:
-        """Whether the Python of the model around the module is running, which may not read shards."""
-        return self.owner is not None and self.owner.is_running()
-
     def inside(self, name: str, module: nn.Module) -> GraphRuntime:
         """The runtime of a submodule that is called by itself."""
         return GraphRuntime(module, self.cache.inside(name), self.agreement, self.context, self.owner)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from autotp.capture.capture import capture
+from autotp.capture.captured_graph import CapturedGraph
 from autotp.errors import CaptureError
 from autotp.modules.names import block_of
 from autotp.partition.module_calls import Call
@@ -132,6 +133,8 @@ def measure(architecture: Architecture, tps: Iterable[int] = TPS) -> Row:
         failed: CaptureError | None = None
         try:
             captured = capture(model, (), inputs)
+            if not isinstance(captured, CapturedGraph):
+                raise captured.error()
             row.kind = _kind(_computed(captured.graph))
         except CaptureError as error:
             row.kind, row.seams, failed = _kind(called.names), [" ".join(str(error).split())[:200]], error
