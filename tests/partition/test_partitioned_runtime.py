@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import autotp
 from tests.partition import ranks
 from tests.processes import Ran, results_of, run
 
@@ -97,3 +100,21 @@ def test_hooks_around_parts_run_at_every_call(around: Ran) -> None:
 )
 def test_what_cannot_be_right_is_an_error(around: Ran, name: str, said: str) -> None:
     assert all(said in result[name] for result in around)
+
+
+class _Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x * 2 if x.sum().item() > 1e9 else x)
+
+
+def test_the_python_that_runs_is_the_forward_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 64)
+    with pytest.warns(autotp.PartialCaptureWarning):
+        model = autotp.parallelize(_Branching(), 1, example_inputs=(x,))
+    before, own = model(x), _Branching.forward
+    monkeypatch.setattr(_Branching, "forward", lambda self, x: own(self, x) + 100)
+    torch.testing.assert_close(model(x), before + 100)

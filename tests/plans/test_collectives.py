@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 import autotp
 from autotp.modules.names import block_of
@@ -76,3 +77,21 @@ def test_tutorial_network() -> None:
     assert plan.share_split == 1.0
     kwargs["input"].requires_grad_(True)
     assert autotp.plan(model, 4, example_inputs=kwargs).count("backward") == 2
+
+
+class _AfterIds(nn.Module):
+    """A float input that needs a gradient comes after an integer one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(11, 64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu()) + self.table(ids)
+
+
+@pytest.mark.parametrize("needs", [False, True])
+def test_the_gradient_of_an_input_after_ids_is_counted(needs: bool) -> None:
+    x = torch.randn(2, 3, 64, requires_grad=needs)
+    plan = autotp.plan(_AfterIds(), 2, example_inputs=(torch.randint(0, 11, (2, 3)), x))
+    assert plan.count("backward") == needs
