@@ -202,11 +202,11 @@ class Simulation(nn.Module):
                 self.world.restart(int(torch.empty((), dtype=torch.int64).random_(1 << 62)))
             weights = dict(part.module.named_parameters(remove_duplicate=False))
             flat = [weights[n] for n in part.names]
-            inputs = program.graph.find_nodes(op="placeholder")  # an unused input's autograd graph may be freed already
-            given = [x if node.users else x.detach() for x, node in zip(call.tensors, inputs, strict=True)]
+            nodes = program.graph.find_nodes(op="placeholder")  # an unused input's autograd graph may be freed already
+            inputs = [x if node.users else x.detach() for x, node in zip(call.tensors, nodes, strict=True)]
             inference = program.captured.outputs.inference
             with torch.no_grad() if inference else contextlib.nullcontext():
-                results = _AllRanks.apply(self, part, program, torch.is_grad_enabled(), *flat, *given)
+                results = _AllRanks.apply(self, part, program, torch.is_grad_enabled(), *flat, *inputs)
                 return program.rebuild_outputs(results, call.objects)
 
     def run(

@@ -106,6 +106,6 @@ def _apply_weights(claim: Claim, weights: Sequence[Any], name: str) -> Claim:
     for indices, weight in zip(split.ranks, weights, strict=True):
         np.add.at(counts, indices, static_int(weight) if name == "aten.mul" else 1 / static_int(weight))
     if (counts != 1).any():
-        found = f"some that count {sorted(set(counts.tolist()))[:4]} times"
-        raise Unproved("every index to count once over all ranks", found, "the sum would be wrong")
+        counted = f"some that count {sorted(set(counts.tolist()))[:4]} times"
+        raise Unproved("every index to count once over all ranks", counted, "the sum would be wrong")
     return Claim(claim.term, claim.dims, pending=True)

@@ -1,4 +1,4 @@
-"""What torch.export refuses is an error that says why."""
+"""A model that torch.export refuses gives an error that says why."""
 
 from __future__ import annotations
 
