@@ -1,8 +1,8 @@
-"""mutations: the changes that a call makes to its arguments, found by comparing objects' specs before and after."""
+"""mutations: the changes that a call makes to its arguments and to modules, found by comparing before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch import nn
 from autotp.arguments.object_tree import (
     ConstantLeaf,
     ContainerSpec,
-    IntLeaf,
     ObjectSpec,
     TensorLeaf,
     UnseenError,
 )
 from autotp.errors import CaptureError
 
-__all__ = ["GONE", "InputMutation", "Mutation", "StateLocation", "StateMutation", "diff", "overwrite"]
+__all__ = ["GONE", "InputMutation", "Mutation", "StateLocation", "StateMutation", "changed_items", "diff",
+           "overwrite"]  # fmt: skip
 
 GONE = ConstantLeaf(type(None), "gone", None)
 """Stands for the item that a mutation has removed."""
@@ -48,15 +48,42 @@ class Mutation:
 
     Attributes:
         path: the path from the object to the container of the item: attribute names, positions and keys.
-        key: the item's name, position or key in the container.
-        new: the spec of the item after the call, whose leaves are the call's results; :data:`GONE` for a removed item.
+        key: the item's name, position or key in the container; None if the item is the whole container.
+        old: the item before the call; :data:`GONE` for an item that was not there.
+        new: the item after the call; :data:`GONE` for a removed item. Where specs are compared, it is a spec, whose
+            leaves are the call's results.
         in_place: whether the item is the same tensor as before, with other values.
     """
 
     path: tuple[Any, ...]
     key: Any
-    new: ObjectSpec
+    old: Any
+    new: Any
     in_place: bool = False
+
+    @property
+    def name(self) -> str:
+        """The item's path as a text, such as ``layers.0.last``."""
+        return ".".join(str(k) for k in (*self.path, self.key) if k not in ("", None))
+
+
+def changed_items(
+    old: Mapping[Any, Any], new: Mapping[Any, Any], is_same: Callable[[Any, Any], bool]
+) -> Iterator[tuple[Any, Any, Any]]:
+    """The items of a container that are not the same before and after a call: key, old and new item.
+
+    Removed items come first, the last one at the beginning, so that the positions of a list stay right.
+
+    Args:
+        old: the items before.
+        new: the items after.
+        is_same: compares an old item with a new one.
+    """
+    yield from ((key, old[key], GONE) for key in reversed(list(old)) if key not in new)
+    for key, item in new.items():
+        before = old.get(key, GONE)
+        if before is GONE or not is_same(before, item):
+            yield key, before, item
 
 
 def _is_same_object(before: ObjectSpec | None, after: ObjectSpec, same: Collection[tuple[int, int]]) -> bool:
@@ -89,17 +116,18 @@ def diff(
     """
     if not isinstance(before, ContainerSpec) or not isinstance(after, ContainerSpec) or before.cls is not after.cls:
         raise UnseenError(f"{path} became another object")
-    old_items, new_items = before.items, after.items
-    for key in reversed([k for k in old_items if k not in new_items]):
-        yield Mutation(path, key, GONE)
-    for key, new in new_items.items():
-        old = old_items.get(key)
+    for key, old, new in changed_items(before.items, after.items, _is_same_constant):
         if isinstance(old, TensorLeaf) and isinstance(new, TensorLeaf) and (old.index, new.index) in same:
-            yield Mutation(path, key, new, in_place=True)
+            yield Mutation(path, key, old, new, in_place=True)
         elif isinstance(old, ContainerSpec) and isinstance(new, ContainerSpec) and _is_same_object(old, new, same):
             yield from diff(old, new, same, (*path, key))
-        elif isinstance(new, (TensorLeaf, IntLeaf)) or old != new:
-            yield Mutation(path, key, new)
+        else:
+            yield Mutation(path, key, old, new)
+
+
+def _is_same_constant(old: ObjectSpec, new: ObjectSpec) -> bool:
+    """Whether two specs are one constant; the leaves of specs cannot be compared, for their numbers differ."""
+    return isinstance(new, ConstantLeaf) and old == new
 
 
 @dataclass(frozen=True)

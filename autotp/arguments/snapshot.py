@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from autotp.arguments.module_state import ModuleStateTracker
-from autotp.arguments.mutations import StateLocation
+from autotp.arguments.mutations import GONE, Mutation, StateLocation, changed_items
 from autotp.arguments.object_tree import ObjectFlattener, UnseenError
 from autotp.modules.hooks import HOOKS
 from autotp.utils.value_types import SCALARS
@@ -32,7 +32,6 @@ from autotp.utils.value_types import SCALARS
 __all__ = [
     "ModuleMutation",
     "Snapshot",
-    "Values",
     "is_alone",
     "restoring",
     "restoring_state",
@@ -45,28 +44,18 @@ _PLAIN = (*SCALARS, torch.dtype, torch.device)
 _NO_OBJECTS = (torch.Tensor, nn.Module, type, types.FunctionType, types.MethodType, types.BuiltinFunctionType,
                types.ModuleType, np.ndarray)  # fmt: skip
 _DEEPEST = 6
-_GONE = object()
-"""Stands for an item that is missing."""
 
 
-@dataclass
-class ModuleMutation:
-    """A change of one item that modules hold.
+@dataclass(frozen=True)
+class ModuleMutation(Mutation):
+    """A change of one item that modules hold, which can be applied to them.
 
     Attributes:
-        name: the item's path, such as ``layers.0.last``.
         container: the container of the item: the dict of attributes, a dict, a list, a set.
-        key: the item's name or key in the container; None if the item is the whole container.
-        old: the item before.
-        new: the item now.
         location: the attribute or buffer that the item is, or is in; None if there is none.
     """
 
-    name: str
-    container: Any
-    key: Any
-    old: Any
-    new: Any
+    container: Any = None
     location: StateLocation | None = None
 
     @property
@@ -86,7 +75,7 @@ class ModuleMutation:
         if self.location is None or grows:
             return False
         try:
-            ObjectFlattener(None).flatten(None if self.new is _GONE else self.new)
+            ObjectFlattener(None).flatten(None if self.new is GONE else self.new)
         except UnseenError:
             return False
         return True
@@ -94,7 +83,7 @@ class ModuleMutation:
     def apply(self) -> None:
         """Make the change, with numbers in place of symbolic sizes."""
         value = _without_symbols(self.new)
-        if value is _GONE:
+        if value is GONE:
             self.container.pop(self.key, None)
         elif self.key is None:
             _refill(self.container, value)
@@ -160,6 +149,7 @@ def _is_same(old: Any, new: Any) -> bool:
     return isinstance(old, (*_PLAIN, set)) and (bool(old == new) or old != old)
 
 
+_Path = tuple[Any, ...]
 _Owner = tuple[str, str | None, bool] | None
 """A module's name, the name of its attribute (None if the item's key is the name), and whether it is a buffer."""
 
@@ -180,63 +170,68 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._containers: list[tuple[str, Any, Any, _Owner]] = []
-        self._slotted: list[tuple[str, Any, dict[str, Any]]] = []
-        self._arrays: list[tuple[str, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        self._containers: list[tuple[_Path, Any, Any, _Owner]] = []
+        self._slotted: list[tuple[_Path, Any, dict[str, Any]]] = []
+        self._arrays: list[tuple[_Path, np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        self._values: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         seen: set[int] = set()
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             for kind in ("_buffers", "_parameters", "_modules"):
                 owner = (name, None, True) if kind == "_buffers" else None
-                self._record(name, module.__dict__[kind], seen, owner, _DEEPEST)
-            self._containers.append((name, module.__dict__, dict(module.__dict__), (name, None, False)))
+                self._record((name,), module.__dict__[kind], seen, owner, _DEEPEST)
+            self._containers.append(((name,), module.__dict__, dict(module.__dict__), (name, None, False)))
             for key, value in module.__dict__.items():
                 if key not in HOOKS and key not in ("_buffers", "_parameters", "_modules"):
-                    self._record(f"{name}.{key}" if name else key, value, seen, (name, key, False))
+                    self._record((name, key), value, seen, (name, key, False))
         self._without_grad = [t for t in self.tensors() if not t.requires_grad and not isinstance(t, nn.Parameter)]
 
-    def _record(self, name: str, x: Any, seen: set[int], owner: _Owner, depth: int = 0) -> None:
+    def _record(self, path: _Path, x: Any, seen: set[int], owner: _Owner, depth: int = 0) -> None:
         """Record the content of a container, object or array, and of what it holds down to a certain depth."""
         if isinstance(x, _PLAIN) or id(x) in seen:
             return
         seen.add(id(x))
-        items: list[tuple[str, Any]] = []
+        items: list[tuple[Any, Any]] = []
         if isinstance(x, np.ndarray):
-            self._arrays.append((name, x, x.copy()))
+            self._arrays.append((path, x, x.copy()))
         elif isinstance(x, (*_CONTAINERS, tuple)):
             if not isinstance(x, tuple):
-                self._containers.append((name, x, x.copy(), owner))
-            items += [(str(k), v) for k, v in (x.items() if isinstance(x, dict) else enumerate(x))]
+                self._containers.append((path, x, x.copy(), owner))
+            items += x.items() if isinstance(x, dict) else enumerate(x)
         if attributes := _attributes(x):
-            self._containers.append((name, attributes, dict(attributes), owner))
+            self._containers.append((path, attributes, dict(attributes), owner))
             items += attributes.items()
         if slots := _slots(x):
-            self._slotted.append((name, x, slots))
+            self._slotted.append((path, x, slots))
             items += slots.items()
         for key, value in items if depth < _DEEPEST else ():
-            self._record(f"{name}.{key}", value, seen, owner, depth + 1)
+            self._record((*path, key), value, seen, owner, depth + 1)
+
+    def copy_values(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy some tensors' values, too: writes into them are found, and undone by ``restore(values=True)``."""
+        self._values += [(t, t.detach().clone(), t._version) for t in tensors]
+
+    def written(self) -> list[torch.Tensor]:
+        """The tensors with copied values that were written into since, by torch's version counter."""
+        return [t for t, _, version in self._values if t._version != version]
 
     def diff(self) -> list[ModuleMutation]:
         """The changes since the snapshot was taken."""
         mutations = []
-        for name, now, before, owner in self._containers:
+        for path, now, before, owner in self._containers:
             if isinstance(now, dict):
-                for key in [*before, *(k for k in now if k not in before)]:
-                    old, new = before.get(key, _GONE), now.get(key, _GONE)
-                    if not _is_same(old, new):
-                        location = _location(owner, key)
-                        mutations.append(
-                            ModuleMutation(f"{name}.{key}" if name else str(key), now, key, old, new, location)
-                        )
+                for key, old, new in changed_items(before, now, _is_same):
+                    mutations.append(ModuleMutation(path, key, old, new, container=now, location=_location(owner, key)))
             elif not (now == before if isinstance(now, set) else _is_same(list(before), list(now))):
-                mutations.append(ModuleMutation(name, now, None, before, now.copy(), _location(owner, None)))
-        for name, x, before in self._slotted:
+                location = _location(owner, None)
+                mutations.append(ModuleMutation(path, None, before, now.copy(), container=now, location=location))
+        for path, x, before in self._slotted:
             if not _is_same(before, now := _slots(x)):  # the empty tensor makes it count as a kept tensor
-                mutations.append(ModuleMutation(name, {}, "slots", before, [now, torch.empty(0)]))
-        for name, array, values in self._arrays:
+                mutations.append(ModuleMutation(path, "slots", before, [now, torch.empty(0)], container={}))
+        for path, array, values in self._arrays:
             if array.shape != values.shape or not np.array_equal(array, values):
-                mutations.append(ModuleMutation(name, {}, "array", values, torch.empty(0)))
+                mutations.append(ModuleMutation(path, "array", values, torch.empty(0), container={}))
         return mutations
 
     def tensors(self) -> list[torch.Tensor]:
@@ -267,8 +262,12 @@ class Snapshot:
         storages = {storage_of(t) for t in self.tensors() if t.numel() and not t.is_meta}
         return {id(now) for _, now, _, _ in self._containers} | {id(x) for _, x, _ in self._slotted} | storages
 
-    def restore(self) -> None:
-        """Undo all changes since the snapshot was taken, except those of tensors' values."""
+    def restore(self, values: bool = False) -> None:
+        """Undo all changes since the snapshot was taken.
+
+        Args:
+            values: whether to undo writes into the tensors whose values were copied, too.
+        """
         for _, now, before, _ in self._containers:
             _refill(now, before)
         for _, x, before in self._slotted:
@@ -277,9 +276,13 @@ class Snapshot:
         for tensor in self._without_grad:
             if tensor.requires_grad and not tensor._is_view():  # a value with a gradient was written into it
                 tensor.detach_()
-        for _, array, values in self._arrays:
-            if array.shape == values.shape:
-                array[...] = values
+        for _, array, content in self._arrays:
+            if array.shape == content.shape:
+                array[...] = content
+        with torch.no_grad():
+            for tensor, copied, version in self._values if values else ():
+                if tensor._version != version or not torch.equal(tensor, copied):  # some kernels do not count writes
+                    tensor.copy_(copied)
 
 
 def storage_of(tensor: torch.Tensor) -> Any:
@@ -290,38 +293,15 @@ def storage_of(tensor: torch.Tensor) -> Any:
         return id(tensor)
 
 
-class Values:
-    """A copy of some tensors' values, to find writes and undo them.
-
-    Args:
-        tensors: the tensors.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._copies = [(t, t.detach().clone(), t._version) for t in tensors]
-
-    def written(self) -> list[torch.Tensor]:
-        """The tensors that were written into since, by torch's version counter."""
-        return [t for t, _, version in self._copies if t._version != version]
-
-    def restore(self) -> None:
-        """Restore the values."""
-        with torch.no_grad():
-            for tensor, values, version in self._copies:
-                if tensor._version != version or not torch.equal(tensor, values):  # some kernels do not count writes
-                    tensor.copy_(values)
-
-
 @contextlib.contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
     """Restore the content of a model's modules on exit, with the values of all tensors but parameters."""
     snapshot = Snapshot(model)
-    values = Values([t for t in snapshot.tensors() if not isinstance(t, nn.Parameter)])
+    snapshot.copy_values(t for t in snapshot.tensors() if not isinstance(t, nn.Parameter))
     try:
         yield
     finally:
-        snapshot.restore()
-        values.restore()
+        snapshot.restore(values=True)
 
 
 def _tracked_state(state: ModuleStateTracker) -> tuple[list[tuple[dict[str, Any], str, Any]], nn.Module]:

@@ -24,7 +24,7 @@ from autotp.arguments.effects import Effects
 from autotp.arguments.module_state import ModuleStateTracker
 from autotp.arguments.mutations import InputMutation, StateMutation
 from autotp.arguments.object_tree import Slot
-from autotp.arguments.snapshot import Snapshot, Values
+from autotp.arguments.snapshot import Snapshot
 from autotp.capture.captured_graph import CapturedGraph, DenseShapes
 from autotp.capture.export import trace
 from autotp.capture.outputs import OutputSpec
@@ -191,14 +191,13 @@ def _trace_call(
             snapshot = Snapshot(model)
             tracked = {id(x) for x in state.tensors().values()}
             # an op that depends on no input is not traced: it writes into these tensors while tracing
-            values = Values([t for t in snapshot.plain_tensors() if id(t) not in tracked])
+            snapshot.copy_values(t for t in snapshot.plain_tensors() if id(t) not in tracked)
             try:
                 exported, outputs = run()
                 snapshot.restore()  # torch leaves copies of lists and dicts
-                second = computed_state(values.written(), snapshot) or trace_again(outputs, run)
+                second = computed_state(snapshot) or trace_again(outputs, run)
             finally:
-                snapshot.restore()
-                values.restore()
+                snapshot.restore(values=True)
     if isinstance(second, StateMutation):
         return second
     if any(_is_functorch(node) for node in exported.graph.nodes):  # torch.vmap, which decomposing resolves

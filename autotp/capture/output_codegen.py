@@ -121,8 +121,7 @@ class _Writer(FunctionWriter):
         in_place = [(n, m) for n, m in self.outputs.mutations if m.in_place]
         if in_place:
             mutated = "".join(
-                f"({self.container((n, *m.path))}[{self.literal(m.key)}], {m.new.index}), "  # type: ignore[union-attr]
-                for n, m in in_place
+                f"({self.container((n, *m.path))}[{self.literal(m.key)}], {m.new.index}), " for n, m in in_place
             )
             self.emit(f"results = without_aliases(results, [{mutated}])")
         for number, mutation in self.outputs.mutations:

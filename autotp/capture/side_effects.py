@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from autotp.arguments.mutations import InputMutation, StateLocation, StateMutation
@@ -71,17 +70,16 @@ def state_mutation(mutations: Sequence[ModuleMutation]) -> StateMutation:
     return mutation
 
 
-def computed_state(written: Sequence[torch.Tensor], snapshot: Snapshot) -> StateMutation | None:
+def computed_state(snapshot: Snapshot) -> StateMutation | None:
     """The mutation of tensors on the model by ops that depend on no input, and so are in no graph.
 
     Args:
-        written: the tensors that changed while the call was traced.
-        snapshot: the state of the modules before the call.
+        snapshot: the state of the modules before the call, with the values of their tensors.
 
     Raises:
-        CaptureError: none of the tensors is in an attribute or a buffer.
+        CaptureError: none of the written tensors is in an attribute or a buffer.
     """
-    if not written:
+    if not (written := snapshot.written()):
         return None
     locations = frozenset(replace(location, sharded=True) for location in snapshot.locations(written))
     names = ", ".join(sorted(location.name for location in locations))

@@ -314,3 +314,33 @@ def test_a_count_of_none_is_no_special_number() -> None:
         assert relative_error(model(x, states[0]), parallel(x, states[1])) < 1e-12
         assert states[0] == states[1]
     assert states[0] == {"seen": 12}
+
+
+class Store:
+    def __init__(self, first: torch.Tensor, pair: torch.Tensor) -> None:
+        self.first, self.pair = first, (pair,)
+
+
+class Replaces(nn.Module):
+    """Removes one tensor of an object, and puts another tuple in place of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor, store: Store) -> torch.Tensor:
+        y = self.down(torch.relu(self.up(x))) + store.first
+        del store.first
+        store.pair = (store.pair[0] + y,)
+        return y  # type: ignore[no-any-return]
+
+
+def test_a_replaced_tuple_is_told_by_its_tensors_not_by_their_numbers() -> None:
+    torch.manual_seed(0)
+    model, x = Replaces().double(), torch.randn(2, 4, 64, dtype=torch.float64)
+    parallel = autotp.simulate(model, 2, example_inputs=(x, Store(x, x)))
+    for _ in range(2):
+        dense, split = Store(x, x + 1), Store(x, x + 1)
+        assert relative_error(model(x, dense), parallel(x, split)) < 1e-12
+        assert not hasattr(split, "first")
+        assert relative_error(dense.pair[0], split.pair[0]) < 1e-12
