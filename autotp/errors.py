@@ -6,6 +6,7 @@ __all__ = [
     "AutoTPError",
     "CaptureError",
     "LaunchError",
+    "LocalStateWarning",
     "MismatchError",
     "PartialCaptureWarning",
     "PlanError",
@@ -46,6 +47,10 @@ class PartialCaptureWarning(UserWarning):
 
 class WholeWeightWarning(UserWarning):
     """Weights stay unsplit on every rank because they have too few pieces for so many ranks, or cannot be split."""
+
+
+class LocalStateWarning(UserWarning):
+    """One rank's shards are written to a file, under the names of the dense model's tensors."""
 
 
 class PlanError(AutoTPError):

@@ -57,13 +57,41 @@ def graph(model: nn.Module) -> RankGraph:
     return rank_graph
 
 
-def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The dense model's state dict, full tensors, on every rank. Collective: all ranks must call it."""
+def full_state_dict(
+    model: nn.Module, *, rank: int | None = None, device: torch.device | str | None = None
+) -> dict[str, torch.Tensor]:
+    """The dense model's state dict: full tensors. Collective: all ranks must call it.
+
+    One tensor after another is gathered. A rank that does not keep them has no more than one in memory.
+
+    Args:
+        model: a parallelized model.
+        rank: the tensor-parallel rank that gets the state dict, where the others get an empty one; None: all get it.
+        device: the device to move each full tensor to, such as ``"cpu"``; None: it stays on the parameters' device.
+
+    Raises:
+        AutoTPError: the model is not parallelized.
+        MismatchError: the ranks ask for different things.
+        ValueError: there is no such rank.
+
+    Example:
+        >>> state = autotp.full_state_dict(model, rank=0, device="cpu")
+        >>> if dist.get_rank() == 0:
+        ...     torch.save(state, "dense.pt")
+    """
     runtime = _runtime(model)
+    if rank is not None and not 0 <= rank < runtime.mesh.tp:
+        raise ValueError(f"rank={rank}: this model has the ranks 0 to {runtime.mesh.tp - 1}")
     local = model.state_dict()
     split = {f"shards of {name}": str(bool(runtime.shards_of(name, t))) for name, t in local.items()}
+    split |= {"rank": str(rank)}
     runtime.agreement.check("full_state_dict", stable_hash(str(split)), lambda: split)
-    return {name: runtime.whole(name, t) for name, t in local.items()}
+    full = {}
+    for name, tensor in local.items():
+        dense = runtime.whole(name, tensor)
+        if rank in (None, runtime.mesh.rank):
+            full[name] = dense if device is None else dense.to(device)
+    return full
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -7,7 +7,10 @@ from autotp.runtime.runtime import Runtime
 from autotp.weights.grad_norm import patch_grad_norms
 from autotp.weights.load_state_dict import accept_dense_state
 from autotp.weights.optimizer_state import check_optimizers
+from autotp.weights.optimizer_state_dict import patch_optimizers
 from autotp.weights.registry import register
+from autotp.weights.state_dict import mark_shards
+from autotp.weights.torch_checkpoint import patch_state_dict_functions
 
 __all__ = ["integrate"]
 
@@ -16,6 +19,9 @@ def integrate(runtime: Runtime) -> None:
     """Let a model generate on all ranks alike and load dense tensors; let gradient norms and optimizers see shards."""
     wrap_generate(runtime)
     accept_dense_state(runtime.model, runtime.shards_of, runtime.mesh.rank)
+    mark_shards(runtime.model, runtime.shards_of, runtime.mesh.rank, runtime.gather)
     patch_grad_norms()
+    patch_state_dict_functions()
+    patch_optimizers()
     check_optimizers()
     register(runtime)

@@ -26,6 +26,7 @@ from autotp.modules.hooks import HOOKS, refuse_global_hooks
 from autotp.modules.names import dotted
 from autotp.runtime.dict_versions import DictVersions
 from autotp.runtime.generate_attributes import generate_attributes
+from autotp.runtime.saved_attributes import NOTES, is_noted_dtype
 from autotp.utils.hashing import stable_hash
 
 __all__ = ["ModuleGuards"]
@@ -167,7 +168,7 @@ class ModuleGuards:
                 ours = key == "_autotp" or key in skipped
                 if hasattr(value, "__dict__") and not callable(value) and not ours:  # a config
                     self._configs.append((module.__dict__, key, value.__dict__))
-                    self._add_attributes(dotted(name, key), value.__dict__, seen)
+                    self._add_attributes(dotted(name, key), value.__dict__, seen, NOTES)
         for name, buffer in self.model.named_buffers():
             if not self._is_kept(name, ""):
                 self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
@@ -271,4 +272,9 @@ class ModuleGuards:
     def _differing(self) -> dict[Attribute, str]:
         first, now = self._first, self._attributes
         attributes = now.keys() | first.keys() if now != first else ()
-        return {k: repr(now.get(k)) for k in attributes if now.get(k) != first.get(k)}
+        dtypes = {p.dtype for p in self._parameters} if attributes else ()
+        return {
+            k: repr(now.get(k))
+            for k in attributes
+            if now.get(k) != first.get(k) and not is_noted_dtype(k[1], now.get(k), dtypes)
+        }

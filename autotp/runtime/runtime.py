@@ -15,6 +15,7 @@ from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError
 from autotp.modules.forward_patching import own_forward, patch_forward
 from autotp.modules.names import tied_names
+from autotp.weights.shard_tensor import plain
 from autotp.weights.slicing import shards_of, unshard
 from passes import Layout, Shards
 
@@ -80,13 +81,15 @@ class Runtime:
     def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The dense tensor of which each rank holds ``local`` under this name. Collective."""
         shards = self.shards_of(name, local)
-        if not shards:
-            return local.detach().clone()
+        return self.gather(local, shards) if shards else plain(local).detach().clone()
+
+    def gather(self, local: torch.Tensor, shards: Mapping[int, Shards]) -> torch.Tensor:
+        """The dense tensor of which each rank holds ``local``, by its split dims. Collective."""
         shapes = [list(local.shape) for _ in range(self.mesh.tp)]
         for dim, s in shards.items():
             for rank, count in enumerate(s.counts):
                 shapes[rank][dim] = count
-        return unshard(self.context.group("tp").all_gather(local.detach(), shapes), shards)
+        return unshard(self.context.group("tp").all_gather(plain(local).detach(), shapes), shards)
 
     def _copied(self, memo: dict[int, Any]) -> Any:
         """A new runtime for the copy of the module, with the same ranks and random streams."""

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad
 from autotp.errors import AutoTPError
 from autotp.utils.hashing import stable_hash
 from autotp.utils.value_types import DTENSOR, is_a
-from autotp.weights.registry import Sharded, living
+from autotp.weights.registry import Sharded, living, memory_key
 from passes import Shards, ops
 
 __all__ = ["patch_grad_norms"]
@@ -124,19 +124,13 @@ def _total_norm(
     return original(norms, power, error_if_nonfinite, foreach)
 
 
-def _memory_key(t: torch.Tensor) -> Any:
-    """A key that is equal for tensors with the same memory, such as ``p.grad`` and ``p.grad.detach()``."""
-    plain = t.layout is torch.strided and not is_a(t, DTENSOR) and t.numel()
-    return (t.data_ptr(), t.shape) if plain else id(t)
-
-
 def _by_model(tensors: list[torch.Tensor]) -> list[tuple[Any, list[tuple[int, str, Mapping[int, Shards]]]]]:
     """The parallelized models with shards among the tensors, and the position, name and split dims of each tensor."""
     if not living():
         return []
     positions: dict[Any, list[int]] = {}
     for i, t in enumerate(tensors):
-        positions.setdefault(_memory_key(t), []).append(i)
+        positions.setdefault(memory_key(t), []).append(i)
     result = []
     for model in living():
         entries = [
@@ -144,7 +138,7 @@ def _by_model(tensors: list[torch.Tensor]) -> list[tuple[Any, list[tuple[int, st
             for name, p, shards in model.placed()
             for t in (p, p.grad)
             if t is not None
-            for i in positions.get(_memory_key(t), ())
+            for i in positions.get(memory_key(t), ())
         ]
         if any(shards for _, _, shards in entries):
             result.append((model, sorted(entries, key=lambda entry: entry[0])))

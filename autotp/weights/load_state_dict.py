@@ -1,4 +1,4 @@
-"""load_state_dict: let a parallelized model load dense tensors as well as shards."""
+"""load_state_dict: let a parallelized model load dense tensors as well as this rank's shards, and no others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from autotp.weights.shard_tensor import Sharding, ShardTensor, plain
 from autotp.weights.slicing import local_part
 from passes import Shards
 
-__all__ = ["accept_dense_state", "dense_shape"]
+__all__ = ["Split", "accept_dense_state", "dense_shape", "foreign_shard"]
 
 Split = Callable[[str, torch.Tensor], Mapping[int, Shards]]
 """Returns the split dims of a parameter or buffer, by any of its names and by what this rank holds of it."""
@@ -21,7 +22,8 @@ def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
     """Let the model, and any module that contains it, load dense state dicts.
 
     A tensor of the dense shape is sharded, one of the shard's shape is taken as it is, and any other is an error of
-    ``load_state_dict`` that names both shapes. Unsplit tensors load as always.
+    ``load_state_dict`` that names both shapes. A shard that another rank's state dict has, or one of another ``tp``, is
+    an error that names both ranks. Unsplit tensors load as always.
 
     Args:
         model: the parallelized model.
@@ -33,9 +35,8 @@ def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
         >>> model.load_state_dict(torch.load("dense.pt"))
     """
     for name, module in model.named_modules(remove_duplicate=False):
-        path = f"{name}." if name else ""
-        if any(p is not None and shards(path + n, p) for n, p in module._parameters.items()) or module._buffers:
-            module.register_load_state_dict_pre_hook(_ShardState(path, shards, rank))
+        if module._parameters or module._buffers:
+            module.register_load_state_dict_pre_hook(_ShardState(f"{name}." if name else "", shards, rank))
 
 
 class _ShardState:
@@ -50,9 +51,16 @@ class _ShardState:
     ) -> None:  # fmt: skip
         for name, own in (*module._parameters.items(), *module._buffers.items()):
             loaded = state.get(prefix + name)
-            if not isinstance(loaded, torch.Tensor) or own is None or loaded.shape == own.shape:
+            if not isinstance(loaded, torch.Tensor) or own is None:
                 continue  # torch refuses values that are no tensors
-            if not (shards := self.shards(self.path + name, own)):
+            shards = self.shards(self.path + name, own)
+            if isinstance(loaded, ShardTensor):
+                state[prefix + name] = plain(loaded)
+                if (error := foreign_shard(prefix + name, loaded.sharding, shards, self.rank)) is not None:
+                    errors.append(error)
+                    state[prefix + name] = own
+                    continue
+            if not shards or loaded.shape == own.shape:
                 continue
             dense = dense_shape(own.shape, shards)
             if tuple(loaded.shape) == dense:
@@ -63,6 +71,25 @@ class _ShardState:
                 f"shape in the dense model is {torch.Size(dense)}, this rank's shard of it is {own.shape}."
             )
             state[prefix + name] = own  # else torch adds an error that names the shard's shape only
+
+
+def foreign_shard(name: str, loaded: Sharding, shards: Mapping[int, Shards], rank: int) -> str | None:
+    """The error of loading another shard than this rank's; None if it is this rank's.
+
+    Args:
+        name: the tensor's name.
+        loaded: the indices that the loaded shard has.
+        shards: the split dims of this rank's tensor.
+        rank: this rank.
+    """
+    own = [Sharding(rank, dim, s) for dim, s in shards.items()]
+    if own == [loaded]:
+        return None
+    return (
+        f"{name}: the shard loaded is that of {loaded}, and this is {own[0] if own else 'unsplit here'}. A rank's "
+        "state dict can be loaded by the same rank, at the same tp and with the same plan only. For a checkpoint that "
+        "loads at any tp, write autotp.save(model, folder) or torch.distributed.checkpoint.save"
+    )
 
 
 def dense_shape(local: Sequence[int], shards: Mapping[int, Shards]) -> tuple[int, ...]:

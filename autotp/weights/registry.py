@@ -6,16 +6,18 @@ import atexit
 import itertools
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.mesh import Mesh
 from autotp.distributed.process_context import ProcessContext
+from autotp.utils.value_types import DTENSOR, is_a
 from passes import Shards
 
-__all__ = ["Sharded", "latest", "living", "register"]
+__all__ = ["Sharded", "latest", "living", "memory_key", "register"]
 
 
 class Sharded(Protocol):
@@ -27,6 +29,10 @@ class Sharded(Protocol):
 
     def placed(self) -> Iterable[tuple[str, nn.Parameter, Mapping[int, Shards]]]:
         """The name and split dims of each parameter, and the parameter; tied ones once."""
+        ...
+
+    def gather(self, local: torch.Tensor, shards: Mapping[int, Shards]) -> torch.Tensor:
+        """The dense tensor of which each rank holds ``local``, by its split dims. Collective."""
         ...
 
     def stepped(self) -> None:
@@ -46,6 +52,12 @@ def register(model: Sharded) -> None:
 def living() -> list[Sharded]:
     """The models that are alive, in the order of their creation, which is the same on every rank."""
     return [model for _, model in sorted(_models.items())]
+
+
+def memory_key(t: torch.Tensor) -> Any:
+    """A key that is equal for tensors with the same memory, such as ``p.grad`` and ``p.grad.detach()``."""
+    plain = t.layout is torch.strided and not is_a(t, DTENSOR) and t.numel()
+    return (t.data_ptr(), t.shape) if plain else id(t)
 
 
 @atexit.register
