@@ -119,7 +119,9 @@ def state_apis(rank: int, world: int, folder: Path) -> Result:
         result[f"{name}: full optimizer"] = _far_states(expected, states)
         other, other_optimizer = _parallel(name, world, seed=1)
         set_model_state_dict(other, full, options=full_options)
-        set_optimizer_state_dict(other, other_optimizer, states, options=full_options)
+        set_optimizer_state_dict(  # torch's loads without a copy
+            other, other_optimizer, copy.deepcopy(states), options=full_options
+        )
         train(other, other_optimizer, name, range(2, 4))
         goal = dense_run(name, 4)[0]
         result[f"{name}: set full"] = far(goal, other)
