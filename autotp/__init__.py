@@ -10,6 +10,7 @@ The packages and files, from top to bottom. Each imports only from those below i
 ``verification``  comparison of the dense model with its parallel form
 ``parallel``      ``parallelize``, step by step
 ``inspection``    graph, full state dict and full gradients of a parallelized model
+``saving``        checkpoints of the dense model, written by all ranks together
 ``plans``         the plan of a model, and warnings about weights that stay unsplit
 ``partition``     the largest capturable modules of a model, and how they run
 ``runtime``       one call of a parallelized module
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from autotp.parallel import parallelize
     from autotp.plans.make_plan import make_plan as plan
     from autotp.plans.plan import Plan
+    from autotp.saving.save import save
     from autotp.verification.report import Report
     from autotp.verification.simulation import Simulation, simulate
     from autotp.verification.verify import verify
@@ -82,6 +84,7 @@ __all__ = [
     "graph",
     "parallelize",
     "plan",
+    "save",
     "sharded_state",
     "simulate",
     "verify",
@@ -100,6 +103,7 @@ _SOURCES = {
     "graph": "autotp.inspection",
     "parallelize": "autotp.parallel",
     "plan": "autotp.plans.make_plan:make_plan",
+    "save": "autotp.saving.save",
     "sharded_state": "autotp.arguments.object_tree",
     "simulate": "autotp.verification.simulation",
     "verify": "autotp.verification.verify",

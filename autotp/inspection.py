@@ -8,22 +8,10 @@ from torch import nn
 from autotp.errors import AutoTPError
 from autotp.partition.partitioned_runtime import PartitionedRuntime
 from autotp.program.rank_graph import RankGraph
-from autotp.runtime.graph_runtime import GraphRuntime, SubmoduleRuntime
-from autotp.runtime.runtime import Runtime
+from autotp.runtime.graph_runtime import GraphRuntime, runtime_of
 from autotp.utils.hashing import stable_hash
 
 __all__ = ["full_gradients", "full_state_dict", "graph"]
-
-
-def _runtime(model: nn.Module) -> Runtime:
-    runtime = model.__dict__.get("_autotp")
-    if isinstance(runtime, SubmoduleRuntime):
-        return runtime.runtime
-    if runtime is None:
-        raise AutoTPError(
-            f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first"
-        )
-    return runtime
 
 
 def graph(model: nn.Module) -> RankGraph:
@@ -42,7 +30,7 @@ def graph(model: nn.Module) -> RankGraph:
     Example:
         >>> print(autotp.graph(model))
     """
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     if isinstance(runtime, PartitionedRuntime):
         paths = ", ".join(f"model.{p.cache.path}" for p in runtime.parts)
         raise AutoTPError(f"this {type(model).__name__} runs as a graph for each of its parts: pass one of {paths}")
@@ -79,7 +67,7 @@ def full_state_dict(
         >>> if dist.get_rank() == 0:
         ...     torch.save(state, "dense.pt")
     """
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     if rank is not None and not 0 <= rank < runtime.mesh.tp:
         raise ValueError(f"rank={rank}: this model has the ranks 0 to {runtime.mesh.tp - 1}")
     local = model.state_dict()
@@ -97,7 +85,7 @@ def full_state_dict(
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
     """The dense model's gradients by parameter name, full tensors, on every rank; None where there is
     none. Collective: all ranks must call it."""
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     there = {f"gradient of {n}": "None" if p.grad is None else "a tensor" for n, p in model.named_parameters()}
     runtime.agreement.check("full_gradients", stable_hash(str(there)), lambda: there)
     return {n: None if p.grad is None else runtime.whole(n, p.grad) for n, p in model.named_parameters()}

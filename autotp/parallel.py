@@ -29,6 +29,7 @@ from autotp.plans.plan import Plan
 from autotp.runtime.graph_runtime import GraphRuntime
 from autotp.runtime.integrations import integrate
 from autotp.runtime.runtime import Runtime
+from autotp.saving.pretrained import wrap_save_pretrained
 from autotp.weights.checkpoint import Source, open_checkpoint
 from autotp.weights.load_checkpoint import first_elements, match_checkpoint, read_shards, refuse_empty
 from autotp.weights.shard_parameters import assign_shards, broadcast_parameters, shard_parameters
@@ -216,6 +217,7 @@ def _attach(partition: Partition, mesh: Mesh, options: Options) -> None:
         part.calls.clear()  # they hold values of the example
     runtime.attach()
     integrate(runtime)
+    wrap_save_pretrained(runtime)
 
 
 def _destination(model: nn.Module, mesh: Mesh, device: torch.device | str | None) -> torch.device | None:

@@ -24,11 +24,21 @@ R = TypeVar("R")
 
 @dataclass
 class Mesh:
-    """This process's rank among the tensor-parallel ranks, and their group, which is None for a single rank."""
+    """This process's rank among the tensor-parallel ranks, and their group.
+
+    Attributes:
+        rank: this process's rank.
+        tp: the number of ranks.
+        group: their process group; None for a single rank without one.
+        replica: the number of this group among the groups that hold the same model (data parallelism).
+        replicas: how many such groups there are, as far as is known.
+    """
 
     rank: int
     tp: int
     group: dist.ProcessGroup | None
+    replica: int = 0
+    replicas: int = 1
 
     def gathered(self, value: Any) -> list[Any]:
         """All ranks' values (any picklable objects), in rank order."""
@@ -129,14 +139,16 @@ def join(
         MismatchError: the group's size does not fit ``tp``, or ranks ask for different ``tp``.
     """
     check_tp(tp)
+    replica, replicas = 0, 1
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise MismatchError(
                 f"mesh has {mesh.ndim} dims {mesh.mesh_dim_names}: pass the one-dimensional part for tp"
             )
+        replica, replicas = _replica(mesh)
         mesh = mesh.get_group()
     if mesh is not None:
-        joined = Mesh(dist.get_rank(mesh), dist.get_world_size(mesh), mesh)
+        joined = Mesh(dist.get_rank(mesh), dist.get_world_size(mesh), mesh, replica, replicas)
         joined.agree({"tp": tp})
         if joined.tp != tp:
             raise MismatchError(f"tp={tp}, but the mesh given has {joined.tp} ranks")
@@ -167,4 +179,25 @@ def join(
         own = dist.get_rank() // tp
         groups = [dist.new_group(list(range(start, start + tp)), timeout=timeout) for start in range(0, world, tp)]
         group = groups[own]
-    return Mesh(dist.get_rank() % tp, tp, group)
+    return Mesh(dist.get_rank() % tp, tp, group, dist.get_rank() // tp, world // tp)
+
+
+def _replica(mesh: DeviceMesh) -> tuple[int, int]:
+    """The number of a mesh's group among the groups along the same dim of its root mesh, and how many there are.
+
+    Groups are ordered by their lowest rank.
+    """
+    root = mesh._get_root_mesh()
+    groups = sorted(row for row in _groups_of(root, mesh))
+    own = sorted(mesh.mesh.flatten().tolist())
+    return (groups.index(own), len(groups)) if own in groups else (0, 1)
+
+
+def _groups_of(root: DeviceMesh, mesh: DeviceMesh) -> list[list[int]]:
+    """The groups of ranks along the dim of ``root`` that has the name of the dim of ``mesh``."""
+    names = root.mesh_dim_names or ()
+    name = (mesh.mesh_dim_names or ("",))[0]
+    if name not in names:
+        return []
+    ranks = root.mesh.movedim(names.index(name), -1)
+    return [sorted(row) for row in ranks.reshape(-1, ranks.shape[-1]).tolist()]

@@ -21,7 +21,7 @@ from torch import nn
 from autotp.arguments.arguments import Arguments
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.process_context import ProcessContext
-from autotp.errors import CaptureError, PartialCaptureWarning
+from autotp.errors import AutoTPError, CaptureError, PartialCaptureWarning
 from autotp.modules.device import device_of
 from autotp.modules.forward_patching import Guard, asked, patch_forward
 from autotp.modules.names import dotted
@@ -36,7 +36,7 @@ from autotp.weights.registry import register
 from passes import Layout, Shards
 from passes.ops.context import use_context
 
-__all__ = ["GraphRuntime", "SubmoduleRuntime"]
+__all__ = ["GraphRuntime", "SubmoduleRuntime", "runtime_of"]
 
 
 class SubmoduleRuntime:
@@ -247,3 +247,19 @@ class GraphRuntime(Runtime):
             if owner is None:
                 register(copied)
         return memo[id(self)]
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime of a parallelized model, or of a submodule of one.
+
+    Raises:
+        AutoTPError: the model is not parallelized.
+    """
+    runtime = model.__dict__.get("_autotp")
+    if isinstance(runtime, SubmoduleRuntime):
+        return runtime.runtime
+    if not isinstance(runtime, Runtime):
+        raise AutoTPError(
+            f"this {type(model).__name__} is not parallelized: call autotp.parallelize(model, tp=...) first"
+        )
+    return runtime

@@ -19,7 +19,7 @@ def integrate(runtime: Runtime) -> None:
     """Let a model generate on all ranks alike and load dense tensors; let gradient norms and optimizers see shards."""
     wrap_generate(runtime)
     accept_dense_state(runtime.model, runtime.shards_of, runtime.mesh.rank)
-    mark_shards(runtime.model, runtime.shards_of, runtime.mesh.rank, runtime.gather)
+    mark_shards(runtime.model, runtime.shards_of, runtime.mesh.rank, runtime)
     patch_grad_norms()
     patch_state_dict_functions()
     patch_optimizers()

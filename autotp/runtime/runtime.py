@@ -29,6 +29,9 @@ class Runtime:
         model: the module, whose parameters hold this rank's shards.
         agreement: compares the ranks before each step.
         context: communicates between the ranks.
+
+    Attributes:
+        saves: how often the module was saved to each folder.
     """
 
     def __init__(self, model: nn.Module, agreement: Agreement, context: ProcessContext) -> None:
@@ -36,6 +39,7 @@ class Runtime:
         self.mesh = agreement.mesh
         self.tied = tied_names(model)
         self.own_forward = own_forward(model)
+        self.saves: dict[str, int] = {}
 
     @property
     def weight_layouts(self) -> Mapping[str, Layout]:
@@ -98,7 +102,7 @@ class Runtime:
             raise AutoTPError("a part of a parallelized model cannot be copied: copy the model, or what holds it")
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.model, copied.agreement, copied.context = model, self.agreement, self.context
-        copied.mesh, copied.tied = self.mesh, self.tied
+        copied.mesh, copied.tied, copied.saves = self.mesh, self.tied, {}
         copied.own_forward = copy.deepcopy(self.own_forward, memo)
         return copied
 

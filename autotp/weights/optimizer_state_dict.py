@@ -86,8 +86,7 @@ def _state_dict(original: Callable[..., Any], optimizer: Optimizer) -> Any:
     state = _copied(state)
     for values, key, value, (_, parameter, shards, model) in list(_entries(optimizer, state)):
         if value.shape == parameter.shape and type(value) is torch.Tensor:
-            gather = weakref.WeakMethod(model.gather)
-            values[key] = marked(value, shards, model.mesh.rank, gather)
+            values[key] = marked(value, shards, model.mesh.rank, weakref.ref(model))
     return state
 
 

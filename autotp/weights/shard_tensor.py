@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -22,10 +22,15 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from autotp.errors import LocalStateWarning
 from passes import IndexSet, Shards
 
-__all__ = ["ShardTensor", "Sharding", "plain"]
+__all__ = ["Owner", "ShardTensor", "Sharding", "plain"]
 
-Gather = Callable[[torch.Tensor, Mapping[int, Shards]], torch.Tensor]
-"""Gathers the dense tensor of which each rank passes its shard. Collective."""
+
+class Owner(Protocol):
+    """The parallelized model that shards are of."""
+
+    def gather(self, local: torch.Tensor, shards: Mapping[int, Shards]) -> torch.Tensor:
+        """The dense tensor of which each rank holds ``local``, by its split dims. Collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Sharding:
         """The shape of the dense tensor of which this rank holds a shard of ``shape``."""
         return torch.Size([*shape[: self.dim], self.shards.size, *shape[self.dim + 1 :]])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sharding:
+        return self
+
     def __str__(self) -> str:
         runs = self.shards.ranks[self.rank].runs
         indices = ", ".join(f"{a}:{b}" for a, b in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
@@ -85,19 +93,19 @@ class ShardTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     sharding: Sharding
-    _gather: weakref.ref[Any] | None
+    _owner: weakref.ref[Owner] | None
 
     @staticmethod
-    def of(tensor: torch.Tensor, sharding: Sharding, gather: weakref.ref[Any] | None = None) -> ShardTensor:
+    def of(tensor: torch.Tensor, sharding: Sharding, owner: weakref.ref[Owner] | None = None) -> ShardTensor:
         """A tensor's shard of the same memory.
 
         Args:
             tensor: the rank's shard; its dtype and shape are any.
             sharding: the indices that it has.
-            gather: refers to a function that gathers the dense tensor, as long as the model lives.
+            owner: refers to the model, as long as it lives.
         """
         shard: ShardTensor = torch.Tensor._make_subclass(ShardTensor, tensor.detach(), False)
-        shard.sharding, shard._gather = sharding, gather
+        shard.sharding, shard._owner = sharding, owner
         return shard
 
     def full(self) -> torch.Tensor:
@@ -106,14 +114,13 @@ class ShardTensor(torch.Tensor):
         Raises:
             RuntimeError: the shard was loaded from a file, or its model is gone.
         """
-        gather = self._gather() if self._gather is not None else None
-        if gather is None:
+        owner = self._owner() if self._owner is not None else None
+        if owner is None:
             raise RuntimeError(f"the shard of {self.sharding} is of no model that is alive: load it into its model")
-        dense: torch.Tensor = gather(plain(self), {self.sharding.dim: self.sharding.shards})
-        return dense
+        return owner.gather(plain(self), {self.sharding.dim: self.sharding.shards})
 
     def _like(self, tensor: torch.Tensor) -> ShardTensor:
-        return ShardTensor.of(tensor, self.sharding, self._gather)
+        return ShardTensor.of(tensor, self.sharding, self._owner)
 
     def clone(self, *args: Any, **kwargs: Any) -> ShardTensor:
         """A copy; it stays a shard."""
@@ -138,6 +145,11 @@ class ShardTensor(torch.Tensor):
     def to(self, *args: Any, **kwargs: Any) -> ShardTensor:
         """The shard with another dtype or on another device."""
         return self._like(plain(self).to(*args, **kwargs))
+
+    def new_empty(self, size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """A tensor without values; a shard where torch's asynchronous checkpoints ask for one to copy this one into."""
+        tensor: torch.Tensor = plain(self).new_empty(size, *args, **kwargs)
+        return self._like(tensor) if tensor.shape in ((), self.shape) else tensor
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardTensor:
         if id(self) not in memo:
