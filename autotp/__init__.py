@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         PlanError,
         ProofError,
         UnprovedWarning,
+        UntestedOptimizerWarning,
         WeightsError,
         WholeWeightWarning,
     )
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from autotp.verification.simulation import Simulation, simulate
     from autotp.verification.verify import verify
     from autotp.weights.empty_weights import empty_weights
+    from autotp.weights.parameters_norm import parameters_norm
     from passes import Lowering
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "Simulation",
     "Tally",
     "UnprovedWarning",
+    "UntestedOptimizerWarning",
     "WeightsError",
     "WholeWeightWarning",
     "empty_weights",
@@ -79,6 +82,7 @@ __all__ = [
     "full_state_dict",
     "graph",
     "parallelize",
+    "parameters_norm",
     "plan",
     "sharded_state",
     "simulate",
@@ -97,6 +101,7 @@ _SOURCES = {
     "full_state_dict": "autotp.inspection",
     "graph": "autotp.inspection",
     "parallelize": "autotp.parallel",
+    "parameters_norm": "autotp.weights.parameters_norm",
     "plan": "autotp.plans.make_plan:make_plan",
     "sharded_state": "autotp.arguments.object_tree",
     "simulate": "autotp.verification.simulation",
