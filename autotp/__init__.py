@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         PlanError,
         ProofError,
         UnprovedWarning,
+        UntestedOptimizerWarning,
         WeightsError,
         WholeWeightWarning,
     )
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from autotp.verification.simulation import Simulation, simulate
     from autotp.verification.verify import verify
     from autotp.weights.empty_weights import empty_weights
+    from autotp.weights.parameters_norm import parameters_norm
     from passes import Lowering
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "Simulation",
     "Tally",
     "UnprovedWarning",
+    "UntestedOptimizerWarning",
     "WeightsError",
     "WholeWeightWarning",
     "empty_weights",
@@ -83,6 +86,7 @@ __all__ = [
     "full_state_dict",
     "graph",
     "parallelize",
+    "parameters_norm",
     "plan",
     "save",
     "sharded_state",
@@ -102,6 +106,7 @@ _SOURCES = {
     "full_state_dict": "autotp.inspection",
     "graph": "autotp.inspection",
     "parallelize": "autotp.parallel",
+    "parameters_norm": "autotp.weights.parameters_norm",
     "plan": "autotp.plans.make_plan:make_plan",
     "save": "autotp.saving.save",
     "sharded_state": "autotp.arguments.object_tree",

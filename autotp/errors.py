@@ -12,6 +12,7 @@ __all__ = [
     "PlanError",
     "ProofError",
     "UnprovedWarning",
+    "UntestedOptimizerWarning",
     "WeightsError",
     "WholeWeightWarning",
     "check_tp",
@@ -63,6 +64,10 @@ class ProofError(AutoTPError):
 
 class UnprovedWarning(UserWarning):
     """A rewritten graph that is not proved runs all the same, because ``check="warn"`` says so."""
+
+
+class UntestedOptimizerWarning(UserWarning):
+    """An optimizer could not be tried out: on shards it is right only if it works element by element."""
 
 
 class LaunchError(AutoTPError):

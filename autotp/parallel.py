@@ -141,9 +141,9 @@ def parallelize(
         ProofError: a graph is not proved (a mistake of autotp's); it names the node, the line, and what would be wrong.
         AutoTPError: the model is compiled, wrapped or quantized; nothing has been changed.
 
-    Afterwards calls, ``generate``, ``full_state_dict``, ``full_gradients`` and ``clip_grad_norm_`` are compared among
-    the ranks before they start: a MismatchError on all of them says what differs. In ``generate`` all ranks draw rank
-    0's random numbers.
+    Afterwards calls, ``generate``, ``full_state_dict``, ``full_gradients``, ``parameters_norm`` and
+    ``clip_grad_norm_`` are compared among the ranks before they start: a MismatchError on all of them says what
+    differs. In ``generate`` all ranks draw rank 0's random numbers.
 
     Example:
         >>> model = autotp.parallelize(model, tp=4)  # under torchrun --nproc-per-node 4

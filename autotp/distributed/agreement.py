@@ -154,8 +154,8 @@ class Agreement:
         first = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
         return MismatchError(
             f"{self._step()}, {self.doing}: {who} did not come within {self.timeout.total_seconds():g} s. Either that "
-            "process has died or hangs, or the ranks' scripts differ: all must call the model, backward, "
-            "save, full_state_dict, full_gradients and clip_grad_norm_ equally often and in the same order. "
+            "process has died or hangs, or the ranks' scripts differ: all must call the model, backward, save, "
+            "full_state_dict, full_gradients, parameters_norm and clip_grad_norm_ equally often and in the same order. "
             f"(parallelize(timeout=...) sets how long to wait. The process group said: {first})"
         )
 

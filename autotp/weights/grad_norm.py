@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from autotp.utils.value_types import DTENSOR, is_a
 from autotp.weights.registry import Sharded, living, memory_key
 from passes import Shards, ops
 
-__all__ = ["patch_grad_norms"]
+__all__ = ["as_list", "by_model", "compare", "gathered", "patch_grad_norms"]
+
+_Entries = list[tuple[int, str, Mapping[int, Shards]]]
+"""The positions of tensors in a list, with the names and split dims of their parameters."""
 
 
 def patch_grad_norms() -> None:
@@ -50,7 +53,8 @@ def _replace(function: Any, replacement: Callable[..., Any]) -> None:
         cell.cell_contents = functools.partial(replacement, cell.cell_contents)
 
 
-def _as_list(tensors: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
+def as_list(tensors: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor or several as a list."""
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
@@ -67,17 +71,17 @@ def _clip(
     Without the comparison, a rank that has no gradient would not know that the others wait for it.
     """
     parameters = parameters if isinstance(parameters, torch.Tensor) else list(parameters)
-    ids = {id(p) for p in _as_list(parameters)}
+    ids = {id(p) for p in as_list(parameters)}
     for model in living():
         clipped = [(name, p, shards) for name, p, shards in model.placed() if id(p) in ids]
         if any(shards for _, _, shards in clipped):
             gradients = {f"gradient of {name}": "None" if p.grad is None else "a tensor" for name, p, _ in clipped}
             settings = {"max_norm": str(float(max_norm)), "norm_type": str(float(norm_type))}
-            _compare(model, "clip_grad_norm_", settings | gradients)
+            compare(model, "clip_grad_norm_", settings | gradients)
     return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
-def _compare(model: Sharded, doing: str, details: Mapping[str, str]) -> None:
+def compare(model: Sharded, doing: str, details: Mapping[str, str]) -> None:
     """Raise on all ranks unless the details are the same on them."""
     model.agreement.check(doing, stable_hash(str(details)), lambda: details)
 
@@ -95,9 +99,9 @@ def _total_norm(
     rank takes torch's norm of the elements that no lower rank holds. These norms are gathered, with rank 0's norm of
     the unsplit tensors. The result is torch's norm of the gathered norms, which are the same numbers on every rank.
     """
-    tensors, power = _as_list(tensors), float(norm_type)
-    by_model = _by_model(tensors)
-    if not by_model:
+    tensors, power = as_list(tensors), float(norm_type)
+    models = by_model(tensors)
+    if not models:
         return original(tensors, norm_type, error_if_nonfinite, foreach)
     if any(is_a(t, DTENSOR) for t in tensors):
         raise AutoTPError("one norm over DTensors and a parallelized model's shards: take a norm of each, and combine")
@@ -111,20 +115,39 @@ def _total_norm(
             return torch.tensor(0.0 if power > 0 else math.inf).to(device, dtype)
         return original(operands, power, False, foreach).to(device, dtype)
 
-    rest = set(range(len(tensors))) - {i for _, entries in by_model for i, _, _ in entries}
-    norms: list[torch.Tensor] = []
-    for model, entries in by_model:
-        _compare(model, "get_total_norm", {"norm_type": str(power), "tensors": str([n for _, n, _ in entries])})
+    for model, entries in models:
+        compare(model, "get_total_norm", {"norm_type": str(power), "tensors": str([n for _, n, _ in entries])})
+    return original(gathered(models, tensors, norm), power, error_if_nonfinite, foreach)
+
+
+def gathered(
+    models: Sequence[tuple[Any, _Entries]],
+    tensors: Sequence[torch.Tensor],
+    value: Callable[[list[torch.Tensor]], torch.Tensor],
+) -> list[torch.Tensor]:
+    """The values, on every rank, of lists of tensors in which each element of the dense tensors stands once.
+
+    The lists are, for each model, one of every rank's shards without what a lower rank holds, and one of rank 0's
+    unsplit tensors; the first of these has the tensors of no model, too.
+
+    Args:
+        models: what :func:`by_model` returns.
+        tensors: the tensors.
+        value: returns a scalar for a list of tensors, which may be empty; of the same dtype and device for all.
+    """
+    rest = set(range(len(tensors))) - {i for _, entries in models for i, _, _ in entries}
+    values: list[torch.Tensor] = []
+    for model, entries in models:
         split = [_owned(tensors[i], shards, model.mesh.rank) for i, _, shards in entries if shards]
         unsplit = [tensors[i] for i, _, shards in entries if not shards] + [tensors[i] for i in sorted(rest)]
         rest = set()
-        pair = torch.stack([norm(split), norm(unsplit)])
+        pair = torch.stack([value(split), value(unsplit)])
         pairs = model.context.group("tp").all_gather(pair, [[2]] * model.mesh.tp)
-        norms += [p[0] for p in pairs] + [pairs[0][1]]
-    return original(norms, power, error_if_nonfinite, foreach)
+        values += [p[0] for p in pairs] + [pairs[0][1]]
+    return values
 
 
-def _by_model(tensors: list[torch.Tensor]) -> list[tuple[Any, list[tuple[int, str, Mapping[int, Shards]]]]]:
+def by_model(tensors: list[torch.Tensor]) -> list[tuple[Any, _Entries]]:
     """The parallelized models with shards among the tensors, and the position, name and split dims of each tensor."""
     if not living():
         return []
