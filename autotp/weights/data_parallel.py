@@ -131,8 +131,8 @@ def _guarded(door: _Door, function: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError:  # torch says what is wrong
             return function(*args, **kwargs)
         arguments = bound.arguments
-        if isinstance(subject := arguments.get(door.subject), Iterator):
-            subject = arguments[door.subject] = list(subject)  # else it would be used up
+        if (subject := _unrolled(arguments.get(door.subject))) is not None:
+            arguments[door.subject] = subject
         try:
             _check(_name(door, arguments), door.usage, list(_parameters(subject)), _groups(arguments))
         except AutoTPError:
@@ -150,6 +150,13 @@ def _name(door: _Door, arguments: _Arguments) -> str:
     if "mesh_info" in arguments:
         return "replicate" if type(arguments["mesh_info"]).__name__ == "DDPMeshInfo" else "fully_shard"
     return type(arguments["self"]).__name__ if "self" in arguments else door.path
+
+
+def _unrolled(subject: Any) -> Any:
+    """The same, with a list for each iterator, which a look at it would use up."""
+    if isinstance(subject, Mapping) and "params" in subject:
+        return {**subject, "params": _unrolled(subject["params"])}
+    return [_unrolled(item) for item in subject] if isinstance(subject, (list, Iterator)) else subject
 
 
 def _parameters(subject: Any) -> Iterator[nn.Parameter]:

@@ -259,7 +259,8 @@ def accelerated(rank: int, world: int) -> Result:
     found["prepared without a wrapper"] = _unlike_dense(dense, model)
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(64, 32, 64, num_hidden_layers=1, num_attention_heads=4)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
     llama = autotp.parallelize(transformers.LlamaForCausalLM(config), world)
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
     options: dict[str, Any] = {"use_cpu": True, "max_steps": 1, "report_to": [], "save_strategy": "no"}
