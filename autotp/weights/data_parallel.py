@@ -27,7 +27,7 @@ from torch import nn
 from autotp.distributed.mesh import Mesh
 from autotp.errors import AutoTPError
 from autotp.utils.value_types import DTENSOR, is_a
-from autotp.weights.registry import Sharded, latest, living
+from autotp.weights.registry import Sharded, living, registered
 
 __all__ = ["guard_data_parallelism", "refuse_wrapped"]
 
@@ -294,7 +294,7 @@ def _guard_collective(function: Any) -> None:
     @functools.wraps(original)
     def checked(*args: Any, **kwargs: Any) -> Any:
         tensor = args[0] if args else kwargs.get("tensor")
-        if isinstance(tensor, torch.Tensor) and tensor.numel() in _sizes(latest()):
+        if isinstance(tensor, torch.Tensor) and tensor.numel() in _sizes(registered()):
             group = args[position] if len(args) > position else kwargs.get("group")
             _check_tensor(original.__name__, tensor, group or dist.group.WORLD)
         return original(*args, **kwargs)
@@ -304,8 +304,8 @@ def _guard_collective(function: Any) -> None:
 
 
 @functools.lru_cache(1)
-def _sizes(number: int) -> frozenset[int]:
-    """The sizes of all split parameters, as of the latest model's number: most tensors have another one."""
+def _sizes(count: int) -> frozenset[int]:
+    """The sizes of all split parameters, where so many models have been registered: most tensors have another size."""
     models = [model for model in living() if model.mesh.tp > 1]
     return frozenset(p.numel() for model in models for _, p, shards in model.placed() if shards) - {0}
 

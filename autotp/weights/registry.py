@@ -15,7 +15,7 @@ from autotp.distributed.mesh import Mesh
 from autotp.distributed.process_context import ProcessContext
 from passes import Shards
 
-__all__ = ["Sharded", "latest", "living", "register"]
+__all__ = ["Sharded", "latest", "living", "register", "registered"]
 
 
 class Sharded(Protocol):
@@ -36,11 +36,14 @@ class Sharded(Protocol):
 
 _models: weakref.WeakValueDictionary[int, Sharded] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_registered = 0
 
 
 def register(model: Sharded) -> None:
     """Add a model, for as long as it lives."""
+    global _registered
     _models[next(_numbers)] = model
+    _registered += 1
 
 
 def living() -> list[Sharded]:
@@ -62,3 +65,8 @@ def _release() -> None:
 def latest() -> int:
     """The number of the latest model that is alive; numbers grow, and -1 means that there is none."""
     return max(_models, default=-1)
+
+
+def registered() -> int:
+    """How many models have been added so far, dead ones too."""
+    return _registered

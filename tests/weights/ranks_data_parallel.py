@@ -21,12 +21,12 @@ Result = dict[str, Any]
 
 
 class Net(nn.Module):
-    """Two blocks with a norm, which stays unsplit, and tables that do not divide evenly."""
+    """Two blocks, of which one does not divide evenly, and a norm, which stays unsplit."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.norm = nn.Embedding(33, 32), nn.LayerNorm(32)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 67), nn.GELU(), nn.Linear(67, 32)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, n), nn.GELU(), nn.Linear(n, 32)) for n in (67, 68))
         self.head = nn.Linear(32, 33)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def _wrong(group: Any, mesh: Any) -> Iterator[tuple[str, Callable[[nn.Module], A
     yield (
         "parameter groups",
         lambda m: ZeroRedundancyOptimizer(
-            [{"params": m.head.parameters()}], torch.optim.SGD, process_group=group, lr=0.1
+            [{"params": m.blocks[1].parameters()}], torch.optim.SGD, process_group=group, lr=0.1
         ),
     )
     yield "average_parameters", averaged
@@ -235,9 +235,9 @@ def allowed(rank: int, world: int) -> Result:
         "unsplit parameters": lambda: DistributedDataParallel(model.norm),
         "one rank": lambda: DistributedDataParallel(parallel(1, mesh=own))(IDS),
         "a group of one rank": lambda: DistributedDataParallel(model, process_group=own),
-        "all_reduce of a norm": lambda: dist.all_reduce(model.head.weight.detach().norm()),
-        "all_reduce of a copy": lambda: dist.all_reduce(model.head.weight.detach().clone()),
-        "no model": lambda: dist.all_reduce(torch.ones(model.head.weight.numel())),
+        "all_reduce of a norm": lambda: dist.all_reduce(model.blocks[1][0].weight.detach().norm()),
+        "all_reduce of a copy": lambda: dist.all_reduce(model.blocks[1][0].weight.detach().clone()),
+        "no model": lambda: dist.all_reduce(torch.ones(model.blocks[1][0].weight.numel())),
     }.items():
         found[name] = raised(work)
     return found
