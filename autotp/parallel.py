@@ -31,6 +31,7 @@ from autotp.runtime.integrations import integrate
 from autotp.runtime.runtime import Runtime
 from autotp.saving.pretrained import wrap_save_pretrained
 from autotp.weights.checkpoint import Source, open_checkpoint
+from autotp.weights.data_parallel import refuse_wrapped
 from autotp.weights.load_checkpoint import first_elements, match_checkpoint, read_shards, refuse_empty
 from autotp.weights.shard_parameters import assign_shards, broadcast_parameters, shard_parameters
 from passes import Lowering
@@ -170,6 +171,7 @@ def _parallelize(
     with mesh.together("finding example inputs"):
         refuse_empty(model, weights is not None)
         check_model(model)
+        refuse_wrapped(model, mesh.tp)
         to = _destination(model, mesh, device)
         with computing_on(to):
             args, kwargs = _on(to, *example_call(model, example_inputs))

@@ -1,9 +1,10 @@
-"""integrations: generate, load_state_dict, gradient norms and optimizers, each made to know of shards."""
+"""integrations: generate, load_state_dict, gradient norms, optimizers and wrappers, each made to know of shards."""
 
 from __future__ import annotations
 
 from autotp.runtime.generate import wrap_generate
 from autotp.runtime.runtime import Runtime
+from autotp.weights.data_parallel import guard_data_parallelism
 from autotp.weights.grad_norm import patch_grad_norms
 from autotp.weights.load_state_dict import accept_dense_state
 from autotp.weights.optimizer_state import check_optimizers
@@ -16,7 +17,7 @@ __all__ = ["integrate"]
 
 
 def integrate(runtime: Runtime) -> None:
-    """Let a model generate on all ranks alike and load dense tensors; let gradient norms and optimizers see shards."""
+    """Let a model generate on all ranks alike and load dense tensors; let what acts on parameters see shards."""
     wrap_generate(runtime)
     accept_dense_state(runtime.model, runtime.shards_of, runtime.mesh.rank)
     mark_shards(runtime.model, runtime.shards_of, runtime.mesh.rank, runtime)
@@ -24,4 +25,6 @@ def integrate(runtime: Runtime) -> None:
     patch_state_dict_functions()
     patch_optimizers()
     check_optimizers()
+    if runtime.mesh.tp > 1:
+        guard_data_parallelism()
     register(runtime)

@@ -28,6 +28,7 @@ from autotp.runtime.dict_versions import DictVersions
 from autotp.runtime.generate_attributes import generate_attributes
 from autotp.runtime.saved_attributes import NOTES, is_noted_dtype
 from autotp.utils.hashing import stable_hash
+from autotp.utils.value_types import DTENSOR, is_a
 
 __all__ = ["ModuleGuards"]
 
@@ -255,6 +256,11 @@ class ModuleGuards:
                     f"assign {'the same Parameter' if tied else 'each its own'}, or change this before parallelize"
                 )
         for name, parameter in self.model.named_parameters():
+            if is_a(parameter, DTENSOR):
+                raise AutoTPError(
+                    f"{self._called(name)} has become a DTensor since autotp.parallelize: with FSDP2 call the module "
+                    "that fully_shard was given, which must be the whole model; nothing else may split it again"
+                )
             local = tuple(self._shape(name))
             if tuple(parameter.shape) != local:
                 raise AutoTPError(

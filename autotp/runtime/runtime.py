@@ -15,6 +15,7 @@ from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError
 from autotp.modules.forward_patching import own_forward, patch_forward
 from autotp.modules.names import tied_names
+from autotp.utils.value_types import DTENSOR, is_a
 from autotp.weights.shard_tensor import plain
 from autotp.weights.slicing import shards_of, unshard
 from passes import Layout, Shards
@@ -84,6 +85,8 @@ class Runtime:
 
     def whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The dense tensor of which each rank holds ``local`` under this name. Collective."""
+        if is_a(local, DTENSOR):  # FSDP2 splits it further, over ranks that hold the same
+            local = local.full_tensor()  # type: ignore[attr-defined]
         shards = self.shards_of(name, local)
         return self.gather(local, shards) if shards else plain(local).detach().clone()
 

@@ -17,7 +17,7 @@ from autotp.distributed.process_context import ProcessContext
 from autotp.utils.value_types import DTENSOR, is_a
 from passes import Shards
 
-__all__ = ["Sharded", "latest", "living", "memory_key", "register"]
+__all__ = ["Sharded", "latest", "living", "memory_key", "register", "registered"]
 
 
 class Sharded(Protocol):
@@ -42,11 +42,14 @@ class Sharded(Protocol):
 
 _models: weakref.WeakValueDictionary[int, Sharded] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_registered = 0
 
 
 def register(model: Sharded) -> None:
     """Add a model, for as long as it lives."""
+    global _registered
     _models[next(_numbers)] = model
+    _registered += 1
 
 
 def living() -> list[Sharded]:
@@ -74,3 +77,8 @@ def _release() -> None:
 def latest() -> int:
     """The number of the latest model that is alive; numbers grow, and -1 means that there is none."""
     return max(_models, default=-1)
+
+
+def registered() -> int:
+    """How many models have been added so far, dead ones too."""
+    return _registered
