@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import autotp
 from autotp.verification.measure import Float64
-from autotp.weights.shard_tensor import ShardTensor
+from autotp.weights.shard_tensor import ShardTensor, plain
 from tests.comparison import raised
 from tests.models import make
 
@@ -202,6 +204,39 @@ def marks(rank: int, world: int, folder: Path) -> Result:
     result["another tp"] = raised(
         lambda: nn.ModuleDict({"m": _solo()}).load_state_dict({"m." + n: x for n, x in own.items()})
     )
+    return result
+
+
+def on_two_axes(rank: int, world: int, folder: Path) -> Result:
+    """Checkpoints, also asynchronous ones, of two tensor-parallel ranks times two data-parallel ones."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model, inputs = make("llama", 1, 9)
+    with Float64():
+        model = autotp.parallelize(model, 2, example_inputs=inputs, mesh=mesh["tp"])
+        outer = nn.parallel.DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+        optimizer = torch.optim.AdamW(outer.parameters(), lr=1e-2)
+        train(outer, optimizer, "llama", range(2))
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict(), "wrapped": outer.state_dict()}
+    dcp.save(state, checkpoint_id=folder / "axes")
+    dcp.async_save(state, checkpoint_id=folder / "async").result()
+    unmarked = {name: plain(x) for name, x in model.state_dict().items()}
+    dcp.save(unmarked, checkpoint_id=folder / "unmarked")
+    dense = dense_run("llama", 2)[0]
+    result: Result = {}
+    for name, keys in (("axes", ("model", "wrapped")), ("async", ("model",))):
+        for key in keys:
+            again, _ = _parallel("llama", 4, seed=1)
+            prefix = "module." if key == "wrapped" else ""
+            loaded = {key: {prefix + n: x for n, x in again.state_dict().items()}}
+            dcp.load(loaded, checkpoint_id=folder / name)
+            again.load_state_dict({n.removeprefix(prefix): x for n, x in loaded[key].items()})
+            result[f"{name} {key}"] = far(dense, again)
+    again, _ = _parallel("llama", 4, seed=1)
+    try:
+        dcp.load(again.state_dict(), checkpoint_id=folder / "unmarked")
+    except CheckpointException as error:  # a BaseException
+        result["unmarked"] = str(error)
+    result["control"] = far(dense, again)
     return result
 
 

@@ -46,3 +46,18 @@ def test_full_state_dicts_are_the_dense_ones(apis: Ran, name: str, what: str) ->
 @pytest.mark.parametrize("name", RUNS)
 def test_an_offloaded_state_dict_is_on_rank_0_only(apis: Ran, name: str) -> None:
     assert all(result[f"{name}: offloaded"] for result in apis)
+
+
+@pytest.fixture(scope="module")
+def axes(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return results_of(4, state_ranks.on_two_axes, tmp_path_factory, Path(tmp_path_factory.mktemp("axes")))
+
+
+@pytest.mark.parametrize("what", ["axes model", "axes wrapped", "async model"])
+def test_data_parallel_ranks_write_each_chunk_once(axes: Ran, what: str) -> None:
+    assert all(result[what] < 1e-9 for result in axes)
+
+
+def test_shards_without_marks_would_be_one_ranks(axes: Ran) -> None:
+    """The control: the same tensors, not marked as shards."""
+    assert all("Size mismatch" in result.get("unmarked", "") or result["control"] > 1e-3 for result in axes)
