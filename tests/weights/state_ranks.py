@@ -214,7 +214,7 @@ def on_two_axes(rank: int, world: int, folder: Path) -> Result:
     with Float64():
         model = autotp.parallelize(model, 2, example_inputs=inputs, mesh=mesh["tp"])
         outer = nn.parallel.DistributedDataParallel(model, process_group=mesh["dp"].get_group())
-        optimizer = torch.optim.AdamW(outer.parameters(), lr=1e-2)
+        optimizer = OPTIMIZERS["adamw"](outer.parameters())
         train(outer, optimizer, "llama", range(2))
     state = {"model": model.state_dict(), "optim": optimizer.state_dict(), "wrapped": outer.state_dict()}
     dcp.save(state, checkpoint_id=folder / "axes")
