@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from autotp.errors import WeightsError
 from autotp.weights.shard_tensor import Sharding, ShardTensor, plain
 from autotp.weights.slicing import local_part
 from passes import Shards
@@ -23,7 +25,7 @@ def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
 
     A tensor of the dense shape is sharded, one of the shard's shape is taken as it is, and any other is an error of
     ``load_state_dict`` that names both shapes. A shard that another rank's state dict has, or one of another ``tp``, is
-    an error that names both ranks. Unsplit tensors load as always.
+    a WeightsError that names both ranks, before anything is loaded. Unsplit tensors load as always.
 
     Args:
         model: the parallelized model.
@@ -34,9 +36,27 @@ def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
         >>> model = autotp.parallelize(model, tp=4)
         >>> model.load_state_dict(torch.load("dense.pt"))
     """
+    model.register_load_state_dict_pre_hook(_RefuseForeignShards(shards, rank))
     for name, module in model.named_modules(remove_duplicate=False):
         if module._parameters or module._buffers:
             module.register_load_state_dict_pre_hook(_ShardState(f"{name}." if name else "", shards, rank))
+
+
+class _RefuseForeignShards:
+    """The pre-hook of the model: it looks at all shards in a state dict before any tensor is loaded."""
+
+    def __init__(self, shards: Split, rank: int) -> None:
+        self.shards, self.rank = shards, rank
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Raise a WeightsError if one is another rank's, or of another number of ranks."""
+        own = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        for name, tensor in own:
+            loaded = state.get(prefix + name)
+            if isinstance(loaded, ShardTensor):
+                shards = self.shards(name, tensor)
+                if (error := foreign_shard(prefix + name, loaded.sharding, shards, self.rank)) is not None:
+                    raise WeightsError(error)
 
 
 class _ShardState:
