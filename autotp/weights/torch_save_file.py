@@ -7,8 +7,10 @@ is read without running anything that it names.
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from autotp.errors import WeightsError
+from autotp.weights.foreign_formats import ZIP
 from autotp.weights.inert_pickle import Global, Made, unpickle
 from autotp.weights.tensor_source import FileTensor, WeightFile
 
@@ -29,6 +32,10 @@ _ITEM = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfSto
          "BoolStorage": torch.bool, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
          "ComplexFloatStorage": torch.complex64}  # fmt: skip
 """The dtypes of storages, by the names of their classes."""
+
+
+_AFTER = (0, 12, 16, 20, 24)
+"""How many bytes may stand between an entry's content and the next entry: its checksum and sizes once more."""
 
 
 class Part(io.RawIOBase):
@@ -82,7 +89,10 @@ class _Archive:
 
     def __init__(self, file: WeightFile, part: Part, start: int, length: int) -> None:
         self.file, self._part, self._start, self._length = file, part, start, length
-        entries = zipfile.ZipFile(part).infolist()
+        opened = zipfile.ZipFile(part)
+        entries = opened.infolist()
+        starts = [*sorted(entry.header_offset for entry in entries), opened.start_dir]
+        self._next = dict(itertools.pairwise(starts))
         self._entries = {entry.filename: entry for entry in entries}
         pickles = [n for n in self._entries if n.count("/") == 1 and n.endswith("/data.pkl")]
         if len(self._entries) != len(entries) or len(pickles) != 1:
@@ -103,7 +113,10 @@ class _Archive:
         if count > MOST_HEADER:
             raise ValueError(f"{name} has {count} bytes, more than {MOST_HEADER}")
         self._part.seek(at)
-        return self._part.read(count)
+        data, expected = self._part.read(count), self._entries[self._root + name].CRC
+        if expected not in (0, zlib.crc32(data)):  # 0: saved without checksums
+            raise ValueError(f"the checksum of {name} is another than its content's")
+        return data
 
     def place(self, name: str) -> tuple[int, int]:
         """Where an entry's bytes start in the archive, and their number."""
@@ -112,10 +125,11 @@ class _Archive:
             raise ValueError(f"{name} is missing in it")
         self._part.seek(entry.header_offset)
         header = self._part.read(30)
-        if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-            raise ValueError(f"{name} is not where its table of contents says")
         lengths = [int.from_bytes(header[i : i + 2], "little") for i in (26, 28)]
         at = entry.header_offset + 30 + sum(lengths)
+        is_named = header.startswith(ZIP) and self._part.read(lengths[0]) == entry.orig_filename.encode()
+        if not is_named or self._next[entry.header_offset] - at - entry.file_size not in _AFTER:
+            raise ValueError(f"{name} is not where its table of contents says")
         if at + entry.file_size > self._length:
             raise ValueError("it is cut short")
         return at, entry.file_size
