@@ -26,7 +26,7 @@ from autotp.weights import load_checkpoint, tensor_source
 from autotp.weights.checkpoint import open_checkpoint
 from tests.comparison import apart, raised
 from tests.models import make
-from tests.weights.ranks import CountingReader, Result, Table, empty
+from tests.weights.ranks import CountingReader, Result, Table
 
 
 def distributed(state: dict[str, torch.Tensor], world: int) -> dict[str, Any]:
@@ -95,6 +95,29 @@ def training_states(rank: int, world: int, folder: Path) -> Result:
         with Float64() if dtype is torch.float64 else contextlib.nullcontext():
             found[f"control {dtype}"] = _loaded(dense, kwargs, world, path)
     return found
+
+
+def pretrained(rank: int, world: int, folder: Path) -> Result:
+    """The README's recipe, against the model that transformers loads."""
+    import transformers
+
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with autotp.empty_weights():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    found: Result = {"empty": all(p.is_meta for p in model.parameters())}
+    autotp.parallelize(model, world, weights=folder)
+    full, state, ids = autotp.full_state_dict(model), dense.state_dict(), torch.arange(8)[None]
+    return found | {
+        "equal": list(full) == list(state) and all(torch.equal(full[n], t) for n, t in state.items()),
+        "buffers": all(torch.equal(b, dict(dense.named_buffers())[n]) for n, b in model.named_buffers()),
+        "dtype": (model.dtype, {p.dtype for p in model.parameters()}),
+        "training": any(m.training for m in model.modules()),
+        "generation": model.generation_config.to_dict() == dense.generation_config.to_dict(),
+        "eos": model.generation_config.eos_token_id,
+        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        "apart": apart(dense, model, input_ids=ids, use_cache=False),
+        "generated": model.generate(ids, max_new_tokens=4).shape,
+    }
 
 
 def _change_a_number(path: Path) -> None:
@@ -322,6 +345,3 @@ def while_read(at: Path, state: dict[str, Any], load: Callable[[Any], str], last
     finally:
         tensor_source.Reader.fill = real  # type: ignore[method-assign]
     return found
-
-
-__all__ = ["bad_files", "bad_sources", "empty", "training_states"]
