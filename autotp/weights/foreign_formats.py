@@ -29,11 +29,11 @@ _EXTENSIONS = {
     ".ckpt": "a checkpoint of TensorFlow or Lightning",
 }
 _QUANTIZED = {
-    r"\.(qweight|qzeros|g_idx|scales)$": "GPTQ or AWQ",
+    r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",
     r"\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*|SCB|weight_format)$": "bitsandbytes",
     r"\.(weight_scale_inv|weight_scale|input_scale|activation_scale|scale_inv)$": "fp8 with scales",
     r"\.(weight_packed|weight_zero_point|weight_shape|weight_g_idx)$": "compressed-tensors",
-    r"_(blocks|scales)$": "mxfp4",
+    r"_blocks$": "mxfp4",
     r"\.(_packed_params.*|zero_point|_data|_scale)$": "torch's or quanto's own quantization",
 }
 """For each kind of quantization the ends of the names that its checkpoints have beside those of a model."""

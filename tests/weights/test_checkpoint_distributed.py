@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from autotp.errors import WeightsError
+from autotp.weights import tensor_source
 from autotp.weights.checkpoint import open_checkpoint
 from autotp.weights.distributed_checkpoint import TrainingState
 from autotp.weights.load_checkpoint import match_checkpoint, read_shards
+from autotp.weights.slicing import local_part
+from autotp.weights.tensor_source import Reader
+from passes import IndexSet, Shards
 from tests.processes import Ran, results_of
 from tests.weights import ranks_checkpoint
 
@@ -68,8 +75,6 @@ def test_the_models_names_decide(tmp_path: Path) -> None:
 
 
 def test_what_is_not_the_models_is_left_out_but_its_own_layers_are_not(tmp_path: Path) -> None:
-    from autotp.errors import WeightsError
-
     model = Both()
     state = {**model.state_dict(), "optim.exp_avg": torch.ones(1), "step": 3}
     assert set(_read(model, _saved(state, tmp_path / "a"))) == set(model.state_dict())
@@ -90,3 +95,51 @@ def test_only_the_description_and_the_parts_that_are_needed_are_read(tmp_path: P
     read_shards(model, match_checkpoint(model, sources), {}, 0, None)
     located = {n for n, s in sources.items() for c in s.chunks if c._located is not None}  # type: ignore[attr-defined]
     assert located == {"model.weight", "model.bias"}
+
+
+def _tiles(tensor: torch.Tensor, rows: list[int], columns: list[int]) -> list[tuple[torch.Tensor, list[int]]]:
+    """A matrix in tiles, each with the index of its first element."""
+    spans = itertools.product(itertools.pairwise(rows), itertools.pairwise(columns))
+    return [(tensor[a:b, c:d].contiguous(), [a, c]) for (a, b), (c, d) in spans]
+
+
+def _save_tiles(folder: Path, tiles: list[tuple[torch.Tensor, list[int]]]) -> Path:
+    """Each in a file, as HuggingFaceStorageWriter writes them."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    for i, (tile, at) in enumerate(tiles):
+        told = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": at}})}
+        save_file({"w": tile}, folder / f"shard-{i}-model.safetensors", metadata=told)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("piece", [16, 1 << 20])
+def test_any_part_of_a_tensor_in_tiles(
+    dtype: torch.dtype, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_source, "PIECE", piece)
+    whole = torch.randn(7, 9).to(dtype)
+    source = open_checkpoint(_save_tiles(tmp_path / "a", _tiles(whole, [0, 1, 5, 7], [0, 4, 9])))["w"]
+    assert source.shape == (7, 9)
+    with Reader() as reader:
+        for dim, a, b, c in [
+            (-1, 0, 0, 0),
+            *((d, a, b, c) for d in (0, 1) for a, b, c in ((0, 2, 6), (1, 5, 5), (3, 4, 4))),
+        ]:
+            size = (7, 9)[dim]
+            shards = {dim: Shards(size, (IndexSet(((a, b), (c, size))),))} if dim >= 0 else {}
+            wanted = local_part(whole, shards, 0)
+            for out in (torch.zeros_like(wanted), torch.zeros(wanted.shape, dtype=torch.float64)):
+                reader.read_shard(source, shards, 0, out)
+                assert torch.equal(out, wanted.to(out.dtype))
+
+
+def test_tiles_that_do_not_make_up_a_tensor(tmp_path: Path) -> None:
+    tiles = _tiles(torch.ones(4, 4), [0, 2, 4], [0, 2, 4])
+    assert open_checkpoint(_save_tiles(tmp_path / "all", tiles)), "negative control"
+    twice = [*tiles[:3], (tiles[3][0], [2, 1]), (torch.ones(1, 4), [4, 0])]
+    for name, some in (("gap", [*tiles[:1], *tiles[2:]]), ("twice", twice), ("overlap", [*tiles, tiles[0]])):
+        with pytest.raises(WeightsError, match=r"the parts of w in .* do not make up a tensor of shape"):
+            open_checkpoint(_save_tiles(tmp_path / name, some))
