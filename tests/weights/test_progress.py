@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -45,7 +46,9 @@ def test_a_bar_on_terminals_and_a_line_in_the_log(
     caplog.set_level(logging.INFO, "autotp")
     assert "3.0/3.0 GB" in _read(monkeypatch, True, large=True, silent=False)
     assert _read(monkeypatch, False, large=True, silent=False) == ""
-    assert [r.getMessage() for r in caplog.records] == ["read 3.00 GB of weights in 0.0 s"] * 2
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == 2
+    assert all(re.fullmatch(r"read 3\.00 GB of weights in \d+\.\d s", line) for line in lines)
     monkeypatch.setattr(progress, "SLOW", -1)
     assert "reading weights" in _read(monkeypatch, True, large=False, silent=False), "slow"
 
