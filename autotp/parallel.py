@@ -18,7 +18,7 @@ from autotp.capture.example_inputs import ExampleInputs, example_call
 from autotp.distributed.agreement import Agreement
 from autotp.distributed.mesh import Mesh, join
 from autotp.distributed.process_context import ProcessContext
-from autotp.errors import AutoTPError
+from autotp.errors import AutoTPError, WeightsError
 from autotp.modules.device import computing_on, device_of
 from autotp.modules.model_checks import check_model
 from autotp.options import TIMEOUT, Options
@@ -89,9 +89,9 @@ def parallelize(
         weights: a checkpoint, of which each rank reads its shards only. It replaces the present values of parameters
             and persistent buffers, which may be on the meta device (:func:`autotp.empty_weights`). It is a
             ``.safetensors`` file, a state dict that ``torch.save`` wrote, a folder in which transformers saves a
-            model (files and index), or a mapping from names to tensors or to objects with a shape, a dtype and
-            slicing. Loading is as strict as ``load_state_dict``, but of tied weights one name suffices. The dtype is
-            the model's.
+            model (files and index) or torch.distributed.checkpoint a training state, or a mapping from names to
+            tensors or to objects with a shape, a dtype and slicing. Loading is as strict as ``load_state_dict``, but
+            of tied weights one name suffices. The dtype is the model's.
         device: the device of the shards. By default they stay on the model's device; from the meta device they go to
             this process's GPU if the group's backend has one, else to the CPU.
         example_inputs: a tuple of positional or a dict of keyword inputs to capture the model with;
@@ -175,7 +175,7 @@ def _parallelize(
         to = _destination(model, mesh, device)
         with computing_on(to):
             args, kwargs = _on(to, *example_call(model, example_inputs))
-    with mesh.together("looking at the weights"):
+    with mesh.together("looking at the weights", WeightsError):
         tensors = open_checkpoint(weights) if weights is not None else {}
         sources = match_checkpoint(model, tensors) if weights is not None else {}
         first = first_elements(sources)
@@ -194,7 +194,7 @@ def _parallelize(
     mesh.agree({"parts": [p.path for p in partition.parts]} | {f"layout of {n}": str(x) for n, x in layouts.items()})
     if sources:
         gc.collect()  # what capture has left in cycles would be in memory beside the weights
-        with mesh.together("reading the weights"):
+        with mesh.together("reading the weights", WeightsError):
             shards = read_shards(model, sources, layouts, mesh.rank, to)
         assign_shards(model, shards)
         del shards  # else the first cast would have them twice

@@ -58,8 +58,13 @@ class Mesh:
             raise MismatchError(f"the ranks must agree, but differ in\n{differences}")
 
     @contextlib.contextmanager
-    def together(self, doing: str) -> Iterator[None]:
-        """Run a step that may fail on some ranks only; if it fails on any rank, all ranks raise."""
+    def together(self, doing: str, kind: type[AutoTPError] = AutoTPError) -> Iterator[None]:
+        """Run a step that may fail on some ranks only; if it fails on any rank, all ranks raise.
+
+        Args:
+            doing: the step, for messages.
+            kind: the error on ranks on which the step has not failed.
+        """
         error: Exception | None = None
         try:
             yield
@@ -70,7 +75,7 @@ class Mesh:
             raise error
         failures = [f"{doing} failed on rank {r}: {text}" for r, text in enumerate(texts) if text is not None]
         if failures:
-            raise AutoTPError(failures[0])
+            raise kind(failures[0])
 
     def attempt(
         self, doing: str, step: Callable[[], R], recoverable: type[CaptureError] = CaptureError

@@ -10,7 +10,7 @@ from torch import nn
 
 from autotp.utils.value_types import is_a
 
-__all__ = ["with_model_names"]
+__all__ = ["model_part", "with_model_names"]
 
 T = TypeVar("T")
 
@@ -35,6 +35,23 @@ def with_model_names(model: nn.Module, sources: Mapping[str, T]) -> dict[str, T]
         if new in own or not any(pattern.search(new) for pattern in ignored):
             renamed[name if new in renamed else new] = sources[name]
     return renamed
+
+
+def model_part(model: nn.Module, sources: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of a training state that are a model's, by the model's own names.
+
+    A state dict of the model stands in it as it is, or under ``model.``; the one of both counts that has more of the
+    model's names. What stands beside it is left out. In a state dict as it is, that is each name of whose first word
+    the model has none (``optim.state.0.exp_avg``).
+    """
+    own = model.state_dict().keys()
+    under = {name.removeprefix("model."): t for name, t in sources.items() if name.startswith("model.")}
+    plain, below = with_model_names(model, sources), with_model_names(model, under)
+    fits = [(len(s.keys() & own), len(s_own.keys() & own)) for s, s_own in ((sources, plain), (under, below))]
+    if fits[1] > fits[0]:
+        return below
+    words = {name.partition(".")[0] for name in own}
+    return {name: t for name, t in plain.items() if name.partition(".")[0] in words}
 
 
 def _renaming(model: Any) -> Callable[[str, dict[str, Any]], str]:

@@ -22,9 +22,13 @@ def empty_weights() -> Iterator[None]:
     their values, since checkpoints lack those that are not persistent (a rotary embedding's frequencies);
     ``torch.device("meta")`` would lose them.
 
+    ``from_pretrained`` of transformers works, too: the model has its dtype, mode and generation config, and the weights
+    are not read. With a ``dtype`` that is not the checkpoint's, they are read, one at a time; ``model.to(dtype)``
+    afterwards costs nothing.
+
     Example:
         >>> with autotp.empty_weights():
-        ...     model = LlamaForCausalLM(config)
+        ...     model = AutoModelForCausalLM.from_pretrained("path/to/checkpoint")
         >>> autotp.parallelize(model, tp=4, weights="path/to/checkpoint")
     """
     moved = WeakIdKeyDictionary()  # a parameter of several modules stays one

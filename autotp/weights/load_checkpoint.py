@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from autotp.errors import AutoTPError, WeightsError
 from autotp.utils.hashing import checksum
-from autotp.weights.checkpoint import Reader, TensorSource
-from autotp.weights.checkpoint_names import with_model_names
+from autotp.weights.checkpoint_names import model_part, with_model_names
+from autotp.weights.distributed_checkpoint import TrainingState
+from autotp.weights.foreign_formats import format_of_names
+from autotp.weights.progress import LARGE, Progress
 from autotp.weights.shard_parameters import named_tensors
 from autotp.weights.slicing import shards_of
+from autotp.weights.tensor_source import Reader, TensorSource
 from passes import Layout
 
 __all__ = ["FIRST", "first_elements", "match_checkpoint", "read_shards", "refuse_empty"]
@@ -36,19 +42,45 @@ def read_shards(
         layouts: the split weights' layouts.
         rank: this rank.
         device: the shards' device; None: that of each parameter or buffer.
+
+    Raises:
+        WeightsError: a tensor cannot be read, or its file has been written meanwhile; the message names both.
     """
     tensors, results = named_tensors(model), {}
-    with Reader() as reader, torch.no_grad():
+    shapes = {}
+    for name in sources:
+        shards = shards_of(layouts, name)
+        shapes[name] = [len(shards[d].ranks[rank]) if d in shards else n for d, n in enumerate(tensors[name].shape)]
+    whole = sum(math.prod(s.shape) * s.dtype.itemsize for s in sources.values())
+    own = sum(math.prod(shape) * sources[name].dtype.itemsize for name, shape in shapes.items())
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    with Progress(own, whole > LARGE, not first) as progress, Reader(progress.advance) as reader, torch.no_grad():
         for name in sorted(sources, key=lambda n: sources[n].position):
-            tensor, shards = tensors[name], shards_of(layouts, name)
-            shape = [len(shards[d].ranks[rank]) if d in shards else n for d, n in enumerate(tensor.shape)]
-            results[name] = torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device)
-            reader.read_shard(sources[name], shards, rank, results[name])
+            tensor = tensors[name]
+            results[name] = torch.empty(shapes[name], dtype=tensor.dtype, device=device or tensor.device)
+            with _naming(name, sources[name]):
+                reader.read_shard(sources[name], shards_of(layouts, name), rank, results[name])
     return results
 
 
+@contextlib.contextmanager
+def _naming(name: str, source: TensorSource) -> Iterator[None]:
+    """Let errors be WeightsErrors that name a tensor and its file."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).removeprefix("weights: ") if isinstance(error, WeightsError) else f"{error!r}"
+        file = source.position[0]
+        where = f" ({file})" if file and file not in text else ""
+        raise WeightsError(f"weights: {name}{where} cannot be read: {text}") from error
+
+
 def first_elements(sources: Mapping[str, TensorSource]) -> dict[str, int]:
-    """For each tensor of a checkpoint the checksum of its first elements."""
+    """For each tensor of a checkpoint the checksum of its first elements.
+
+    Raises:
+        WeightsError: a tensor cannot be read; the message names it and its file.
+    """
     checksums = {}
     with Reader() as reader, torch.no_grad():
         for name in sorted(sources, key=lambda n: sources[n].position):
@@ -57,7 +89,8 @@ def first_elements(sources: Mapping[str, TensorSource]) -> dict[str, int]:
             box = tuple((0, min(n, FIRST if d == inner else 1)) for d, n in enumerate(source.shape))
             elements = torch.zeros([b for _, b in box], dtype=source.dtype)
             if elements.numel():
-                source.read(reader, box, elements)
+                with _naming(name, source):
+                    reader.read_region(source, box, elements)
             checksums[name] = checksum(elements)
     return checksums
 
@@ -105,13 +138,15 @@ def match_checkpoint(model: nn.Module, checkpoint: Mapping[str, TensorSource]) -
 
     Args:
         model: the model.
-        checkpoint: the checkpoint's tensors, by the model's names or by those that transformers writes into files.
+        checkpoint: the checkpoint's tensors, by the model's names or by those that transformers writes into files; of
+            a training state the model's tensors are taken.
 
     Raises:
         WeightsError: the checkpoint does not fit; the message names the tensors that are missing, unexpected, or of
             another shape or kind.
     """
-    checkpoint = with_model_names(model, checkpoint)
+    is_part = isinstance(checkpoint, TrainingState)
+    checkpoint = model_part(model, checkpoint) if is_part else with_model_names(model, checkpoint)
     names: dict[int, list[str]] = {}
     first: dict[int, torch.Tensor] = {}
     model_names = set()
@@ -135,6 +170,11 @@ def match_checkpoint(model: nn.Module, checkpoint: Mapping[str, TensorSource]) -
             elif _kind(source.dtype) != _kind(tensor.dtype):
                 wrong.append(f"{n} is of {source.dtype} there, of {tensor.dtype} in the model")
     unexpected = [n for n in checkpoint if n not in model_names]
+    if quantized := format_of_names(unexpected):
+        raise WeightsError(
+            f"weights: the checkpoint is quantized ({quantized[0]}), as {_first_names(quantized[1])} show: pass "
+            "weights that are not quantized"
+        )
     lists = {"missing": missing, "unexpected": unexpected, "different": wrong}
     if any(lists.values()):
         lines = "\n".join(f"  {title}: {_first_names(entries)}" for title, entries in lists.items() if entries)

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_no
 
 import autotp
 from autotp.verification.measure import Float64, relative_error
-from autotp.weights import checkpoint, load_checkpoint
+from autotp.weights import load_checkpoint, tensor_source
 from tests.comparison import apart, backward, gradients_apart, outputs, raised, same, scaled, storages
 from tests.models import IDS, Grouped, Scaled, SmallGPT, make
 
@@ -61,7 +61,7 @@ class Recorded(Mapping[str, Slices]):
             n
             for n, s in self.slices.items()
             if sum(s.read) > own[n].numel() + load_checkpoint.FIRST
-            or max(s.read, default=0) * s.dtype.itemsize > checkpoint.PIECE
+            or max(s.read, default=0) * s.dtype.itemsize > tensor_source.PIECE
         ]
 
 
@@ -95,19 +95,19 @@ def _compared(name: str, dense: nn.Module, model: nn.Module) -> Result:
     }
 
 
-class CountingReader(checkpoint.Reader):
+class CountingReader(tensor_source.Reader):
     """Counts the bytes that come from files."""
 
     count = 0
 
-    def fill(self, path: Path, offset: int, out: torch.Tensor) -> None:
+    def fill(self, file: tensor_source.WeightFile, offset: int, out: torch.Tensor) -> None:
         CountingReader.count += out.numel()
-        super().fill(path, offset, out)
+        super().fill(file, offset, out)
 
 
 def loaded(rank: int, world: int, folder: Path) -> Result:
     found: Result = {}
-    checkpoint.PIECE, checkpoint.ROW = 2048, 64  # so that small weights are read in pieces, too
+    tensor_source.PIECE, tensor_source.ROW = 2048, 64  # so that small weights are read in pieces, too
     load_checkpoint.Reader = CountingReader  # type: ignore[misc]
     with Float64():
         for name, file in FILES.items():

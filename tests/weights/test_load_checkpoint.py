@@ -91,7 +91,7 @@ SAID = {
     "ranks differ": "up.weight in the weights: (32, 16) torch.float64 on rank 0, (32, 16) torch.float32 on rank 1",
     "values differ": "first elements of up.weight in the weights: ",
     "no file on one rank": "nowhere.safetensors",
-    "cut short": "is cut short or damaged at",
+    "cut short": "it is cut short",
     "without weights": "up.weight is on the meta device: pass weights=",
     "in parts": "load the dense model, and parallelize it without weights=",
     "buffer": "the buffer table is on the meta device and not persistent",
