@@ -11,7 +11,7 @@ from torch import nn
 from autotp.weights.slicing import local_part
 from passes import Shards
 
-__all__ = ["accept_dense_state", "dense_shape"]
+__all__ = ["accept_dense_state", "dense_shape", "forget_dense_state"]
 
 Split = Callable[[str, torch.Tensor], Mapping[int, Shards]]
 """Returns the split dims of a parameter or buffer, by any of its names and by what this rank holds of it."""
@@ -36,6 +36,14 @@ def accept_dense_state(model: nn.Module, shards: Split, rank: int) -> None:
         path = f"{name}." if name else ""
         if any(p is not None and shards(path + n, p) for n, p in module._parameters.items()) or module._buffers:
             module.register_load_state_dict_pre_hook(_ShardState(path, shards, rank))
+
+
+def forget_dense_state(model: nn.Module) -> None:
+    """Undo :func:`accept_dense_state`."""
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        for key in [k for k, wrapped in hooks.items() if isinstance(getattr(wrapped, "hook", None), _ShardState)]:
+            del hooks[key]
 
 
 class _ShardState:

@@ -15,7 +15,7 @@ from autotp.distributed.mesh import Mesh
 from autotp.distributed.process_context import ProcessContext
 from passes import Shards
 
-__all__ = ["Sharded", "latest", "living", "register"]
+__all__ = ["Sharded", "latest", "living", "register", "unregister"]
 
 
 class Sharded(Protocol):
@@ -41,6 +41,12 @@ _numbers = itertools.count()
 def register(model: Sharded) -> None:
     """Add a model, for as long as it lives."""
     _models[next(_numbers)] = model
+
+
+def unregister(model: Sharded) -> None:
+    """Take a model out that is no longer called, though it may live on."""
+    for number in [n for n, other in _models.items() if other is model]:
+        del _models[number]
 
 
 def living() -> list[Sharded]:
