@@ -123,6 +123,43 @@ def copies(rank: int, world: int) -> Result:
     return found
 
 
+class InParts(nn.Module):
+    """A model that branches on its input, so that it is captured in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.inner = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        return y * 2 if float(x.sum()) > 0 else y
+
+
+def in_parts(rank: int, world: int) -> Result:
+    """Merges in a model that was captured in parts, and unloading, which is refused."""
+    from peft import LoraConfig, get_peft_model
+
+    warnings.simplefilter("ignore")
+    found: Result = {}
+    x = torch.randn(3, 5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def make() -> Any:
+        torch.manual_seed(7)
+        config = LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+        return get_peft_model(InParts(), config).double().eval()
+
+    dense, model = make(), autotp.parallelize(make(), world, example_inputs=(x,))
+    found["in parts"] = hasattr(model.__dict__["_autotp"], "parts")
+    for name in ("as before", "merge_adapter", "unmerge_adapter"):
+        for m in (dense, model):
+            getattr(m, name, lambda: None)()
+        found[name] = max(apart(dense, model, x=x), states_apart(dense, model))
+    found["unload"] = raised(model.unload)
+    found["after"] = apart(dense, model, x=x)
+    return found
+
+
 def differing(rank: int, world: int) -> Result:
     """Merges that only one rank asks for, or with other arguments."""
     warnings.simplefilter("ignore")

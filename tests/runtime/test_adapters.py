@@ -74,6 +74,13 @@ def test_an_adapter_that_is_deleted_is_an_error(copies: Ran) -> None:
     assert all("was removed since autotp.parallelize" in result["adapter deleted"] for result in copies)
 
 
+def test_a_model_in_parts_merges_and_is_not_unloaded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    for result in results_of(2, ranks_adapters.in_parts, tmp_path_factory):
+        assert result["in parts"]
+        assert max(result[name] for name in ("as before", "merge_adapter", "unmerge_adapter", "after")) < 1e-12
+        assert "unload changes the structure of a PeftModel that was captured in parts" in result["unload"]
+
+
 def test_ranks_that_merge_differently_raise_before_anything_changes(differing: Ran) -> None:
     for result in differing:
         assert "arguments: () [('ada" in result["other adapters"]
