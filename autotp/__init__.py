@@ -9,6 +9,7 @@ The packages and files, from top to bottom. Each imports only from those below i
 ``fuzz``          random models, to find failures of autotp
 ``verification``  comparison of the dense model with its parallel form
 ``parallel``      ``parallelize``, step by step
+``integrations``  what users do with a model besides calling it
 ``inspection``    graph, full state dict and full gradients of a parallelized model
 ``saving``        checkpoints of the dense model, written by all ranks together
 ``plans``         the plan of a model, and warnings about weights that stay unsplit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from autotp.errors import AutoTPError
+from autotp.modules.tracers import refuse_export, refuse_source, refuse_tracers
 
 __all__ = [
     "Carried",
@@ -66,8 +68,20 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            refuse_export()
             return self._compiled(self.run, args, kwargs)
+        refuse_tracers()
         return self.run(args, kwargs)
+
+    @property
+    def __code__(self) -> Any:
+        """The code of the module's own forward; torch.export reads it before it calls."""
+        return inspect.unwrap(self).__code__
+
+    @property
+    def __globals__(self) -> Any:
+        """Those who read them compile the module's own forward: torch.jit.script, torch.export, make_fx."""
+        return refuse_source()
 
 
 def patch_forward(
@@ -79,7 +93,7 @@ def patch_forward(
 
 def restore_forward(module: nn.Module) -> None:
     """Give a module its own forward back."""
-    del module.__dict__["forward"]
+    module.__dict__.pop("forward", None)
     if (own := module.__dict__.pop("_autotp").own_forward) is not None:
         module.__dict__["forward"] = own
 

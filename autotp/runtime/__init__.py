@@ -8,7 +8,6 @@ from autotp.runtime.bound_call import BoundCall
 from autotp.runtime.eager_region import EagerRegion
 from autotp.runtime.graph_cache import GraphCache
 from autotp.runtime.graph_runtime import GraphRuntime
-from autotp.runtime.integrations import integrate
 from autotp.runtime.runtime import Runtime
 
-__all__ = ["BoundCall", "EagerRegion", "GraphCache", "GraphRuntime", "Runtime", "integrate"]
+__all__ = ["BoundCall", "EagerRegion", "GraphCache", "GraphRuntime", "Runtime"]

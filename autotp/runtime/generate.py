@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from autotp.arguments.arguments import Arguments
@@ -25,7 +26,7 @@ from autotp.runtime.runtime import Runtime
 from autotp.utils.hashing import preview, stable_hash
 from autotp.utils.value_types import is_constant
 
-__all__ = ["Generate", "wrap_generate"]
+__all__ = ["Generate", "release_generate", "wrap_generate"]
 
 _OF_THIS_RANK = ("streamer", "synced_gpus")
 """Arguments that do not change the generated tokens, and may differ between ranks."""
@@ -41,6 +42,12 @@ def wrap_generate(runtime: Runtime) -> None:
     for name in ("get_compiled_call", "_get_static_cache_init_shape"):  # of transformers
         if callable(getattr(runtime.model, name, None)):
             attributes[name] = _Replacement(runtime.model, name)
+
+
+def release_generate(model: nn.Module) -> None:
+    """Undo :func:`wrap_generate`."""
+    for key in [k for k, value in model.__dict__.items() if isinstance(value, (Generate, _Replacement))]:
+        del model.__dict__[key]
 
 
 class _Replacement:

@@ -110,6 +110,7 @@ class GraphCache:
         copy.slots.update(self.slots)
         copy.captures.effects = self.captures.effects.copied(model)
         copy.options = self.options
+        copy.guards.known = self.captures.dense.shapes
         return copy
 
     def inside(self, name: str) -> GraphCache:

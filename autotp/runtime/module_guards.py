@@ -1,17 +1,17 @@
 """module_guards: what has changed on a model's modules since its graphs were captured.
 
 A graph refers to tensors by name and holds everything else as it was at capture. So each call checks that the model is
-still what was captured. Modes, dtypes and plain attributes that changed lead to another graph. Parameters and buffers
+still what was captured. Modes, dtypes and plain attributes that changed (and lists, sets and dicts of plain values,
+:mod:`autotp.runtime.plain_containers`) lead to another graph. Parameters and buffers
 are read where they are. Modules, hooks or forwards that changed are an error. A model that is captured in parts runs
 its own Python around them: that may change freely, as long as the parts stay the same modules.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -26,13 +26,12 @@ from autotp.modules.hooks import HOOKS, refuse_global_hooks
 from autotp.modules.names import dotted
 from autotp.runtime.dict_versions import DictVersions
 from autotp.runtime.generate_attributes import generate_attributes
+from autotp.runtime.plain_containers import PLAIN, PlainContainers
 from autotp.runtime.saved_attributes import NOTES, is_noted_dtype
 from autotp.utils.hashing import stable_hash
 from autotp.utils.value_types import DTENSOR, is_a
 
 __all__ = ["ModuleGuards"]
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, enum.Enum)
 
 _KIND, _TRAINABLE = operator.attrgetter("dtype", "device"), operator.attrgetter("requires_grad")
 _FORWARD = operator.itemgetter("forward")
@@ -52,6 +51,7 @@ class ModuleGuards:
         state_names: gives the names of the state on a module, by the module's name; graphs take state as arguments.
 
     Attributes:
+        known: names of parameters that must be there before the first check.
         text: the result of the last check.
         seen: a token of the last check; the same object as long as nothing changes.
     """
@@ -68,6 +68,7 @@ class ModuleGuards:
         self._attributes: dict[Attribute, Any] = {}
         self._first: dict[Attribute, Any] = {}
         self._last: Any = None
+        self.known: Iterable[str] = ()
         self._base: dict[Attribute, Any] | None = None
         self._versions = DictVersions(())
         self.seen: Any = None
@@ -98,7 +99,8 @@ class ModuleGuards:
             AutoTPError: something has changed that no graph can follow. The next check raises it again.
         """
         refuse_global_hooks()
-        if self._base is None:
+        if self._base is None:  # of a copy, which may have been changed before its first call
+            self._raise_if_not_sharded()
             self.rebase()
         elif (now := self._snapshot()) is None or now != self._last:
             self._scan()
@@ -114,7 +116,7 @@ class ModuleGuards:
     def quick_check(self) -> bool:
         """Whether nothing has changed since the last check, as version numbers and addresses show: attributes of
         modules and configs, tensors and their addresses, registered hooks. False in doubt."""
-        if self.seen is None or self._quick_state() != self.seen:
+        if self.seen is None or self._quick_state() != self.seen or not self._containers.same():
             return False
         if not self._versions.same():  # something was set, perhaps to what it was
             now = DictVersions(self._set)
@@ -160,6 +162,7 @@ class ModuleGuards:
         self._parameters = list(self.model.parameters())
         self._attributes = {}
         self._getters: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        self._containers = PlainContainers()
         seen: set[int] = set()
         for name, module in modules:
             cls: Any = type(module)
@@ -175,7 +178,7 @@ class ModuleGuards:
                 self._attributes[name, ""] = f"{tuple(buffer.shape)} {buffer.dtype}"
         of_modules = set(map(id, self._dicts))
         configs = [d for _, d in self._getters if id(d) not in of_modules]
-        self._set = [*self._dicts, *filter(None, own), *configs]
+        self._set = [*self._dicts, *filter(None, own), *configs, *self._containers.versioned]
         self._kept = list(chain.from_iterable(map(dict.values, self._full)))  # so that no id comes twice
         self._last = self._snapshot()
 
@@ -197,16 +200,19 @@ class ModuleGuards:
     def _add_attributes(
         self, name: str, attributes: dict[str, Any], seen: set[int], skipped: frozenset[str] = frozenset()
     ) -> None:
-        names = [k for k, v in attributes.items() if isinstance(v, _PLAIN) and k not in skipped]
-        if names and id(attributes) not in seen:
-            seen.add(id(attributes))
+        if id(attributes) in seen:
+            return
+        seen.add(id(attributes))
+        containers = self._containers.add(attributes, skipped)
+        self._attributes |= {(name, k): content for k, content in containers.items()}
+        if names := [k for k, v in attributes.items() if isinstance(v, PLAIN) and k not in skipped]:
             self._attributes |= {(name, k): attributes[k] for k in names}
             self._getters.append((operator.itemgetter(*names), attributes))
 
     def _snapshot(self) -> Any:
         """Values and identities that stay equal as long as nothing changes; None if an attribute is gone."""
         try:
-            values = [get(d) for get, d in self._getters]
+            values = [[get(d) for get, d in self._getters], self._containers.content()]
             forwards = list(map(_FORWARD, self._replaced))
             configs = [id(d[key].__dict__) for d, key, _ in self._configs]
         except (AttributeError, KeyError):
@@ -231,15 +237,15 @@ class ModuleGuards:
     def _raise_if_changed(self) -> None:
         repatch_forward(self.model)
         facts, base = self._facts(), self._base or {}
-        for attribute in base.keys() | facts.keys():
+        for attribute in sorted(base.keys() | facts.keys(), key=lambda a: (a[1] != "module", *a)):
             before, now = base.get(attribute), facts.get(attribute)
             if before is now or (isinstance(before, list) and before == now):
                 continue
             name, what = dotted(self.path, attribute[0]), attribute[1]
-            happened = "was replaced, added or removed" if what == "module" else f"got or lost {what}"
             raise AutoTPError(
-                f"{name} {happened} since autotp.parallelize: the graph is of what was there, so this would change "
-                "nothing. Undo it, or do it before parallelize (hooks: on the model itself)"
+                f"{name} {_changed_module(before, now) if what == 'module' else f'got or lost {what}'} since "
+                "autotp.parallelize: the graph is of what was there, so this would change nothing. Undo it, or do it "
+                "before parallelize (hooks: on the model itself)"
             )
         names = self._tied()
         for name in () if self._parts is not None else sorted(names.keys() | self._ties.keys()):
@@ -255,13 +261,33 @@ class ModuleGuards:
                     f"the parameters {name} and {other} were {were} when the model was parallelized and are {now} now: "
                     f"assign {'the same Parameter' if tied else 'each its own'}, or change this before parallelize"
                 )
+        self._raise_if_not_sharded()
+
+    def _raise_if_not_sharded(self) -> None:
+        if missing := set(self.known) - {n for n, _ in self.model.named_parameters(remove_duplicate=False)}:
+            raise AutoTPError(
+                f"{self._called(min(missing))} was removed since autotp.parallelize, and graphs would take what is in "
+                "its place for the dense weight: do this before parallelize"
+            )
+        self.known = ()
         for name, parameter in self.model.named_parameters():
             if is_a(parameter, DTENSOR):
                 raise AutoTPError(
                     f"{self._called(name)} has become a DTensor since autotp.parallelize: with FSDP2 call the module "
                     "that fully_shard was given, which must be the whole model; nothing else may split it again"
                 )
-            local = tuple(self._shape(name))
+            if parameter.is_meta:
+                raise AutoTPError(
+                    f"{self._called(name)} is on the meta device now, and has no values: parallelize reads weights "
+                    "from a checkpoint (weights=...); afterwards load_state_dict(assign=True) replaces them"
+                )
+            try:
+                local = tuple(self._shape(name))
+            except KeyError:
+                raise AutoTPError(
+                    f"{self._called(name)} was added since autotp.parallelize, and the graph does not know of it: do "
+                    "this before parallelize"
+                ) from None
             if tuple(parameter.shape) != local:
                 raise AutoTPError(
                     f"{self._called(name)} has shape {tuple(parameter.shape)}, but this rank holds {local} of it: "
@@ -284,3 +310,12 @@ class ModuleGuards:
             for k in attributes
             if now.get(k) != first.get(k) and not is_noted_dtype(k[1], now.get(k), dtypes)
         }
+
+
+def _changed_module(before: nn.Module | None, now: nn.Module | None) -> str:
+    """What has happened to a submodule, in words."""
+    if before is None:
+        return f"({type(now).__name__}) was added"
+    if now is None:
+        return f"({type(before).__name__}) was removed"
+    return f"was replaced, a {type(before).__name__} by a {type(now).__name__},"

@@ -8,6 +8,7 @@ then write the noted files.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -90,8 +91,9 @@ class SavePretrained:
 
         write_checkpoint(self.runtime, save_directory, describe)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise AssertionError("the runtime installs another on the copy")
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
+        """The function of a copy of the model."""
+        return SavePretrained(copy.deepcopy(self.runtime, memo))
 
 
 def _original(model: nn.Module) -> Any:

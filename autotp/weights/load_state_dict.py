@@ -14,7 +14,7 @@ from autotp.weights.shard_tensor import Sharding, ShardTensor, plain
 from autotp.weights.slicing import local_part
 from passes import Shards
 
-__all__ = ["Split", "accept_dense_state", "dense_shape", "foreign_shard"]
+__all__ = ["Split", "accept_dense_state", "dense_shape", "foreign_shard", "forget_dense_state"]
 
 Split = Callable[[str, torch.Tensor], Mapping[int, Shards]]
 """Returns the split dims of a parameter or buffer, by any of its names and by what this rank holds of it."""
@@ -57,6 +57,15 @@ class _RefuseForeignShards:
                 shards = self.shards(name, tensor)
                 if (error := foreign_shard(prefix + name, loaded.sharding, shards, self.rank)) is not None:
                     raise WeightsError(error)
+
+
+def forget_dense_state(model: nn.Module) -> None:
+    """Undo :func:`accept_dense_state`."""
+    own = (_ShardState, _RefuseForeignShards)
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        for key in [k for k, wrapped in hooks.items() if isinstance(getattr(wrapped, "hook", None), own)]:
+            del hooks[key]
 
 
 class _ShardState:

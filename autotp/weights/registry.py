@@ -17,7 +17,7 @@ from autotp.distributed.process_context import ProcessContext
 from autotp.utils.value_types import DTENSOR, is_a
 from passes import Shards
 
-__all__ = ["Sharded", "latest", "living", "memory_key", "register", "registered"]
+__all__ = ["Sharded", "latest", "living", "memory_key", "register", "registered", "unregister"]
 
 
 class Sharded(Protocol):
@@ -50,6 +50,12 @@ def register(model: Sharded) -> None:
     global _registered
     _models[next(_numbers)] = model
     _registered += 1
+
+
+def unregister(model: Sharded) -> None:
+    """Take a model out that is no longer called, though it may live on."""
+    for number in [n for n, other in _models.items() if other is model]:
+        del _models[number]
 
 
 def living() -> list[Sharded]:

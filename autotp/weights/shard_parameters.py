@@ -12,7 +12,7 @@ from autotp.utils.hashing import checksum
 from autotp.weights.slicing import local_part, shards_of
 from passes import Layout, Shards
 
-__all__ = ["assign_shards", "broadcast_parameters", "shard_parameters"]
+__all__ = ["assign_shards", "broadcast_parameters", "set_data", "shard_parameters"]
 
 
 def assign_shards(model: nn.Module, shards: Mapping[str, torch.Tensor]) -> None:
@@ -30,7 +30,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def _assign(model: nn.Module, tensor: torch.Tensor, local: torch.Tensor) -> None:
     """Give a parameter or buffer another value, also where it is on the meta device."""
     if not tensor.is_meta:
-        _set_data(tensor, local)
+        set_data(tensor, local)
         return
     attributes = dict(tensor.__dict__)
     new = nn.Parameter(local, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else local
@@ -82,14 +82,14 @@ def shard_parameters(
             shards, grad = shards_of(layouts, name), parameter.grad
             parameter.grad = None
             if name not in loaded:
-                _set_data(parameter, _own_shard(parameter.data, shards, rank, device))
+                set_data(parameter, _own_shard(parameter.data, shards, rank, device))
             if grad is not None:
                 parameter.grad = _own_shard(grad, shards, rank, device)
         for buffer in model.buffers() if device is not None else ():
             buffer.data = buffer.data.to(device)
 
 
-def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Give a parameter or buffer other data, perhaps of another shape."""
     if tensor.shape != data.shape:  # earlier outputs keep alive a record of the shape, until the dtype changes
         other = torch.complex64 if data.dtype != torch.complex64 else torch.float64

@@ -11,7 +11,7 @@ from torch import nn
 from autotp.weights.load_state_dict import Split
 from autotp.weights.shard_tensor import Owner, Sharding, ShardTensor
 
-__all__ = ["mark_shards", "marked"]
+__all__ = ["forget_marks", "mark_shards", "marked"]
 
 
 def mark_shards(model: nn.Module, shards: Split, rank: int, owner: Owner) -> None:
@@ -23,12 +23,19 @@ def mark_shards(model: nn.Module, shards: Split, rank: int, owner: Owner) -> Non
         model: the parallelized model.
         shards: returns the split dims of a parameter or buffer.
         rank: this rank.
-        owner: gathers the dense tensors of which the ranks hold shards; it is referred to weakly.
+        owner: gathers the dense tensors of which the ranks hold shards.
     """
-    reference = weakref.ref(owner)
     for name, module in model.named_modules(remove_duplicate=False):
         if module._parameters or module._buffers:
-            module.register_state_dict_post_hook(_MarkShards(f"{name}." if name else "", shards, rank, reference))
+            module.register_state_dict_post_hook(_MarkShards(f"{name}." if name else "", shards, rank, owner))
+
+
+def forget_marks(model: nn.Module) -> None:
+    """Undo :func:`mark_shards`."""
+    for module in model.modules():
+        hooks = module._state_dict_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, _MarkShards)]:
+            del hooks[key]
 
 
 def marked(tensor: torch.Tensor, split: Any, rank: int, owner: weakref.ref[Owner] | None) -> torch.Tensor:
@@ -40,7 +47,7 @@ def marked(tensor: torch.Tensor, split: Any, rank: int, owner: weakref.ref[Owner
 class _MarkShards:
     """The state dict hook of a module that holds shards, or may hold some later."""
 
-    def __init__(self, path: str, shards: Split, rank: int, owner: weakref.ref[Owner]) -> None:
+    def __init__(self, path: str, shards: Split, rank: int, owner: Owner) -> None:
         self.path, self.shards, self.rank, self.owner = path, shards, rank, owner
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -48,4 +55,4 @@ class _MarkShards:
             tensor = state.get(prefix + name)
             if type(tensor) is torch.Tensor:  # keep_vars=True gives the parameters themselves
                 split = self.shards(self.path + name, tensor)
-                state[prefix + name] = marked(tensor, split, self.rank, self.owner)
+                state[prefix + name] = marked(tensor, split, self.rank, weakref.ref(self.owner))
