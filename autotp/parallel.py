@@ -19,6 +19,7 @@ from autotp.distributed.agreement import Agreement
 from autotp.distributed.mesh import Mesh, join
 from autotp.distributed.process_context import ProcessContext
 from autotp.errors import AutoTPError, WeightsError
+from autotp.integrations import integrate
 from autotp.modules.device import computing_on, device_of
 from autotp.modules.model_checks import check_model
 from autotp.options import TIMEOUT, Options
@@ -27,7 +28,6 @@ from autotp.partition.partitioned_runtime import PartitionedRuntime
 from autotp.plans.make_plan import announce, plan_of
 from autotp.plans.plan import Plan
 from autotp.runtime.graph_runtime import GraphRuntime
-from autotp.integrations import integrate
 from autotp.runtime.runtime import Runtime
 from autotp.weights.checkpoint import Source, open_checkpoint
 from autotp.weights.data_parallel import refuse_wrapped
