@@ -70,6 +70,7 @@ class ModuleGuards:
         self._last: Any = None
         self.known: Iterable[str] = ()
         self._base: dict[Attribute, Any] | None = None
+        self._empty_at_base: set[str] = set()
         self._versions = DictVersions(())
         self.seen: Any = None
         self._trainable: tuple[Any, int] = None, 0
@@ -83,6 +84,7 @@ class ModuleGuards:
         before = self._attributes
         self._scan()
         self._base, self._ties = self._facts(), self._tied()
+        self._empty_at_base = {n for n, p in self.model.named_parameters() if p.is_meta}
         first = {**self._first, **dict(self._attributes.items() - before.items())}
         self._first = {p: x for p, x in first.items() if p in self._attributes or not self._is_kept(*p)}
         self._changes, self.seen = self._differing(), None
@@ -100,6 +102,7 @@ class ModuleGuards:
         """
         refuse_global_hooks()
         if self._base is None:  # of a copy, which may have been changed before its first call
+            self._empty_at_base = {n for n, p in self.model.named_parameters() if p.is_meta}
             self._raise_if_not_sharded()
             self.rebase()
         elif (now := self._snapshot()) is None or now != self._last:
@@ -276,7 +279,7 @@ class ModuleGuards:
                     f"{self._called(name)} has become a DTensor since autotp.parallelize: with FSDP2 call the module "
                     "that fully_shard was given, which must be the whole model; nothing else may split it again"
                 )
-            if parameter.is_meta:
+            if parameter.is_meta and name not in self._empty_at_base:
                 raise AutoTPError(
                     f"{self._called(name)} is on the meta device now, and has no values: parallelize reads weights "
                     "from a checkpoint (weights=...); afterwards load_state_dict(assign=True) replaces them"
