@@ -22,10 +22,11 @@ thread each. The first, at ``--tp``, reads and saves:
 The second group, at ``--to``, reads what the first has saved: ``dcp.load`` into a model's state dict, which cuts the
 weights anew, and autotp's reading of the dense files beside it.
 
-Each row is checked first, in a round that is not timed: loaded tensors equal the dense ones, ``autotp.save`` writes the
-dense files to the byte, other files have the dense tensors. Then all take turns, round by round: read the ratios to ``cp``,
-which are medians of the rounds' ratios, and the quartiles beside them. A round's time is the slowest rank's. ``CPU s``
-is the processor time of all ranks (of ``cp``: its own), which other work on the machine changes less.
+Each row is checked first, in a round that is not timed: loaded tensors equal the dense ones, ``autotp.save`` writes
+the dense files to the byte, other files have the dense tensors. Then all take turns, round by round: read the ratios
+to ``cp``, which are medians of the rounds' ratios, and the quartiles beside them. A round's time is the slowest
+rank's. ``CPU s`` is the processor time of all ranks (of ``cp``: its own), which other work on the machine changes
+less.
 
 Files are in the page cache when they are read, and are not flushed after they are written; what a row has written is
 removed before the next one. In a folder on tmpfs, such as /dev/shm, no disk has a part in it. On a disk the kernel
