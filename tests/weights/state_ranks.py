@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -219,10 +220,15 @@ def on_two_axes(rank: int, world: int, folder: Path) -> Result:
     state = {"model": model.state_dict(), "optim": optimizer.state_dict(), "wrapped": outer.state_dict()}
     dcp.save(state, checkpoint_id=folder / "axes")
     dcp.async_save(state, checkpoint_id=folder / "async").result()
+    result: Result = {}
+    writer = HuggingFaceStorageWriter(str(folder / "hf"), save_distributed=True, enable_consolidation=True)
+    try:
+        dcp.save(model.state_dict(), storage_writer=writer)
+    except CheckpointException as error:  # a BaseException
+        result["consolidated"] = str(error)
     unmarked = {name: plain(x) for name, x in model.state_dict().items()}
     dcp.save(unmarked, checkpoint_id=folder / "unmarked")
     dense = dense_run("llama", 2)[0]
-    result: Result = {}
     for name, keys in (("axes", ("model", "wrapped")), ("async", ("model",))):
         for key in keys:
             again, _ = _parallel("llama", 4, seed=1)

@@ -58,6 +58,12 @@ def test_data_parallel_ranks_write_each_chunk_once(axes: Ran, what: str) -> None
     assert all(result[what] < 1e-9 for result in axes)
 
 
+def test_torchs_writer_of_safetensors_is_refused(axes: Ran) -> None:
+    """It keeps one chunk of a tensor a rank, and would lose the others of a fused weight."""
+    assert all("WeightsError" in result["consolidated"] for result in axes)
+    assert all("autotp.save(model, folder)" in result["consolidated"] for result in axes)
+
+
 def test_shards_without_marks_would_be_one_ranks(axes: Ran) -> None:
     """The control: the same tensors, not marked as shards."""
     assert all("Size mismatch" in result.get("unmarked", "") or result["control"] > 1e-3 for result in axes)
