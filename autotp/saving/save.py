@@ -10,8 +10,10 @@ from pathlib import Path
 from torch import nn
 
 from autotp.runtime.graph_runtime import runtime_of
+from autotp.saving.dense_tensors import dense_tensors
+from autotp.saving.pretrained import SavePretrained, has_save_pretrained
 from autotp.saving.weight_file import DenseTensor, WeightFile, index_of, parse_size, split_by_size
-from autotp.saving.write_checkpoint import dense_tensors, write_checkpoint
+from autotp.saving.write_checkpoint import write_checkpoint
 
 __all__ = ["save"]
 
@@ -53,8 +55,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
     """
     runtime = runtime_of(model)
     most = parse_size(max_shard_size)
-    if "save_pretrained" in model.__dict__:
-        model.save_pretrained(folder, max_shard_size=most)  # type: ignore[operator]
+    if has_save_pretrained(model):
+        SavePretrained(model)(folder, max_shard_size=most)
         return
 
     def describe(path: Path) -> Sequence[WeightFile]:
@@ -67,7 +69,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
             (path / "model.safetensors.index.json").write_text(index_of(files))
         return files
 
-    write_checkpoint(runtime, folder, describe)
+    write_checkpoint(runtime, folder, describe, {"max_shard_size": str(most)})
 
 
 def _untied(model: nn.Module) -> tuple[list[DenseTensor], dict[str, str]]:
