@@ -54,8 +54,8 @@ class Staging:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(os.path.realpath(folder))
-        self.path = self.folder.with_name(f".{self.folder.name}.saving") if self.folder.name else self.folder
-        self._old = self.path.with_name(f"{self.path.name}-old")
+        self.path = self.folder.parent / f".{self.folder.name}.saving"
+        self._old = self.folder.parent / f".{self.folder.name}.saving-old"
         self._lock: IO[str] | None = None
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +93,9 @@ SIZES: tuple[int | str, ...] = ("5GB", "60KB")
 
 def parallel(name: str, world: int, dtype: torch.dtype | None = None, **options: Any) -> nn.Module:
     model, inputs = model_of(name)
-    with Float64():
-        model = model.to(dtype) if dtype is not None else model
+    model = model.to(dtype) if dtype is not None else model
+    is_float64 = next(model.parameters()).dtype == torch.float64
+    with Float64() if is_float64 else contextlib.nullcontext():
         return autotp.parallelize(model, world, example_inputs=inputs, **options)
 
 
