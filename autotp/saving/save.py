@@ -30,11 +30,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
     once. The folder is written beside the old one, and takes its place when all ranks have written; other files in it
     stay. So a process that dies leaves the old checkpoint or the new one, and the next save removes what is left. Where
     the operating system cannot exchange two folders at once (it can on Linux, on most local file systems), the old
-    folder is called ``.folder.saving-old`` for a moment. Files are not flushed to the disk: a machine that loses power may
-    lose them.
+    folder is called ``.folder.saving-old`` for a moment. Files are not flushed to the disk: a machine that loses power
+    may lose them.
 
     With several groups of ranks that hold the same model (data parallelism), the first group writes. The others, if
-    they call it, wait for it.
+    they call it, wait for it. A model of peft is saved as its ``save_pretrained`` does it: the adapters only.
 
     Args:
         model: a parallelized model.

@@ -19,7 +19,10 @@ from autotp.saving.write_shard import write_shard
 from autotp.utils.hashing import stable_hash
 from autotp.weights.shard_tensor import plain
 
-__all__ = ["write_checkpoint"]
+__all__ = ["PATIENCE", "write_checkpoint"]
+
+PATIENCE = 10.0
+"""How many seconds a rank waits to see the folder that rank 0 has made."""
 
 Describe = Callable[[Path], Sequence[WeightFile]]
 """Writes what is not weights into a folder, and returns the weight files that belong there. Runs on one rank."""
@@ -41,8 +44,9 @@ def write_checkpoint(
         MismatchError: ranks pass different folders or options, or some do not come within the timeout.
         AutoTPError: another rank has failed; the message says in what.
     """
-    staging, steps = Staging(folder), _Steps(runtime)
+    staging = Staging(folder)
     text = str(staging.folder)
+    steps = _Steps(runtime, text)
     details = {"folder": text, "model": type(runtime.model).__name__, **options}
     mesh = runtime.mesh
     writer = mesh.replica and steps.on_rank_0("asking which ranks write", lambda: writer_of(runtime))
@@ -88,7 +92,7 @@ def _await_folder(staging: Staging, token: str, rank: int) -> None:
     Raises:
         WeightsError: it is not.
     """
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not staging.sees(token):
         if time.monotonic() > deadline:
             raise WeightsError(
@@ -127,10 +131,11 @@ class _Steps:
 
     Args:
         runtime: the runtime of the parallelized model.
+        folder: the folder, for messages.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, folder: str) -> None:
+        self.runtime, self.folder = runtime, folder
 
     @contextlib.contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -140,9 +145,9 @@ class _Steps:
         try:
             yield
         except Exception as caught:
-            error = told = _named(caught, doing)
+            error = told = self._named(caught, doing)
         except BaseException as caught:  # Ctrl-C, or a signal that ends the process
-            error, told = caught, AutoTPError(f"save, {doing}: the process was interrupted ({type(caught).__name__})")
+            error, told = caught, AutoTPError(f"save, {doing}: the process was interrupted")
         try:
             self.runtime.agreement.check(f"save, {doing}", 0, dict, told)
         except Exception:
@@ -161,11 +166,12 @@ class _Steps:
         except RuntimeError as failure:
             raise self.runtime.agreement.missing(failure) from failure
 
-
-def _named(error: Exception, doing: str) -> Exception:
-    """An error of the file system as one that says what was done."""
-    if isinstance(error, OSError) and not isinstance(error, AutoTPError):
-        named = WeightsError(f"save, {doing}: {error.strerror or error} ({error.filename or 'no file named'})")
-        named.__cause__ = error
-        return named
-    return error
+    def _named(self, error: Exception, doing: str) -> Exception:
+        """An error of the file system as one that says what was done."""
+        if isinstance(error, OSError) and not isinstance(error, AutoTPError):
+            file = f" ({error.filename})" if error.filename else ""
+            text = error.strerror or str(error)
+            named = WeightsError(f"save to {self.folder}, {doing}: {text}{file}. What was there before is as it was")
+            named.__cause__ = error
+            return named
+        return error

@@ -104,14 +104,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _apart(expected: Path, found: Path) -> list[str]:
+def differing(expected: Path, found: Path) -> list[str]:
     a, b = files_of(expected), files_of(found)
     return sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
 
 
-def _once(rank: int, write: Callable[[], Any]) -> None:
+def once(rank: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Let rank 0 write, and the others wait for it."""
     if rank == 0:
-        write()
+        write(*args, **kwargs)
     dist.barrier()
 
 
@@ -126,11 +127,11 @@ def same_bytes(rank: int, world: int, folder: Path, names: tuple[str, ...], dtyp
             for size in SIZES:
                 case = f"{name} {dtype} {size}"
                 expected, found = folder / f"dense {case}", folder / f"autotp {case}"
-                _once(rank, lambda: dense.save_pretrained(expected, max_shard_size=size))
+                once(rank, dense.save_pretrained, expected, max_shard_size=size)
                 autotp.save(model, found, max_shard_size=size)
-                result[case] = _apart(expected, found)
+                result[case] = differing(expected, found)
                 model.save_pretrained(found, max_shard_size=size)
-                result[f"{case}, again, by save_pretrained"] = _apart(expected, found)
+                result[f"{case}, again, by save_pretrained"] = differing(expected, found)
     return result
 
 
@@ -139,9 +140,12 @@ def same_plain_bytes(rank: int, world: int, folder: Path, names: tuple[str, ...]
     result: Result = {}
     for name in names:
         model, dense = parallel(name, world), model_of(name)[0]
-        _once(rank, lambda: save_model(dense, str(folder / f"{name}.safetensors"), metadata={"format": "pt"}))
+        once(rank, save_model, dense, str(folder / f"{name}.safetensors"), metadata={"format": "pt"})
         autotp.save(model, folder / name)
-        expected, found = (folder / f"{name}.safetensors").read_bytes(), (folder / name / "model.safetensors").read_bytes()
+        expected, found = (
+            (folder / f"{name}.safetensors").read_bytes(),
+            (folder / name / "model.safetensors").read_bytes(),
+        )
         result[name] = _without_metadata(expected) == _without_metadata(found)
         autotp.save(model, folder / name, max_shard_size="20KB")
         index = json.loads((folder / name / "model.safetensors.index.json").read_text())

@@ -16,7 +16,12 @@ from autotp.saving.staging import Staging
 from tests.comparison import raised
 from tests.saving.killed import deaths, forked
 
-OTHERS = {"tokenizer.json": "t", "runs/a/log": "l", "checkpoint-500/model.safetensors": "earlier", "model.fp16.safetensors": "f"}
+OTHERS = {
+    "tokenizer.json": "t",
+    "runs/a/log": "l",
+    "checkpoint-500/model.safetensors": "earlier",
+    "model.fp16.safetensors": "f",
+}
 OLD = {"config.json": "old", "model-00001-of-00002.safetensors": "old", "model-00002-of-00002.safetensors": "old"}
 OLD |= {"model.safetensors.index.json": "old", "pytorch_model.bin": "old", "pytorch_model.bin.index.json": "old"}
 NEW = {"config.json": "new", "model.safetensors": "new"}
@@ -77,10 +82,12 @@ def died(save: Callable[[Path], Any], folder: Path) -> tuple[list[str], int]:
 def test_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies at any operation leaves the old folder or the new one, and the next save nothing else."""
     wrong, moments = died(save, tmp_path / "a b ä" / "ckpt é 1")
-    assert wrong == [] and moments > 20
+    assert wrong == []
+    assert moments > 20
     monkeypatch.setattr(file, "_exchange", lambda *_: False)
     wrong, moments = died(save, tmp_path / "two renames" / "ckpt")
-    assert [w.split(": ")[1] for w in wrong] == ["gone"] and moments > 20  # between the two, as is documented
+    assert [w.split(": ")[1] for w in wrong] == ["gone"]
+    assert moments > 20
     wrong = []
     write(tmp_path / "in place" / "ckpt", OLD | OTHERS)
     for _ in deaths(lambda: in_place(tmp_path / "in place" / "ckpt"), tmp_path / "in place"):
@@ -92,13 +99,13 @@ def test_deaths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_new_folder(tmp_path: Path) -> None:
     """A folder that is not there, with parents that are not, and one that a link points to."""
     save(str(tmp_path / "deep" / "er") + "/", NEW)
-    assert read(tmp_path / "deep" / "er") == NEW and os.listdir(tmp_path / "deep") == ["er"]
+    assert read(tmp_path / "deep" / "er") == NEW
+    assert os.listdir(tmp_path / "deep") == ["er"]
     (tmp_path / "link").symlink_to(tmp_path / "target")
     save(tmp_path / "link")
     save(tmp_path / "link", {"config.json": "newer"})
-    assert (tmp_path / "link").is_symlink() and read(tmp_path / "target") == {"config.json": "newer"} | {
-        "model.safetensors": "new"
-    }
+    assert (tmp_path / "link").is_symlink()
+    assert read(tmp_path / "target") == {"config.json": "newer"} | {"model.safetensors": "new"}
 
 
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +118,8 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "working directory" in raised(lambda folder=folder: save(folder)), folder
     save("below")
     save("../beside")
-    assert os.getcwd() == str(tmp_path / "work" / "inside") and os.listdir() == ["below"]
+    assert os.getcwd() == str(tmp_path / "work" / "inside")
+    assert os.listdir() == ["below"]
     assert (tmp_path / "file").read_text() == "text"
 
 
@@ -126,17 +134,21 @@ def test_other_files(tmp_path: Path) -> None:
     save(folder, NEW | {"other/config.json": "new"})
     kept = {"adapter_model.safetensors": "a", "other/notes": "n", "README.md": "card", "other/config.json": "new"}
     assert read(folder) == NEW | OTHERS | kept
-    assert os.readlink(folder / "latest") == "runs" and os.readlink(folder / "gone") == "nowhere"
-    assert folder.stat().st_mode & 0o777 == 0o750 and (folder / "runs").stat().st_mode & 0o777 == 0o700
+    assert os.readlink(folder / "latest") == "runs"
+    assert os.readlink(folder / "gone") == "nowhere"
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert (folder / "runs").stat().st_mode & 0o777 == 0o700
     save(folder, {"adapter_model.safetensors": "b"})
-    assert read(folder)["model.safetensors"] == "new" and read(folder)["adapter_model.safetensors"] == "b"
+    assert read(folder)["model.safetensors"] == "new"
+    assert read(folder)["adapter_model.safetensors"] == "b"
     save(folder, {"model.fp16-00001-of-00001.safetensors": "c", "model.safetensors.index.fp16.json": "c"})
     found = read(folder)
-    assert "model.fp16.safetensors" not in found and found["model.safetensors"] == "new"
+    assert "model.fp16.safetensors" not in found
+    assert found["model.safetensors"] == "new"
 
 
 def test_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others write into the old folder in the last moment is in the new one; a changed card changes the new one."""
+    """What others write into the old folder in the last moment is in the new one; a card is changed there."""
     folder, exchange = tmp_path / "ckpt", file._exchange
     write(folder, OLD | {"README.md": "card", "runs/log": "1"})
 
@@ -172,7 +184,8 @@ def test_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(file, "_exchange", late)
     first.commit()
-    assert after == [1] and read(folder) == NEW
+    assert after == [1]
+    assert read(folder) == NEW
     save(folder, {"config.json": "2"})
     assert read(folder)["config.json"] == "2"
     lost = Staging(folder)
@@ -203,7 +216,8 @@ def test_without_locks_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = tmp_path / "ckpt"
     write(folder, OLD | OTHERS)
     save(folder)
-    assert read(folder) == NEW | OTHERS and os.listdir(tmp_path) == ["ckpt"]
+    assert read(folder) == NEW | OTHERS
+    assert os.listdir(tmp_path) == ["ckpt"]
     monkeypatch.setattr(file, "_exchange", lambda *_: False)
     rename, staging = os.rename, Staging(folder)
     staging.create()
@@ -216,7 +230,7 @@ def test_without_locks_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fails)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="not supported"):
             staging.commit()
     assert read(folder) == NEW | OTHERS
     staging.discard()
@@ -236,7 +250,8 @@ def test_parent_not_writable(tmp_path: Path) -> None:
         if os.getuid() == 0:
             os.setuid(65534)
         error = raised(lambda: save(tmp_path / "closed" / "ckpt"))
-        assert "Permission" in error and "ckpt" in error
+        assert "Permission" in error
+        assert "ckpt" in error
 
     assert forked(as_nobody) == 0
     (tmp_path / "closed").chmod(0o755)
