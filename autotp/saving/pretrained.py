@@ -80,7 +80,7 @@ class SavePretrained:
         if state is not None and not any(isinstance(x, ShardTensor) for x in state.values()):
             if not state:  # of a rank that gets none from full_state_dict(model, rank=0)
                 options["is_main_process"] = False
-            original(save_directory, state_dict=state, **options)
+            original(save_directory, state_dict=_tied_again(model, state), **options)
             if options.get("is_main_process", True):
                 _correct_index(model, Path(save_directory))
             return
@@ -115,6 +115,13 @@ def _original(model: nn.Module) -> Any:
     """The ``save_pretrained`` of a model's class, bound to it."""
     cls: Any = type(model)
     return cls.save_pretrained.__get__(model)
+
+
+def _tied_again(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Full tensors of which equal ones under names of one weight are one, which is then written once."""
+    tied = runtime_of(model).tied
+    firsts = {name: state.get(tied.get(name, name), tensor) for name, tensor in state.items()}
+    return {n: firsts[n] if isinstance(x, torch.Tensor) and torch.equal(firsts[n], x) else x for n, x in state.items()}
 
 
 def _by_name(original: Any, folder: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from passes import Shards
 
 __all__ = ["PIECE", "write_shard"]
 
-PIECE = 16 << 20
+PIECE = 8 << 20
 """The most bytes of a tensor that are copied to be written, where they are not contiguous in memory on the CPU."""
 
 Run = tuple[int, int, int]

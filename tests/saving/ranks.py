@@ -164,3 +164,30 @@ def _without_metadata(data: bytes) -> tuple[Any, bytes]:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     return sorted(header.pop("__metadata__").items()), json.dumps(header).encode() + data[8 + length :]
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """By how many bytes a call has raised the most memory that the process ever had, as the system counts it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the most is what it has now
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) << 10
+
+
+def memory(rank: int, world: int, folder: Path) -> Result:
+    """The most memory that a save takes beside the shards, of which some are not contiguous."""
+    model = nn.Sequential(nn.Linear(2048, 16384), nn.GELU(), nn.Linear(16384, 2048), nn.Linear(2048, 2048))
+    model = autotp.parallelize(model, world, example_inputs=(torch.randn(2, 2048),))
+    up = model[0]  # type: ignore[index]
+    up.weight.data = up.weight.data.t().contiguous().t()
+    autotp.save(model, folder / "first")
+    result: Result = {"shards": sum(p.nbytes for p in model.parameters())}
+    result["save"] = _peak(lambda: autotp.save(model, folder / "ckpt", max_shard_size="100MB"))
+    kept: list[Any] = []
+    result["full_state_dict"] = _peak(lambda: kept.append(autotp.full_state_dict(model)))
+    return result
