@@ -96,7 +96,7 @@ def test_deaths(tmp_path: Path, victim: int) -> None:
     """A rank that dies leaves the old checkpoint or the new one; the other has an error in time."""
     assert not dist.is_initialized()
     found = set()
-    for moment in ("writing", 0, 6, 12, 20, 0.002, 0.01, 0.02):
+    for moment in ("writing", 6, 20, 0.01):
         out = tmp_path / str(moment)
         (out / "folder").mkdir(parents=True)
         port = free_port()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.processes import results_of
-from tests.saving import ranks_groups, ranks_runs
+from tests.saving import ranks_classes, ranks_groups, ranks_runs
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2"])
 def test_going_on(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A run goes on after each way to save, and each writes the dense model that was trained as far."""
     for result in results_of(2, ranks_runs.going_on, tmp_path_factory, tmp_path_factory.mktemp("runs"), name):
@@ -67,3 +67,14 @@ def test_groups(how: str, tmp_path_factory: pytest.TempPathFactory) -> None:
         if rank >= 2:
             assert "within the timeout" in result["second alone"]
             assert 3 < result["seconds"] < 10
+
+
+def test_classes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A class of its own, weights that are left out, names that files have otherwise, and a model in parts."""
+    for result in results_of(2, ranks_classes.classes, tmp_path_factory, tmp_path_factory.mktemp("classes")):
+        assert result["own class"] == []
+        assert result["left out"]
+        assert result["names are others"] == ["model.safetensors"]  # the dense model's has a tensor for each expert
+        assert result["experts"] == []
+        assert result["in parts"] == []
+        assert result["in parts, after a call"] == []
