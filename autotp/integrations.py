@@ -26,7 +26,7 @@ def integrate(runtime: Runtime) -> None:
     """
     wrap_generate(runtime)
     wrap_adapters(runtime, integrate)
-    wrap_save_pretrained(runtime)
+    wrap_save_pretrained(runtime.model)
     accept_dense_state(runtime.model, runtime.shards_of, runtime.mesh.rank)
     mark_shards(runtime.model, runtime.shards_of, runtime.mesh.rank, runtime)
     patch_grad_norms()

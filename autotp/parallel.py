@@ -29,6 +29,7 @@ from autotp.plans.make_plan import announce, plan_of
 from autotp.plans.plan import Plan
 from autotp.runtime.graph_runtime import GraphRuntime
 from autotp.runtime.runtime import Runtime
+from autotp.saving.replicas import announce_model
 from autotp.weights.checkpoint import Source, open_checkpoint
 from autotp.weights.data_parallel import refuse_wrapped
 from autotp.weights.load_checkpoint import first_elements, match_checkpoint, read_shards, refuse_empty
@@ -218,6 +219,7 @@ def _attach(partition: Partition, mesh: Mesh, options: Options) -> None:
         part.calls.clear()  # they hold values of the example
     runtime.attach()
     integrate(runtime)
+    announce_model(runtime)
 
 
 def _destination(model: nn.Module, mesh: Mesh, device: torch.device | str | None) -> torch.device | None:

@@ -32,6 +32,7 @@ class Mesh:
         group: their process group; None for a single rank without one.
         replica: the number of this group among the groups that hold the same model (data parallelism).
         replicas: how many such groups there are, as far as is known.
+        number: which of the models that this process has parallelized it is.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class Mesh:
     group: dist.ProcessGroup | None
     replica: int = 0
     replicas: int = 1
+    number: int = 0
 
     def gathered(self, value: Any) -> list[Any]:
         """All ranks' values (any picklable objects), in rank order."""
@@ -192,7 +194,8 @@ def _replica(mesh: DeviceMesh) -> tuple[int, int]:
 
     Groups are ordered by their lowest rank.
     """
-    root = mesh._get_root_mesh()
+    find = getattr(mesh, "_get_root_mesh", None)  # torch has no public name for it
+    root = find() if find is not None else mesh
     groups = sorted(row for row in _groups_of(root, mesh))
     own = sorted(mesh.mesh.flatten().tolist())
     return (groups.index(own), len(groups)) if own in groups else (0, 1)

@@ -32,7 +32,7 @@ class Runtime:
         context: communicates between the ranks.
 
     Attributes:
-        saves: how often the module was saved to each folder.
+        saves: how often the module was saved to each folder, by the folder and the steps of the optimizer till then.
     """
 
     def __init__(self, model: nn.Module, agreement: Agreement, context: ProcessContext) -> None:
@@ -40,7 +40,7 @@ class Runtime:
         self.mesh = agreement.mesh
         self.tied = tied_names(model)
         self.own_forward = own_forward(model)
-        self.saves: dict[str, int] = {}
+        self.saves: dict[tuple[str, int], int] = {}
 
     @property
     def weight_layouts(self) -> Mapping[str, Layout]:

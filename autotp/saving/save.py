@@ -10,8 +10,10 @@ from pathlib import Path
 from torch import nn
 
 from autotp.runtime.graph_runtime import runtime_of
+from autotp.saving.dense_tensors import dense_tensors
+from autotp.saving.pretrained import SavePretrained, has_save_pretrained
 from autotp.saving.weight_file import DenseTensor, WeightFile, index_of, parse_size, split_by_size
-from autotp.saving.write_checkpoint import dense_tensors, write_checkpoint
+from autotp.saving.write_checkpoint import write_checkpoint
 
 __all__ = ["save"]
 
@@ -28,11 +30,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
     once. The folder is written beside the old one, and takes its place when all ranks have written; other files in it
     stay. So a process that dies leaves the old checkpoint or the new one, and the next save removes what is left. Where
     the operating system cannot exchange two folders at once (it can on Linux, on most local file systems), the old
-    folder is called ``.folder.old`` for a moment. Files are not flushed to the disk: a machine that loses power may
-    lose them.
+    folder is called ``.folder.saving-old`` for a moment. Files are not flushed to the disk: a machine that loses power
+    may lose them.
 
     With several groups of ranks that hold the same model (data parallelism), the first group writes. The others, if
-    they call it, wait for it.
+    they call it, wait for it. A model of peft is saved as its ``save_pretrained`` does it: the adapters only.
 
     Args:
         model: a parallelized model.
@@ -53,8 +55,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
     """
     runtime = runtime_of(model)
     most = parse_size(max_shard_size)
-    if "save_pretrained" in model.__dict__:
-        model.save_pretrained(folder, max_shard_size=most)  # type: ignore[operator]
+    if has_save_pretrained(model):
+        SavePretrained(model)(folder, max_shard_size=most)
         return
 
     def describe(path: Path) -> Sequence[WeightFile]:
@@ -67,7 +69,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, max_shard_size: in
             (path / "model.safetensors.index.json").write_text(index_of(files))
         return files
 
-    write_checkpoint(runtime, folder, describe)
+    write_checkpoint(runtime, folder, describe, {"max_shard_size": str(most)})
 
 
 def _untied(model: nn.Module) -> tuple[list[DenseTensor], dict[str, str]]:
