@@ -210,7 +210,10 @@ def _noted_writes(calls: list[tuple[dict[str, torch.Tensor], str, Any]]) -> Iter
             if (module := sys.modules.get(name)) is not None:
                 replaced.append((module, function, getattr(module, function)))
                 setattr(module, function, note)
+        if hasattr(bars := sys.modules.get("transformers.utils.logging"), "_tqdm_active"):  # they would be full at once
+            replaced.append((bars, "_tqdm_active", bars._tqdm_active))  # type: ignore[arg-type, union-attr]
+            bars._tqdm_active = False  # type: ignore[union-attr]
         yield
     finally:
-        for module, function, writer in replaced:
-            setattr(module, function, writer)
+        for module, name, value in replaced:
+            setattr(module, name, value)

@@ -17,6 +17,7 @@ from autotp.saving.staging import Staging
 from autotp.saving.weight_file import WeightFile
 from autotp.saving.write_shard import write_shard
 from autotp.utils.hashing import stable_hash
+from autotp.weights.progress import LARGE, Progress
 from autotp.weights.shard_tensor import plain
 
 __all__ = ["PATIENCE", "write_checkpoint"]
@@ -75,15 +76,26 @@ def _write(runtime: Runtime, staging: Staging, steps: _Steps, describe: Describe
         _await_folder(staging, token, mesh.rank)
     files: Sequence[WeightFile] = steps.on_rank_0("writing the config", lambda: describe(staging.path))
     state = runtime.model.state_dict()
-    for file in files:
-        steps.on_rank_0(f"making {file.name}", lambda file=file: _allocate(staging.path / file.name, file))  # type: ignore[misc]
-        with steps.together(f"writing {file.name}"), _opened(staging.path / file.name) as descriptor:
-            for tensor in file.ordered:
-                local = state[tensor.source]
-                shards = runtime.shards_of(tensor.source, local)
-                write_shard(descriptor, file.offsets[tensor.key], plain(local), shards, mesh.rank, mesh.tp)
-        save.progress()
+    whole = sum(file.size for file in files)
+    with Progress(whole // mesh.tp, whole > LARGE, bool(mesh.rank or mesh.replica), ("writing", "wrote")) as progress:
+        for file in files:
+            _write_file(runtime, staging, steps, file, state, progress)
+            save.progress()
     steps.on_rank_0("putting the folder in its place", staging.commit)
+
+
+def _write_file(
+    runtime: Runtime, staging: Staging, steps: _Steps, file: WeightFile, state: Mapping[str, Any], progress: Progress
+) -> None:
+    """Write a file of the checkpoint, each rank its part."""
+    mesh, path = runtime.mesh, staging.path / file.name
+    steps.on_rank_0(f"making {file.name}", lambda: _allocate(path, file))
+    with steps.together(f"writing {file.name}"), _opened(path) as descriptor:
+        for tensor in file.ordered:
+            local = state[tensor.source]
+            shards = runtime.shards_of(tensor.source, local)
+            offset = file.offsets[tensor.key]
+            progress.advance(write_shard(descriptor, offset, plain(local), shards, mesh.rank, mesh.tp))
 
 
 def _await_folder(staging: Staging, token: str, rank: int) -> None:

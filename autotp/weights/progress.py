@@ -1,4 +1,4 @@
-"""progress: how far a checkpoint has been read, as a bar on terminals and a line in the log."""
+"""progress: how far a checkpoint has been read or written, as a bar on terminals and a line in the log."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any
 __all__ = ["LARGE", "SLOW", "Progress"]
 
 LARGE = 1 << 30
-"""The bytes of a checkpoint from which on its reading is told of, however fast it is."""
+"""The bytes of a checkpoint from which on it is told of, however fast it is."""
 SLOW = 2.0
-"""The seconds from which on the reading of any checkpoint is told of."""
+"""The seconds from which on any checkpoint is told of."""
 
 
 class Progress:
-    """Tells how much has been read, if there is much to read or it takes long.
+    """Tells how much of a checkpoint is done, if there is much of it or it takes long.
 
     A bar is shown where standard error is a terminal. At the end the logger ``autotp`` gets a line.
 
     Args:
-        total: the bytes that will be read.
+        total: the bytes that will be read or written.
         large: whether to tell of it from the start.
         silent: whether to tell nothing.
+        doing: what is done, and its past participle.
     """
 
-    def __init__(self, total: int, large: bool, silent: bool) -> None:
+    def __init__(self, total: int, large: bool, silent: bool, doing: tuple[str, str] = ("reading", "read")) -> None:
+        self._doing = doing
         self.count, self._total, self._large, self._silent = 0, total, large, silent
         self._start, self._is_shown, self._bar = time.monotonic(), False, None
 
@@ -37,14 +39,14 @@ class Progress:
             self._bar.stop()
         if kind is None and self._tells():
             seconds = time.monotonic() - self._start
-            line = "read %.2f GB of weights in %.1f s"
-            logging.getLogger("autotp").info(line, self.count / 1e9, seconds)
+            line = "%s %.2f GB of weights in %.1f s"
+            logging.getLogger("autotp").info(line, self._doing[1], self.count / 1e9, seconds)
 
     def advance(self, count: int) -> None:
-        """Count bytes that have been read, and move the bar."""
+        """Count bytes that are done, and move the bar."""
         self.count += count
         if not self._is_shown and self._tells():
-            self._is_shown, self._bar = True, _bar(self._total)
+            self._is_shown, self._bar = True, _bar(self._total, self._doing[0])
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.count)
 
@@ -52,7 +54,7 @@ class Progress:
         return not self._silent and (self._large or time.monotonic() - self._start > SLOW)
 
 
-def _bar(total: int) -> Any:
+def _bar(total: int, doing: str) -> Any:
     """A bar on the terminal, with bytes and seconds; None if there is no terminal."""
     from rich import progress
     from rich.console import Console
@@ -61,7 +63,7 @@ def _bar(total: int) -> Any:
     if not console.is_terminal:
         return None
     columns = progress.BarColumn(), progress.DownloadColumn(), progress.TimeElapsedColumn()
-    bar = progress.Progress("reading weights", *columns, console=console)
+    bar = progress.Progress(f"{doing} weights", *columns, console=console)
     bar.add_task("", total=total)
     bar.start()
     return bar
