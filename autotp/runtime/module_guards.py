@@ -102,7 +102,8 @@ class ModuleGuards:
         """
         refuse_global_hooks()
         if self._base is None:  # of a copy, which may have been changed before its first call
-            self._empty_at_base = {n for n, p in self.model.named_parameters() if p.is_meta}
+            if "_autotp" not in self.model.__dict__:  # weights may be yet to be read
+                self._empty_at_base = {n for n, p in self.model.named_parameters() if p.is_meta}
             self._raise_if_not_sharded()
             self.rebase()
         elif (now := self._snapshot()) is None or now != self._last:
