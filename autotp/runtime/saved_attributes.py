@@ -13,7 +13,12 @@ import torch
 
 __all__ = ["NOTES", "is_noted_dtype"]
 
-NOTES = frozenset({"_commit_hash", "_name_or_path", "name_or_path", "transformers_version", "transformers_weights"})
+NOTES = frozenset(
+    {
+        "_commit_hash", "_name_or_path", "architectures", "auto_map", "name_or_path", "transformers_version",
+        "transformers_weights",
+    }
+)  # fmt: skip
 """The attributes of a config that say where a checkpoint is, or who wrote it."""
 
 
