@@ -317,7 +317,7 @@ class ModuleGuards:
 
 
 def _changed_module(before: nn.Module | None, now: nn.Module | None) -> str:
-    """What has happened to a submodule, in words."""
+    """The change of a submodule, in words."""
     if before is None:
         return f"({type(now).__name__}) was added"
     if now is None:

@@ -24,7 +24,7 @@ _MOST = 256
 """The number of values in a container from which on it counts as data, and is not guarded."""
 _DEEPEST = 3
 _OF_TORCH = frozenset(nn.Module().__dict__)
-"""What every module keeps: its parameters, submodules and hooks, which are guarded one by one."""
+"""The attributes of every module: parameters, submodules and hooks. They are guarded one by one."""
 
 
 class _NotPlainError(Exception):
@@ -70,17 +70,17 @@ class PlainContainers:
             attributes: the dict in which a module, or a config, keeps its attributes.
             skipped: attributes to leave out.
         """
-        found: dict[str, Any] = {}
+        frozen: dict[str, Any] = {}
         for key, value in attributes.items():
             if type(value) not in _KINDS or key in _OF_TORCH or key in skipped:
                 continue
             try:
-                found[key] = _frozen(value)
+                frozen[key] = _frozen(value)
             except _NotPlainError:
                 continue
             self._holders.append((attributes, key))
             self._watch(value)
-        return found
+        return frozen
 
     def _watch(self, value: Any) -> None:
         nested = value.values() if isinstance(value, dict) else value

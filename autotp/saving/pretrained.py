@@ -107,7 +107,7 @@ class SavePretrained:
         write_checkpoint(runtime_of(model), save_directory, describe, words)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        """That of the copied model."""
+        """The function of the copied model."""
         return SavePretrained(copy.deepcopy(self.model, memo))
 
 
@@ -127,9 +127,9 @@ def _tied_again(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 def _by_name(original: Any, folder: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call but the folder, each by its name."""
     parameters = list(inspect.signature(original).parameters.values())[1:]
-    given = inspect.signature(original).bind(folder, *args, **kwargs).args[1:]
+    positional = inspect.signature(original).bind(folder, *args, **kwargs).args[1:]
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return {**dict(zip(names, given)), **kwargs}
+    return {**dict(zip(names, positional)), **kwargs}
 
 
 def _has_words(value: Any) -> bool:

@@ -95,15 +95,15 @@ def refuse_wrapped(model: nn.Module, tp: int) -> None:
     Raises:
         AutoTPError: there is one; nothing has been changed.
     """
-    found = _holder(model) if tp > 1 and dist.is_initialized() else None
-    if found is not None:
+    holder = _holder(model) if tp > 1 and dist.is_initialized() else None
+    if holder is not None:
         gc.collect()  # it may be garbage
-        found = _holder(model)
-    if found is not None:
+        holder = _holder(model)
+    if holder is not None:
         raise AutoTPError(
-            f"a {found} was made around this {type(model).__name__}, or around parameters of it, before "
+            f"a {holder} was made around this {type(model).__name__}, or around parameters of it, before "
             "autotp.parallelize: it would mix the shards of different ranks. Parallelize the model first; make the "
-            f"{found} then, over the ranks that hold the same shard"
+            f"{holder} then, over the ranks that hold the same shard"
         )
 
 

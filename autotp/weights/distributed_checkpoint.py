@@ -71,7 +71,7 @@ def _is_size(value: Any) -> TypeGuard[tuple[int, ...]]:
 
 
 def _metadata(path: Path) -> Made:
-    """What a ``.metadata`` file says."""
+    """The content of a ``.metadata`` file."""
 
     def refuse(name: str) -> None:
         if name not in _NAMES:
@@ -85,10 +85,10 @@ def _metadata(path: Path) -> Made:
     try:
         if len(data) > MOST_METADATA:
             raise ValueError(f"it has more than {MOST_METADATA} bytes")
-        found = unpickle(data, refuse=refuse)
-        if not isinstance(found, Made) or found.maker != _KNOWN + "metadata.Metadata":
+        metadata = unpickle(data, refuse=refuse)
+        if not isinstance(metadata, Made) or metadata.maker != _KNOWN + "metadata.Metadata":
             raise ValueError("it holds something else")
-        if not all(isinstance(found.field(name), dict) for name in ("state_dict_metadata", "storage_data")):
+        if not all(isinstance(metadata.field(name), dict) for name in ("state_dict_metadata", "storage_data")):
             raise ValueError("it names no tensors")
     except WeightsError:
         raise
@@ -97,7 +97,7 @@ def _metadata(path: Path) -> Made:
             f"weights: {path} is no description of a checkpoint of torch.distributed.checkpoint, or it is damaged: "
             f"{str(error) or type(error).__name__}"
         ) from error
-    return found
+    return metadata
 
 
 def distributed_tensors(folder: Path) -> TrainingState:
@@ -168,19 +168,19 @@ def _chunk(
         )
 
     def locate() -> FileTensor:
-        found = _located(file, name, start, length)
-        if not isinstance(found, FileTensor) or (found.shape, found.dtype) != (sizes, dtype):
+        tensor = _located(file, name, start, length)
+        if not isinstance(tensor, FileTensor) or (tensor.shape, tensor.dtype) != (sizes, dtype):
             raise WeightsError(
                 f"weights: {file.path} has at {start} something else than the part of {name} with shape {sizes} and "
                 f"{dtype} that {path.name} says is there"
             )
-        return found
+        return tensor
 
     return Chunk(tuple((a, a + n) for a, n in zip(*box, strict=True)), (str(file.path), start), locate)
 
 
 def _located(file: WeightFile, name: str, start: int, length: int) -> Any:
-    """What lies in a file: an archive of ``torch.save``'s at an offset, or an entry of a safetensors file."""
+    """The content of a file at an offset: an archive of ``torch.save``'s, or an entry of a safetensors file."""
     with open(file.path, "rb") as opened:
         opened.seek(start)
         if opened.read(4) == ZIP:
@@ -205,14 +205,14 @@ def parts_in_safetensors(folder: Path, paths: Iterable[Path]) -> TrainingState |
         for name, part in parts.items():
             boxes.setdefault(name, []).append(part)
     tensors = TrainingState()
-    for name, found in boxes.items():
-        tensor = found[0][0]
-        if len({(len(t.shape), t.dtype) for t, _ in found}) > 1:
+    for name, entries in boxes.items():
+        tensor = entries[0][0]
+        if len({(len(t.shape), t.dtype) for t, _ in entries}) > 1:
             raise WeightsError(f"weights: the parts of {name} in {folder} are of several dtypes, or numbers of dims")
-        shape = [max(at[d] + t.shape[d] for t, at in found) for d in range(len(tensor.shape))]
+        shape = [max(at[d] + t.shape[d] for t, at in entries) for d in range(len(tensor.shape))]
         chunks = [
             Chunk(tuple((a, a + n) for a, n in zip(at, t.shape, strict=True)), t.position, _always(t))
-            for t, at in found
+            for t, at in entries
         ]
         tensors[name] = chunked_tensor(name, folder, shape, tensor.dtype, chunks)
     return tensors or None

@@ -9,7 +9,6 @@ refused. For tensors of other models all do what torch does.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn.utils import convert_parameters, prune
 
 from autotp.errors import AutoTPError
 from autotp.utils.hashing import stable_hash
+from autotp.utils.patching import replace_function
 from autotp.weights.load_state_dict import dense_shape
 from autotp.weights.registry import Sharded, living
 from autotp.weights.slicing import local_part
@@ -39,41 +39,13 @@ _VECTOR = "vector_to_parameters"
 def patch_fillers() -> None:
     """Let torch's initializers, and ``vector_to_parameters``, fill shards as parts of the dense tensor."""
     for name in (*_RANDOM, *_INNER):
-        _replace(init, name, _filled)
-    _replace(init, _FANS, _fans)
-    _replace(prune.BasePruningMethod, "apply", _pruned)
+        replace_function(init, name, _filled)
+    replace_function(init, _FANS, _fans)
+    replace_function(prune.BasePruningMethod, "apply", _pruned)
     original = convert_parameters.vector_to_parameters
-    _replace(convert_parameters, _VECTOR, _from_vector)
+    replace_function(convert_parameters, _VECTOR, _from_vector)
     if getattr(nn.utils, _VECTOR) is original:
         setattr(nn.utils, _VECTOR, convert_parameters.vector_to_parameters)
-
-
-def _replace(module: Any, name: str, replacement: Callable[..., Any]) -> None:
-    """Put a replacement, which gets torch's own function first, in the place of a function or class method, once."""
-    original = vars(module).get(name)
-    if isinstance(original, classmethod):
-        _replace_method(module, name, replacement, original.__func__)
-        return
-    if original is None or hasattr(original, "_autotp"):
-        return
-
-    @functools.wraps(original)
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
-
-    replaced._autotp = name  # type: ignore[attr-defined]
-    setattr(module, name, replaced)
-
-
-def _replace_method(cls: Any, name: str, replacement: Callable[..., Any], original: Any) -> None:
-    if not hasattr(original, "_autotp"):
-
-        @functools.wraps(original)
-        def replaced(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, *args, **kwargs)
-
-        replaced._autotp = name  # type: ignore[attr-defined]
-        setattr(cls, name, classmethod(replaced))
 
 
 def _pruned(original: Callable[..., Any], cls: Any, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

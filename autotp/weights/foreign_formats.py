@@ -40,7 +40,7 @@ _QUANTIZED = {
 
 
 def format_of_file(path: Path) -> str | None:
-    """What a file is by its first bytes, or else its extension, if that is a format that cannot be read."""
+    """The format of a file that cannot be read, by its first bytes or else its extension; None for any other file."""
     with open(path, "rb") as file:
         begin = file.read(1024)
     for start, text in _BEGINNINGS.items():

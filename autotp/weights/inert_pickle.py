@@ -26,7 +26,7 @@ class Global:
 
 @dataclass(eq=False)
 class Made:
-    """What a pickle makes by calling a class or function, which is not called here."""
+    """An object that a pickle makes by calling a class or function. Here it is not called."""
 
     maker: str
     args: tuple[Any, ...]
@@ -71,7 +71,7 @@ class _Inert(pickle._Unpickler):
         return Global(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        """What stands in the pickle by a mark."""
+        """The value that the pickle refers to by a mark."""
         if self._load_persistent is None:
             raise pickle.UnpicklingError("it refers to something outside of it")
         return self._load_persistent(pid)

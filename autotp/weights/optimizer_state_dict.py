@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from autotp.errors import WeightsError
+from autotp.utils.patching import replace_function
 from autotp.weights.load_state_dict import dense_shape, foreign_shard
 from autotp.weights.registry import Sharded, living
 from autotp.weights.shard_tensor import ShardTensor, plain
@@ -29,20 +29,8 @@ def patch_optimizers() -> None:
     State of a split parameter, and of its shape, is a ShardTensor in the state dict. Loaded state is a plain tensor
     again: the shard of this rank, or the dense tensor, of which this rank's part is taken.
     """
-    for name, replacement in (("state_dict", _state_dict), ("load_state_dict", _load_state_dict)):
-        original = getattr(Optimizer, name)
-        if not getattr(original, "_autotp", False):
-            wrapped = _wrapped(original, replacement)
-            wrapped._autotp = True
-            setattr(Optimizer, name, wrapped)
-
-
-def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
-    @functools.wraps(original)
-    def method(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        return replacement(original, self, *args, **kwargs)
-
-    return method
+    replace_function(Optimizer, "state_dict", _state_dict)
+    replace_function(Optimizer, "load_state_dict", _load_state_dict)
 
 
 def _split_parameters(optimizer: Optimizer) -> dict[int, _Split]:
@@ -56,13 +44,13 @@ def _split_parameters(optimizer: Optimizer) -> dict[int, _Split]:
     }
 
 
-def _entries(optimizer: Optimizer, state: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any, _Split]]:
+def _entries(
+    optimizer: Optimizer, state: Mapping[str, Any], split: Mapping[int, _Split]
+) -> Iterator[tuple[dict[str, Any], str, Any, _Split]]:
     """The state of split parameters in a state dict: the dict that holds a value, its key, the value, and whose it is.
 
     The parameters are numbered in the order of the optimizer's groups, as torch numbers them.
     """
-    if not (split := _split_parameters(optimizer)):
-        return
     numbers = [n for group in state.get("param_groups", ()) for n in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in zip(numbers, parameters):
@@ -81,10 +69,10 @@ def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _state_dict(original: Callable[..., Any], optimizer: Optimizer) -> Any:
     state = original(optimizer)
-    if not _split_parameters(optimizer):
+    if not (split := _split_parameters(optimizer)):
         return state
     state = _copied(state)
-    for values, key, value, (_, parameter, shards, model) in list(_entries(optimizer, state)):
+    for values, key, value, (_, parameter, shards, model) in list(_entries(optimizer, state, split)):
         if value.shape == parameter.shape and type(value) is torch.Tensor:
             values[key] = marked(value, shards, model.mesh.rank, weakref.ref(model))
     return state
@@ -96,8 +84,10 @@ def _load_state_dict(original: Callable[..., Any], optimizer: Optimizer, state_d
     Raises:
         WeightsError: the state has another rank's shard, or one of another ``tp``.
     """
+    if not (split := _split_parameters(optimizer)):
+        return original(optimizer, state_dict)
     state = _copied(state_dict)
-    for values, key, value, (name, parameter, shards, model) in list(_entries(optimizer, state)):
+    for values, key, value, (name, parameter, shards, model) in list(_entries(optimizer, state, split)):
         if isinstance(value, ShardTensor):
             if (error := foreign_shard(f"{key} of {name}", value.sharding, shards, model.mesh.rank)) is not None:
                 raise WeightsError(error)

@@ -8,7 +8,6 @@ For all other tensors they do what they did.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint import default_planner, state_dict
 from torch.utils import _pytree as pytree
 
 from autotp.errors import AutoTPError, WeightsError
+from autotp.utils.patching import replace_function
 from autotp.weights.registry import living, memory_key
 from autotp.weights.shard_tensor import ShardTensor
 
@@ -49,18 +49,11 @@ def _safetensors() -> Any:
 
 def _patch(module: Any, name: str, replacement: Callable[..., Any]) -> None:
     """Replace a function that other functions of a module find by its name."""
-    original = getattr(module, name, None)
-    if original is None:
+    if not replace_function(module, name, replacement):
         raise AutoTPError(
             f"{module.__name__} of torch {torch.__version__} has no {name}: checkpoints would hold this rank's shards "
             "only. Use a torch release that autotp supports"
         )
-    if getattr(original, "func", None) is not replacement:  # not patched yet
-        setattr(module, name, functools.wraps(original)(_Bound(replacement, original)))
-
-
-class _Bound(functools.partial[Any]):
-    """A replacement that knows the original function, and looks like it."""
 
 
 class _DenseSize:
